@@ -1,0 +1,54 @@
+"""The tensors of one feed-forward network, in one layout whatever the family stores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class FFNWeights:
+    """Weights of one FFN: ``down(act(gate x) * up x)``, or ``down(act(up x))`` where there is no gate.
+
+    Every matrix has one row per neuron, so that a neuron is one row in each of them.
+
+    Attributes:
+        up: [F, D], the input projection (``W_1``, or ``V`` of a gated FFN).
+        down: [F, D], the *transposed* output projection.
+        gate: [F, D], or None for a plain FFN.
+        up_bias, gate_bias: [F] or None.  down_bias: [D] or None.
+        activation: one of ``relu``, ``gelu``, ``gelu_tanh``, ``silu``.
+    """
+
+    up: Tensor
+    down: Tensor
+    gate: Tensor | None = None
+    up_bias: Tensor | None = None
+    gate_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    activation: str = "silu"
+
+    @property
+    def d_ff(self) -> int:
+        """Number of neurons F."""
+        return self.up.shape[0]
+
+    @property
+    def d_model(self) -> int:
+        """Width D of the residual stream."""
+        return self.up.shape[1]
+
+    @property
+    def input_matrix(self) -> Tensor:
+        """The matrix under the activation function: the gate of a gated FFN, ``W_1`` of a plain one; [F, D]."""
+        return self.up if self.gate is None else self.gate
+
+    @torch.no_grad()
+    def permute_(self, permutation: Tensor) -> None:
+        """Reorder the neurons in place: neuron ``permutation[i]`` moves to position ``i``. [F] long."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor) and field.name != "down_bias":
+                value.copy_(value[permutation.to(value.device)])
