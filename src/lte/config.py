@@ -1,0 +1,149 @@
+"""What a sparse model's ``config.json`` says: the method's config, and the record that carries it."""
+
+from __future__ import annotations
+
+import difflib
+from abc import abstractmethod
+from typing import Any, ClassVar, TypeVar
+
+import pydantic
+import torch
+from torch import nn
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lte.errors import CheckpointError, ConfigError
+from lte.nn import ThresholdRouter
+
+ModelT = TypeVar("ModelT", bound=pydantic.BaseModel)
+
+QUANT_METHOD = "lte"
+"""Name under which this package registers itself with transformers."""
+
+FORMAT_VERSION = 1
+"""Version of the saved format; a checkpoint of a later one is refused."""
+
+
+class MethodConfig(pydantic.BaseModel):
+    """Base of all method configs: how neurons are grouped, and which router each FFN gets.
+
+    A method is one file with one subclass, registered with :func:`register_method`.
+
+    Attributes:
+        expert_size: neurons per expert; must divide d_ff.
+        grouping: name of the grouping, see :data:`lte.grouping.GROUPINGS`.
+        seed: of the grouping and of the routers' initial weights.
+    """
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+    method: ClassVar[str]
+
+    expert_size: int = pydantic.Field(32, ge=1)
+    grouping: str = "kmeans"
+    seed: int = 0
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except pydantic.ValidationError as error:
+            raise explain(error, type(self), type(self).__name__) from None
+
+    @abstractmethod
+    def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> ThresholdRouter:
+        """A router with uninitialised parameters, on the device and in the dtype of ``like``."""
+
+    @abstractmethod
+    def init_router(self, router: ThresholdRouter, generator: torch.Generator) -> None:
+        """Give a new router its initial weights, drawn from a CPU generator."""
+
+
+METHODS: dict[str, type[MethodConfig]] = {}
+"""Method name -> its config class."""
+
+
+def register_method(cls: type[MethodConfig]) -> type[MethodConfig]:
+    """Class decorator: make a method known under its ``method`` name."""
+    METHODS[cls.method] = cls
+    return cls
+
+
+def method_config(name: str, values: dict[str, Any]) -> MethodConfig:
+    """The config of the method called ``name``; ConfigError for an unknown method or key."""
+    if name not in METHODS:
+        raise ConfigError(f"unknown method {name!r}; known methods: {', '.join(sorted(METHODS))}")
+    return METHODS[name](**values)
+
+
+class SparsityConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` entry of a sparse model's ``config.json``.
+
+    Args:
+        method: the method's config.
+        lte_version: version of this package that wrote the checkpoint; informative.
+    """
+
+    def __init__(self, method: MethodConfig, lte_version: str) -> None:
+        self.quant_method = QUANT_METHOD
+        self.method = method
+        self.lte_version = lte_version
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Read the entry back; CheckpointError where it is of another version, incomplete or edited."""
+        values = dict(config_dict)
+        version = values.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"config.json: quantization_config.format_version={version!r}, but this version of lte reads "
+                f"{FORMAT_VERSION}; install the lte version that wrote it ({values.get('lte_version', 'unknown')})"
+            )
+        values.pop("quant_method", None)
+        lte_version = values.pop("lte_version", "unknown")
+        try:
+            config = cls(method_config(values.pop("method", "missing"), values), lte_version)
+        except ConfigError as error:
+            raise CheckpointError(f"config.json: quantization_config: {error}") from None
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """What goes into ``config.json``."""
+        return {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "lte_version": self.lte_version,
+            "method": self.method.method,
+            **self.method.model_dump(mode="json"),
+        }
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The same as :meth:`to_dict`: a checkpoint should not depend on the defaults of a later version."""
+        return self.to_dict()
+
+
+def validate_model(cls: type[ModelT], values: Any, what: str) -> ModelT:
+    """``cls.model_validate(values)`` with pydantic's errors told by :func:`explain`."""
+    try:
+        return cls.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise explain(error, cls, what) from None
+
+
+def explain(error: pydantic.ValidationError, cls: type[pydantic.BaseModel], what: str) -> ConfigError:
+    """A one-line ConfigError that names each key, its value and the way out."""
+    return ConfigError(f"{what}: " + "; ".join(_one_line(item, cls) for item in error.errors()))
+
+
+def _one_line(item: Any, cls: type[pydantic.BaseModel]) -> str:
+    key = ".".join(str(part) for part in item["loc"]) or "value"
+    if item["type"] != "extra_forbidden":
+        return f"{key}={item['input']!r}: {item['msg']}"
+    known = _known_keys(cls, item["loc"])
+    near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+    return f"unknown key {key!r}; {hint}"
+
+
+def _known_keys(cls: type[pydantic.BaseModel], loc: tuple[Any, ...]) -> list[str]:
+    current: Any = cls
+    for key in loc[:-1]:
+        current = current.model_fields[key].annotation
+    return list(current.model_fields)

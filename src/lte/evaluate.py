@@ -1,0 +1,123 @@
+"""Quality, achieved sparsity and FLOPs of one model on one task, always together."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from lte.accounting import gflops_per_token, layer_costs
+from lte.errors import CheckpointError, ConfigError
+from lte.hub import is_sparse_config, load, load_weights, read_config, require_sparse
+from lte.nn import SparsityMeter, observe_routing, sparse_ffns
+from lte.tasks import Progress, Task
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    source: str,
+    *,
+    dense: bool = False,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Evaluate a model and account for what it used.
+
+    Args:
+        model: a sparse model in hard mode, or a dense one with ``dense=True``.
+        tokenizer: of the model.
+        task: data and metric.
+        source: the evaluation data.
+        dense: evaluate the dense baseline under the same accounting.
+        batch_size: does not change the result.
+        seed: recorded, and set before evaluating.
+        progress: called with batches done and in all.
+
+    Returns:
+        ``metric``, ``value``, ``sparsity``, ``sparsity_per_layer``, ``gflops_per_token`` (``dense``, ``sparse``,
+        ``router``), ``tokens``, ``model``, ``task``, ``data``, ``seed``, ``versions``; also ``extras`` (further
+        numbers of the task) and ``samples``.
+
+    Raises:
+        CheckpointError: the model is dense and ``dense`` was not asked for, or the reverse.
+    """
+    costs = layer_costs(model)
+    meter = SparsityMeter(len(costs))
+    if dense:
+        if sparse_ffns(model):
+            raise CheckpointError("the model is sparse; evaluate it without --dense")
+    else:
+        require_sparse(model)
+    with observe_routing(model, meter):
+        result = task.evaluate(
+            model,
+            tokenizer,
+            source,
+            batch_size=batch_size,
+            set_token_mask=meter.set_token_mask,
+            progress=progress,
+            seed=seed,
+        )
+    per_layer = [0.0] * len(costs) if dense else meter.per_layer
+    return {
+        "metric": result.metric,
+        "value": result.value,
+        "sparsity": 0.0 if dense else meter.overall,
+        "sparsity_per_layer": per_layer,
+        "gflops_per_token": gflops_per_token(costs, per_layer),
+        "tokens": result.tokens,
+        "model": str(getattr(model.config, "name_or_path", "")),
+        "task": task.config.name,
+        "data": str(source),
+        "seed": seed,
+        "versions": versions(),
+        "extras": dict(result.extras),
+        "samples": list(result.samples),
+    }
+
+
+def load_for_evaluation(path: str, task: Task, *, dense: bool, **kwargs: Any) -> tuple[Any, Any]:
+    """Model and tokenizer of a checkpoint; CheckpointError where a dense one was not asked for, or the reverse."""
+    config = read_config(path)
+    if is_sparse_config(config) == dense:
+        raise CheckpointError(
+            f"{path} is a sparse checkpoint; evaluate it without --dense"
+            if dense
+            else f"{path} is a dense checkpoint; make it sparse with `lte train`, or evaluate it as a baseline with --dense"
+        )
+    tokenizer = load_tokenizer(path)
+    model = load_weights(task.auto_class, path, **kwargs) if dense else load(path, **kwargs)
+    if not isinstance(model, tuple(task.auto_class._model_mapping.values())):
+        raise ConfigError(f"{path} is a {type(model).__name__}, which task={task.config.name!r} cannot use")
+    return model, tokenizer
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of a model folder or hub id."""
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"no tokenizer could be loaded from {path!r}: {reason}") from error
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    return {
+        "lte": version("learn-to-be-efficient"),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "python": platform.python_version(),
+    }
+
+
+def checkpoint_name(path: str) -> str:
+    """How a result names its model: the folder as given, without a trailing slash."""
+    return str(Path(path)) if Path(path).exists() else path

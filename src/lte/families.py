@@ -1,0 +1,196 @@
+"""Where each transformer family keeps its feed-forward networks: one declarative row per family.
+
+Adding a family is adding a row (or calling :func:`register_family`); nothing else changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lte.errors import UnsupportedModelError
+from lte.nn import DeferredLinear, SparseFFN, SplitSparseFFN, ThresholdRouter
+
+ACTIVATION_NAMES = {
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "silu": "silu",
+    "swish": "silu",
+}
+"""Names transformers uses in configs -> the canonical names of :class:`lte.ops.FFNWeights`."""
+
+RouterFactory = Callable[[int, int, nn.Parameter], ThresholdRouter]
+"""``(d_model, d_ff, like)`` -> a router on the device and in the dtype of ``like``."""
+
+
+@dataclass(frozen=True)
+class FFNSpec:
+    """Where a family keeps its FFN. Paths are relative to a block, ``blocks`` to the base model.
+
+    Attributes:
+        blocks: the list of transformer blocks.
+        down: the output projection.
+        act: the activation module.
+        up: the input projection; for a gated FFN the one without an activation.
+        gate: the projection under the activation, for gated FFNs.
+        gate_up: gate and up in one projection, gate first, instead of ``gate`` and ``up``.
+        dropout: dropout on the FFN's output, where it is part of the FFN module.
+        config_act: name of the config field that names the activation.
+
+    Where all parts are children of one module, that module is replaced; otherwise the FFN is computed in place
+    of its down projection (see :class:`lte.nn.SplitSparseFFN`).
+    """
+
+    blocks: str
+    down: str
+    act: str
+    up: str | None = None
+    gate: str | None = None
+    gate_up: str | None = None
+    dropout: str | None = None
+    config_act: str = "hidden_act"
+
+    def parts(self) -> dict[str, str]:
+        """Role -> path, for the roles this family has."""
+        roles = ("gate", "up", "gate_up", "down", "act", "dropout")
+        return {role: path for role in roles if (path := getattr(self, role)) is not None}
+
+
+_GATED_MLP = FFNSpec(
+    blocks="layers", gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj", act="mlp.act_fn"
+)
+_ENCODER = FFNSpec(
+    blocks="encoder.layer",
+    up="intermediate.dense",
+    act="intermediate.intermediate_act_fn",
+    down="output.dense",
+)
+
+FAMILIES: dict[str, FFNSpec] = {
+    "llama": _GATED_MLP,
+    "mistral": _GATED_MLP,
+    "qwen2": _GATED_MLP,
+    "qwen3": _GATED_MLP,
+    "gemma": _GATED_MLP,
+    "phi3": FFNSpec(
+        blocks="layers", gate_up="mlp.gate_up_proj", down="mlp.down_proj", act="mlp.activation_fn"
+    ),
+    "opt": FFNSpec(
+        blocks="decoder.layers", up="fc1", act="activation_fn", down="fc2", config_act="activation_function"
+    ),
+    "gpt2": FFNSpec(
+        blocks="h",
+        up="mlp.c_fc",
+        act="mlp.act",
+        down="mlp.c_proj",
+        dropout="mlp.dropout",
+        config_act="activation_function",
+    ),
+    "gpt_neox": FFNSpec(
+        blocks="layers", up="mlp.dense_h_to_4h", act="mlp.act", down="mlp.dense_4h_to_h"
+    ),
+    "bert": _ENCODER,
+    "roberta": _ENCODER,
+}
+"""``config.model_type`` -> where that family keeps its FFNs."""
+
+
+def register_family(model_type: str, spec: FFNSpec) -> None:
+    """Teach the package a family, or replace a row: ``register_family("my_model", FFNSpec(...))``."""
+    FAMILIES[model_type] = spec
+
+
+def family_spec(model: nn.Module) -> FFNSpec:
+    """The row for a model; UnsupportedModelError names the known families and the way to add one."""
+    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"model family {model_type!r} is not known; known families: {', '.join(sorted(FAMILIES))}. "
+            f"Add one with lte.register_family({model_type!r}, lte.FFNSpec(blocks=..., up=..., act=..., down=...))"
+        )
+    return FAMILIES[model_type]
+
+
+def blocks_of(model: Any) -> list[nn.Module]:
+    """The transformer blocks of a model, in order."""
+    spec = family_spec(model)
+    try:
+        blocks = model.base_model.get_submodule(spec.blocks)
+    except AttributeError:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no blocks at {spec.blocks!r} of its base model, where the row for "
+            f"{model.config.model_type!r} says; load it with AutoModelForCausalLM, AutoModelForSequenceClassification "
+            "or AutoModel, or register a row for it"
+        ) from None
+    return list(blocks)
+
+
+def install_ffns(model: Any, make_router: RouterFactory) -> list[SparseFFN]:
+    """Put a :class:`SparseFFN` in place of every FFN, in place; parameters are shared, not copied."""
+    spec = family_spec(model)
+    activation = canonical_activation(getattr(model.config, spec.config_act))
+    ffns: list[SparseFFN] = []
+    for index, block in enumerate(blocks_of(model)):
+        parts = {role: block.get_submodule(path) for role, path in spec.parts().items()}
+        parents = {path.rpartition(".")[0] for path in spec.parts().values()}
+        down = parts["down"]
+        d_ff, d_model = _down_shape(down)
+        router = make_router(d_model, d_ff, down.weight)  # type: ignore[arg-type]
+        if len(parents) == 1 and parents != {""}:
+            names = {role: path.rpartition(".")[2] for role, path in spec.parts().items()}
+            ffn = SparseFFN(
+                {names[role]: part for role, part in parts.items()},
+                names,
+                activation=activation,
+                router=router,
+                layer_index=index,
+            )
+            block.set_submodule(parents.pop(), ffn)
+        else:
+            ffn = _install_split(block, spec, parts, activation, router, index)
+        ffn.train(block.training)
+        ffns.append(ffn)
+    return ffns
+
+
+def canonical_activation(name: Any) -> str:
+    """``gelu_new`` -> ``gelu_tanh`` and so on; UnsupportedModelError for what the operator does not have."""
+    if name not in ACTIVATION_NAMES:
+        raise UnsupportedModelError(
+            f"activation {name!r} is not supported; supported: {', '.join(sorted(ACTIVATION_NAMES))}"
+        )
+    return ACTIVATION_NAMES[name]
+
+
+def _install_split(
+    block: nn.Module,
+    spec: FFNSpec,
+    parts: dict[str, nn.Module],
+    activation: str,
+    router: ThresholdRouter,
+    index: int,
+) -> SplitSparseFFN:
+    up, down = parts["up"], parts["down"]
+    assert spec.up is not None
+    assert isinstance(up, nn.Linear)
+    assert isinstance(down, nn.Linear)
+    deferred = DeferredLinear.take(up)
+    ffn = SplitSparseFFN(deferred, down, parts["act"], activation=activation, router=router, layer_index=index)
+    block.set_submodule(spec.up, deferred)
+    block.set_submodule(spec.act, nn.Identity())
+    block.set_submodule(spec.down, ffn)
+    return ffn
+
+
+def _down_shape(down: nn.Module) -> tuple[int, int]:
+    """(d_ff, d_model) of an output projection, ``nn.Linear`` or ``Conv1D``."""
+    rows, columns = down.weight.shape  # type: ignore[union-attr, misc]
+    return (int(columns), int(rows)) if isinstance(down, nn.Linear) else (int(rows), int(columns))

@@ -1,0 +1,179 @@
+"""Saving and loading: a stock checkpoint plus routers, and no way to take a dense model for a sparse one.
+
+Importing this module registers the method with transformers, so that ``AutoModel*.from_pretrained`` restores the
+sparse model. ``model.save_pretrained`` needs nothing from here: the routers are parameters, and the settings are
+the ``quantization_config`` entry of ``config.json``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+
+from lte.config import QUANT_METHOD, SparsityConfig
+from lte.errors import CheckpointError, LTEError
+from lte.nn import SparseFFN, sparse_ffns
+from lte.sparsify import install_sparse_ffns
+
+register_quantization_config(QUANT_METHOD)(SparsityConfig)
+
+
+@register_quantizer(QUANT_METHOD)
+class SparseModelLoader(HfQuantizer):
+    """What transformers calls while it loads a sparse checkpoint.
+
+    After loading the model is an ordinary one: the quantizer is taken off again, so that training, casting and
+    saving are not restricted as they are for quantized models.
+    """
+
+    quantization_config: SparsityConfig
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        install_sparse_ffns(model, self.quantization_config.method)
+        if checkpoint_files is not None:
+            _check_files(model, checkpoint_files)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        del model.hf_quantizer
+        del model.quantization_method
+        model.is_quantized = False
+        for module in model.modules():
+            if isinstance(module, transformers.PreTrainedModel):
+                module.config.__dict__.pop("_is_quantized", None)
+        return model
+
+    def is_serializable(self) -> bool:
+        """Saving is the stock saving."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Training is the stock training."""
+        return True
+
+
+def load(path: str | Path, **kwargs: Any) -> Any:
+    """Load a sparse model, in hard mode, or raise: never a dense one.
+
+    Args:
+        path: folder or hub id of a model saved with ``save_pretrained`` after :func:`lte.sparsify`.
+        **kwargs: handed to ``from_pretrained`` (``dtype``, ``device_map``, ``revision``, ...).
+
+    Raises:
+        CheckpointError: the checkpoint is missing, dense, truncated, edited or of another version.
+    """
+    config = read_config(path, **{k: kwargs[k] for k in ("revision", "token", "cache_dir") if k in kwargs})
+    if not is_sparse_config(config):
+        raise CheckpointError(
+            f"{path} is a dense checkpoint: its config.json has no quantization_config of lte; "
+            "make it sparse with lte.sparsify or `lte train`"
+        )
+    architecture = (config.architectures or ["AutoModel"])[0]
+    model = load_weights(getattr(transformers, architecture), path, **kwargs)
+    require_sparse(model)
+    return model
+
+
+def load_weights(model_class: Any, path: str | Path, **kwargs: Any) -> Any:
+    """``model_class.from_pretrained(path)`` with every weight present, and file errors told as CheckpointError."""
+    try:
+        model, info = model_class.from_pretrained(path, output_loading_info=True, **kwargs)
+    except LTEError:
+        raise
+    except (SafetensorError, OSError, HFValidationError, json.JSONDecodeError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: the checkpoint cannot be read: {_first_line(error)}") from error
+    if info["missing_keys"] and is_sparse_config(model.config):
+        raise CheckpointError(f"{path}: the checkpoint lacks {_some(info['missing_keys'])}")
+    return model
+
+
+def read_config(path: str | Path, **kwargs: Any) -> Any:
+    """The transformers config of a folder or hub id; CheckpointError where there is none."""
+    local = Path(path)
+    looks_local = local.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1
+    if looks_local and not local.is_dir():
+        raise CheckpointError(f"no model folder {str(path)!r}; give a folder with a config.json, or a hub id")
+    if local.is_dir() and not (local / "config.json").is_file():
+        raise CheckpointError(f"{path} holds no config.json; is it a model folder?")
+    try:
+        return AutoConfig.from_pretrained(path, **kwargs)
+    except LTEError:
+        raise
+    except (OSError, HFValidationError, ValueError, KeyError) as error:
+        raise CheckpointError(f"cannot read the config of model {str(path)!r}: {_first_line(error)}") from error
+
+
+def is_sparse_config(config: Any) -> bool:
+    """Whether a transformers config describes a model made sparse by this package."""
+    entry = getattr(config, "quantization_config", None)
+    if isinstance(entry, dict):
+        return entry.get("quant_method") == QUANT_METHOD
+    return isinstance(entry, SparsityConfig)
+
+
+def require_sparse(model: nn.Module) -> None:
+    """Raise CheckpointError unless the model's FFNs run sparse. Call it before evaluating or timing a model."""
+    ffns = sparse_ffns(model)
+    if not ffns:
+        raise CheckpointError(
+            f"{type(model).__name__} is dense: it has no sparse FFN; load it with lte.load, or `import lte` before "
+            "from_pretrained"
+        )
+    not_hard = {str(ffn.mode) for ffn in ffns if ffn.mode != "hard"}
+    if not_hard:
+        raise CheckpointError(f"the model runs in {', '.join(not_hard)} mode; call lte.set_mode(model, 'hard') first")
+
+
+def _check_files(model: Any, checkpoint_files: Iterable[str]) -> None:
+    """Compare the routers and FFN weights the model expects with those in the files, before anything is read.
+
+    transformers fills what a checkpoint lacks with random values and a warning; here it is an error.
+    """
+    shapes: dict[str, list[int]] = {}
+    prefix = model.base_model_prefix + "."
+    for file in checkpoint_files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 - a safetensors file is not a mapping
+                    shapes[key.removeprefix(prefix)] = tensors.get_slice(key).get_shape()
+                    if ".router." in key and not torch.isfinite(tensors.get_tensor(key)).all():
+                        raise CheckpointError(f"{file}: {key} holds values that are not finite")
+        except SafetensorError as error:
+            raise CheckpointError(f"{file}: truncated or not a safetensors file ({_first_line(error)})") from error
+    expected = {
+        f"{name}.{parameter}".removeprefix(prefix): list(value.shape)
+        for name, module in model.named_modules()
+        if isinstance(module, SparseFFN)
+        for parameter, value in module.named_parameters()
+    }
+    missing = sorted(set(expected) - set(shapes))
+    if missing:
+        what = "routers" if all(".router." in key for key in missing) else "FFN weights"
+        raise CheckpointError(f"the checkpoint lacks {what}: {_some(missing)}; it was edited or saved without lte")
+    for key, shape in expected.items():
+        if shapes[key] != shape:
+            raise CheckpointError(
+                f"the checkpoint's {key} has shape {shapes[key]}, but config.json (expert_size and widths) asks for "
+                f"{shape}; one of the two was edited"
+            )
+
+
+def _some(keys: Iterable[str]) -> str:
+    names = sorted(keys)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

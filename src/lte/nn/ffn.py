@@ -1,0 +1,187 @@
+"""A feed-forward network whose experts are switched per token, holding its weights under their stock names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lte.nn.router import Routing, ThresholdRouter
+from lte.ops import FFNWeights, scale_experts
+
+RoutingObserver = Callable[[int, Routing], None]
+
+
+class Mode(StrEnum):
+    """How an FFN uses its router: not at all, as weights (training, stage 1), or as a mask (inference)."""
+
+    DENSE = "dense"
+    SOFT = "soft"
+    HARD = "hard"
+
+
+class SparseFFN(nn.Module):
+    """An FFN with a router, in place of a family's own FFN module.
+
+    The family's projections become children under the names they had, so that the state dict keeps the stock
+    names, and they are called as modules, so that adapters and hooks put on them keep working.
+
+    Args:
+        parts: the family's own children, stock name -> module.
+        roles: which part is what: ``up`` and ``down``, or ``gate``, ``up`` and ``down``, or ``gate_up`` and
+            ``down``, and ``act``; optionally ``dropout``, applied to the output.
+        activation: canonical name of the activation, see :class:`FFNWeights`.
+        router: scores inputs of shape [..., D].
+        layer_index: position among the model's FFNs, given to observers.
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[str, nn.Module],
+        roles: Mapping[str, str],
+        *,
+        activation: str,
+        router: ThresholdRouter,
+        layer_index: int,
+    ) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+        self.roles = dict(roles)
+        self.activation = activation
+        self.router = router
+        self.layer_index = layer_index
+        self.mode = Mode.HARD
+        self.observer: RoutingObserver | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D], in the current mode (LTE, sections 4.1 and 4.2)."""
+        hidden = self.hidden(x)
+        if self.mode != Mode.DENSE:
+            routing = self.router(x)
+            if self.observer is not None:
+                self.observer(self.layer_index, routing)
+            hidden = scale_experts(hidden, routing.scores if self.mode == Mode.SOFT else routing.mask)
+        return self.project_down(hidden)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """What enters the down projection: [..., D] -> [..., F]."""
+        act = self._part("act")
+        if "gate_up" in self.roles:
+            gate, up = self._part("gate_up")(x).chunk(2, dim=-1)
+            return act(gate) * up
+        if "gate" in self.roles:
+            return act(self._part("gate")(x)) * self._part("up")(x)
+        return act(self._part("up")(x))
+
+    def project_down(self, hidden: Tensor) -> Tensor:
+        """[..., F] -> [..., D], with the family's output dropout where it has one."""
+        out = self._part("down")(hidden)
+        return self._part("dropout")(out) if "dropout" in self.roles else out
+
+    def weights(self) -> FFNWeights:
+        """The parameters as views in one layout; writing to them writes to the model."""
+        gate = gate_bias = None
+        if "gate_up" in self.roles:
+            weight, bias = neuron_rows(self._part("gate_up"))
+            gate, up = weight.chunk(2)
+            gate_bias, up_bias = (None, None) if bias is None else bias.chunk(2)
+        else:
+            up, up_bias = neuron_rows(self._part("up"))
+            if "gate" in self.roles:
+                gate, gate_bias = neuron_rows(self._part("gate"))
+        down, down_bias = self._down_parameters()
+        return FFNWeights(
+            up=up,
+            down=down,
+            gate=gate,
+            up_bias=up_bias,
+            gate_bias=gate_bias,
+            down_bias=down_bias,
+            activation=self.activation,
+        )
+
+    def _down_parameters(self) -> tuple[Tensor, Tensor | None]:
+        weight, bias = neuron_rows(self._part("down"))
+        return weight.T, bias
+
+    def _part(self, role: str) -> nn.Module:
+        part = getattr(self, self.roles[role])
+        assert isinstance(part, nn.Module)
+        return part
+
+
+class SplitSparseFFN(SparseFFN):
+    """A sparse FFN for families that keep the two projections apart (OPT in the block, BERT in two modules).
+
+    It takes the place of the *down* projection and owns its parameters. The block still calls the up projection
+    and the activation first; both pass their input through (:class:`DeferredLinear`, ``nn.Identity``), so the
+    FFN's input arrives here, where the whole FFN is computed.
+
+    Args:
+        up: the up projection, which stays registered where the family has it.
+        down: the down projection being replaced.
+        act: the activation.
+    """
+
+    def __init__(
+        self,
+        up: DeferredLinear,
+        down: nn.Linear,
+        act: nn.Module,
+        *,
+        activation: str,
+        router: ThresholdRouter,
+        layer_index: int,
+    ) -> None:
+        super().__init__(
+            {"act": act}, {"act": "act"}, activation=activation, router=router, layer_index=layer_index
+        )
+        self.weight = down.weight
+        self.bias = down.bias
+        # Inside a list the module is reached without being registered here a second time.
+        self._up = [up]
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., F]."""
+        return self._part("act")(self._up[0].project(x))
+
+    def project_down(self, hidden: Tensor) -> Tensor:
+        """[..., F] -> [..., D]."""
+        return F.linear(hidden, self.weight, self.bias)
+
+    def weights(self) -> FFNWeights:
+        """The parameters as views in one layout; writing to them writes to the model."""
+        up = self._up[0]
+        return FFNWeights(
+            up=up.weight, down=self.weight.T, up_bias=up.bias, down_bias=self.bias, activation=self.activation
+        )
+
+
+class DeferredLinear(nn.Linear):
+    """A linear layer that passes its input through and does its work when asked (:meth:`project`)."""
+
+    @classmethod
+    def take(cls, linear: nn.Linear) -> DeferredLinear:
+        """Take over the parameters of ``linear``."""
+        new = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        new.weight, new.bias = linear.weight, linear.bias
+        return new
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` itself."""
+        return x
+
+    def project(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., F]."""
+        return F.linear(x, self.weight, self.bias)
+
+
+def neuron_rows(projection: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight of a linear layer as [out, in], and its bias; transformers' ``Conv1D`` stores it as [in, out]."""
+    weight, bias = projection.weight, projection.bias
+    assert isinstance(weight, Tensor)
+    is_conv1d = hasattr(projection, "nf")
+    return (weight.T if is_conv1d else weight), bias

@@ -1,0 +1,79 @@
+"""Routers: which experts run for which token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What a router decided.
+
+    Attributes:
+        scores: [..., E] float32, in (0, 1) for a sigmoid router.
+        mask: [..., E] bool, True where the expert runs in hard mode.
+    """
+
+    scores: Tensor
+    mask: Tensor
+
+
+class ThresholdRouter(nn.Module):
+    """``G(x) = sigmoid(x W_g + b)``; an expert runs where ``G(x) > threshold`` (LTE, section 4.1).
+
+    Scores are always computed in float32, under autocast too: near the threshold bf16 has steps of 0.004, and a
+    mask that depends on the dtype cannot be reproduced.
+
+    Args:
+        d_model: width D of the FFN's input.
+        n_experts: number of experts E.
+        threshold: tau, in (0, 1).
+        bias: whether the router has a bias (the paper's equation has none).
+        init_std: standard deviation of the initial logits over inputs of unit variance.
+        init_score: mean initial score, set through the bias; 0.5 without a bias.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        *,
+        threshold: float = 0.5,
+        bias: bool = True,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.threshold = threshold
+        self.weight = nn.Parameter(torch.empty(n_experts, d_model, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(n_experts, device=device, dtype=dtype)) if bias else None
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator, *, init_std: float, init_score: float) -> None:
+        """Draw the weights on the CPU, so that every device starts from the same router.
+
+        Args:
+            generator: CPU generator.
+            init_std: standard deviation of the logits for inputs whose entries have unit variance.
+            init_score: score of a zero input; needs a bias unless it is 0.5.
+        """
+        n_experts, d_model = self.weight.shape
+        self.weight.copy_(torch.randn(n_experts, d_model, generator=generator) * (init_std / d_model**0.5))
+        if self.bias is not None:
+            self.bias.fill_(torch.logit(torch.tensor(init_score)).item())
+
+    def forward(self, x: Tensor) -> Routing:
+        """Route inputs of shape [..., D]."""
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            scores = torch.sigmoid(F.linear(x.float(), self.weight.float(), bias))
+        return Routing(scores, scores > self.threshold)
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        n_experts, d_model = self.weight.shape
+        return f"d_model={d_model}, n_experts={n_experts}, threshold={self.threshold}, bias={self.bias is not None}"

@@ -1,0 +1,52 @@
+"""The oracle: a sparse FFN in plain PyTorch, on any device, written to be read rather than to be fast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lte.ops.weights import FFNWeights
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+def sparse_ffn_reference(x_TD: Tensor, weights: FFNWeights, expert_weights_TE: Tensor | None = None) -> Tensor:
+    """``sum_e w[t, e] * E_e(x[t]) + down_bias``: the FFN with every expert's output scaled.
+
+    Args:
+        x_TD: [T, D] inputs.
+        weights: the FFN, its neurons ordered so that experts are contiguous.
+        expert_weights_TE: [T, E]. A boolean mask gives hard mode (LTE, section 4.2), sigmoid scores give soft
+            mode (section 4.1), None the dense FFN.
+
+    Returns:
+        [T, D], in the dtype of ``x_TD``.
+    """
+    act = ACTIVATIONS[weights.activation]
+    hidden_TF = F.linear(x_TD, weights.up, weights.up_bias)
+    if weights.gate is None:
+        hidden_TF = act(hidden_TF)
+    else:
+        hidden_TF = act(F.linear(x_TD, weights.gate, weights.gate_bias)) * hidden_TF
+    if expert_weights_TE is not None:
+        hidden_TF = scale_experts(hidden_TF, expert_weights_TE)
+    return F.linear(hidden_TF, weights.down.T, weights.down_bias)
+
+
+def scale_experts(hidden: Tensor, expert_weights: Tensor) -> Tensor:
+    """Scale every expert's neurons by that expert's weight: [..., F] by [..., E] to [..., F].
+
+    A masked expert contributes exact zeros even where its activation overflowed.
+    """
+    grouped = hidden.unflatten(-1, (expert_weights.shape[-1], -1))
+    if expert_weights.dtype == torch.bool:
+        return grouped.where(expert_weights.unsqueeze(-1), 0.0).flatten(-2)
+    return (grouped * expert_weights.unsqueeze(-1).to(hidden.dtype)).flatten(-2)

@@ -1,0 +1,220 @@
+"""Training runs from a recipe to a folder: sparse (``lte train``), dense (``lte finetune``), and new models."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from lte.config import MethodConfig
+from lte.errors import ConfigError
+from lte.evaluate import load_tokenizer, versions
+from lte.grouping import needs_activations
+from lte.hub import is_sparse_config, load, load_weights, read_config
+from lte.recipe import Recipe, dump_recipe, load_recipe
+from lte.sparsify import sparsify
+from lte.tasks import Task, build_task, fit_context
+from lte.training import JsonLinesLog, LTETrainer, LTETrainingArguments, StepProgress, last_complete_checkpoint
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE = "lte_run.json"
+"""Written beside the weights when a run is complete: recipe, versions, time, and the sparsity training ended at."""
+
+CALIBRATION_TOKENS = 4096
+"""Tokens a grouping sees, where it looks at activations."""
+
+RUN_DEFAULTS: dict[str, Any] = {
+    "save_steps": 0.2,
+    "save_total_limit": 2,
+    "logging_steps": 1,
+    "disable_tqdm": False,
+    "logging_nan_inf_filter": False,
+}
+"""Where a run of ours differs from the defaults of transformers; a recipe's ``training`` section wins."""
+
+
+def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    """Make a dense model sparse and train it; ``recipe.out`` then holds the sparse model.
+
+    Args:
+        recipe: the run.
+        resume: go on from the last complete checkpoint in ``recipe.out``.
+        overwrite: empty ``recipe.out`` first.
+
+    Returns:
+        What is written to ``lte_run.json``.
+
+    Raises:
+        LTEError: anything the caller can mend; nothing has been changed then.
+    """
+    method = recipe.method()
+    out = Path(recipe.out)
+    args = recipe.arguments(LTETrainingArguments, output_dir=str(out / "checkpoints"), **RUN_DEFAULTS)
+    if resume and (done := _finished(out, recipe)) is not None:
+        return done
+    _check_dense(recipe)
+    tokenizer = load_tokenizer(recipe.model)
+    task = _task(recipe)
+    rows = task.prepare(recipe.data, tokenizer)
+    claim_folder(out, recipe, resume=resume, overwrite=overwrite)
+    checkpoint = last_complete_checkpoint(args.output_dir) if resume else None
+    if checkpoint is not None:
+        model = load(checkpoint, dtype=_dtype(recipe))
+    else:
+        model = _load_dense(recipe, task, tokenizer)
+        sparsify(model, method, calibration=_calibration(method, task, rows, tokenizer))
+    trainer = LTETrainer(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        data_collator=task.collator(tokenizer),
+        processing_class=tokenizer,
+        callbacks=[JsonLinesLog(out / "training_log.jsonl")],
+    )
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    summary = {**_summary(recipe, trainer, started), **_final_sparsity(trainer.state.log_history)}
+    return _save(trainer, tokenizer, out, summary)
+
+
+def finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    """Fine-tune (or, after :func:`lte.models.create`, pre-train) a dense model: the baseline, on the same data.
+
+    Arguments and result are those of :func:`train`; ``training`` takes fields of ``TrainingArguments``.
+    """
+    if recipe.sparsity:
+        raise ConfigError("a dense run takes no 'sparsity' section; use `lte train`, or leave it out")
+    out = Path(recipe.out)
+    args = recipe.arguments(
+        TrainingArguments, output_dir=str(out / "checkpoints"), warmup_steps=0.06, **RUN_DEFAULTS
+    )
+    if resume and (done := _finished(out, recipe)) is not None:
+        return done
+    _check_dense(recipe)
+    tokenizer = load_tokenizer(recipe.model)
+    task = _task(recipe)
+    rows = task.prepare(recipe.data, tokenizer)
+    claim_folder(out, recipe, resume=resume, overwrite=overwrite)
+    checkpoint = last_complete_checkpoint(args.output_dir) if resume else None
+    trainer = Trainer(
+        model=_load_dense(recipe, task, tokenizer),
+        args=args,
+        train_dataset=rows,
+        data_collator=task.collator(tokenizer),
+        processing_class=tokenizer,
+        callbacks=[JsonLinesLog(out / "training_log.jsonl"), StepProgress("dense training")],
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return _save(trainer, tokenizer, out, _summary(recipe, trainer, started))
+
+
+def claim_folder(out: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+    """Make ``out`` ready for a run and leave the recipe in it; ConfigError if that would lose or mix results."""
+    written = out / "recipe.yaml"
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite contradict each other; give one")
+    if out.is_file():
+        raise ConfigError(f"out={str(out)!r} is a file; give a folder")
+    if out.is_dir() and any(out.iterdir()):
+        if overwrite:
+            if not written.is_file():
+                raise ConfigError(f"out folder {str(out)!r} was not made by lte and is not overwritten; empty it yourself")
+            shutil.rmtree(out)
+        elif not resume:
+            raise ConfigError(f"out folder {str(out)!r} is not empty; use --resume, --overwrite or another --out")
+        elif written.is_file():
+            _check_same_recipe(load_recipe(written, {}, []), recipe, written)
+    out.mkdir(parents=True, exist_ok=True)
+    written.write_text(dump_recipe(recipe))
+
+
+def _task(recipe: Recipe) -> Task:
+    return build_task(fit_context(recipe.task, read_config(recipe.model)), recipe.data)
+
+
+def _dtype(recipe: Recipe) -> Any:
+    return "auto" if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+
+
+def _check_dense(recipe: Recipe) -> None:
+    if is_sparse_config(read_config(recipe.model)):
+        raise ConfigError(f"model={recipe.model!r} is sparse already; give the dense checkpoint")
+
+
+def _load_dense(recipe: Recipe, task: Task, tokenizer: Any) -> Any:
+    kwargs = task.model_kwargs(recipe.data, tokenizer)
+    return load_weights(task.auto_class, recipe.model, dtype=_dtype(recipe), **kwargs)
+
+
+def _calibration(method: MethodConfig, task: Task, rows: Any, tokenizer: Any) -> list[Any] | None:
+    """The first rows of the training data, about 4096 tokens of them, if the grouping looks at activations."""
+    if not needs_activations(method.grouping):
+        return None
+    collate, batches, tokens = task.collator(tokenizer), [], 0
+    for start in range(0, len(rows), 8):
+        if tokens >= CALIBRATION_TOKENS:
+            break
+        batch = collate([rows[i] for i in range(start, min(start + 8, len(rows)))])
+        batches.append(batch)
+        tokens += batch["input_ids"].numel()
+    return batches
+
+
+def _finished(out: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """The summary of a complete run in ``out``, if there is one."""
+    file = out / RUN_FILE
+    if not file.is_file():
+        return None
+    _check_same_recipe(load_recipe(out / "recipe.yaml", {}, []), recipe, out / "recipe.yaml")
+    logger.warning("%s holds a complete run already; nothing to resume", out)
+    summary: dict[str, Any] = json.loads(file.read_text())
+    return summary
+
+
+def _check_same_recipe(old: Recipe, new: Recipe, file: Path) -> None:
+    before, after = old.model_dump(), new.model_dump()
+    changed = [key for key in before if before[key] != after[key] and key != "out"]
+    if changed:
+        raise ConfigError(
+            f"cannot resume with other settings: {', '.join(changed)} differ from {file}; "
+            f"use `lte train {file} --resume`, or --overwrite to start again"
+        )
+
+
+def _summary(recipe: Recipe, trainer: Trainer, started: float) -> dict[str, Any]:
+    return {
+        "recipe": recipe.model_dump(mode="json", exclude_defaults=True),
+        "steps": trainer.state.global_step,
+        "seconds": round(time.perf_counter() - started, 1),
+        "versions": versions(),
+    }
+
+
+def _final_sparsity(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sparsity over the last tenth of training, as logged."""
+    records = [record for record in history if "sparsity" in record]
+    last = records[-max(1, len(records) // 10) :]
+    layers = sorted((key for key in last[0] if key.startswith("sparsity/layer_")), key=lambda key: int(key.split("_")[1]))
+    return {
+        "sparsity": sum(record["sparsity"] for record in last) / len(last),
+        "sparsity_per_layer": [sum(record[key] for record in last) / len(last) for key in layers],
+    }
+
+
+def _save(trainer: Trainer, tokenizer: Any, out: Path, summary: dict[str, Any]) -> dict[str, Any]:
+    if trainer.is_world_process_zero():
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        (out / RUN_FILE).write_text(json.dumps(summary, indent=2) + "\n")
+    return summary

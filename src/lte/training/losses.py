@@ -1,0 +1,66 @@
+"""The two auxiliary losses of LTE (section 4.1), as sums over tokens so that any averaging can be exact."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lte.nn import Routing
+
+
+def efficiency_loss(scores: Tensor) -> Tensor:
+    """``mean over experts of G^2``, per token: [T, E] -> [T]."""
+    return scores.square().mean(-1)
+
+
+def separability_loss(scores: Tensor, threshold: float, epsilon: float) -> Tensor:
+    """``mean over experts of 1 / max((G - tau)^2, epsilon)``, per token: [T, E] -> [T].
+
+    The paper's loss is singular at the threshold and leaves open how that is avoided. Here the distance is
+    clamped: inside the band ``|G - tau| < sqrt(epsilon)`` the loss is constant, so that there the task and the
+    efficiency loss alone decide on which side an expert ends, and outside it is the paper's. An additive
+    epsilon would keep a wall at the threshold; see docs/training.md for the measurement.
+    """
+    return (scores - threshold).square().clamp_min(epsilon).reciprocal().mean(-1)
+
+
+@dataclass(frozen=True)
+class RoutingTotals:
+    """Sums over the tokens of one forward; dividing by a token count gives the losses and the sparsity.
+
+    Attributes:
+        efficiency, separability: scalars with gradient, already averaged over layers and experts.
+        active_L: [L], tokens times experts that would run in hard mode, divided by the number of experts.
+        tokens: number of tokens that counted.
+    """
+
+    efficiency: Tensor
+    separability: Tensor
+    active_L: Tensor
+    tokens: Tensor
+
+
+def total_routing(
+    routings: Sequence[Routing], token_mask: Tensor | None, *, threshold: float, epsilon: float
+) -> RoutingTotals:
+    """Sum the losses of all layers over the tokens of a batch, padding left out.
+
+    Args:
+        routings: one per layer, scores of shape [..., E].
+        token_mask: bool, as many entries as tokens; None counts all.
+        threshold, epsilon: see :func:`separability_loss`.
+    """
+    flat = [routing.scores.flatten(0, -2) for routing in routings]
+    masks = [routing.mask.flatten(0, -2) for routing in routings]
+    keep_T = torch.ones(flat[0].shape[0], device=flat[0].device)
+    if token_mask is not None:
+        keep_T = token_mask.reshape(-1).to(keep_T)
+    efficiency = torch.stack([(efficiency_loss(scores) * keep_T).sum() for scores in flat]).mean()
+    separability = torch.stack(
+        [(separability_loss(scores, threshold, epsilon) * keep_T).sum() for scores in flat]
+    ).mean()
+    active_L = torch.stack([(mask.float().mean(-1) * keep_T).sum() for mask in masks])
+    return RoutingTotals(efficiency, separability, active_L.detach(), keep_T.sum())

@@ -1,0 +1,83 @@
+"""The two stages of LTE as a function of the step, so that a resumed run needs no state of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import get_scheduler
+
+from lte.nn import Mode
+from lte.training.arguments import LTETrainingArguments
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """How many optimiser steps each stage takes, and what holds at a given step.
+
+    Attributes:
+        stage1_steps, stage2_steps: lengths in optimiser steps.
+    """
+
+    stage1_steps: int
+    stage2_steps: int
+
+    @classmethod
+    def build(cls, args: LTETrainingArguments, steps_per_epoch: int) -> StagePlan:
+        """From the arguments and the number of optimiser steps in one pass over the data."""
+        steps1 = math.ceil(args.stage1_epochs * steps_per_epoch) if args.stage1_steps is None else args.stage1_steps
+        steps2 = math.ceil(args.stage2_epochs * steps_per_epoch) if args.stage2_steps is None else args.stage2_steps
+        return cls(steps1, steps2)
+
+    @property
+    def total(self) -> int:
+        """Steps of both stages."""
+        return self.stage1_steps + self.stage2_steps
+
+    def stage(self, step: int) -> int:
+        """1 or 2, for the step about to be taken (counted from 0)."""
+        return 1 if step < self.stage1_steps else 2
+
+    def mode(self, step: int) -> Mode:
+        """Soft in stage 1, hard in stage 2 (LTE, section 4.3)."""
+        return Mode.SOFT if self.stage(step) == 1 else Mode.HARD
+
+    def ramp(self, step: int, warmup: float) -> float:
+        """Linear rise from 0 to 1 over the first ``warmup`` share of stage 1."""
+        length = warmup * self.stage1_steps
+        return 1.0 if length == 0 else min(1.0, (step + 1) / length)
+
+
+def learning_rate_factors(
+    args: LTETrainingArguments, plan: StagePlan
+) -> tuple[Callable[[int], float], Callable[[int], float]]:
+    """Multipliers of ``learning_rate`` for the model and of ``router_learning_rate`` for the routers, by step."""
+    first = _schedule(args, plan.stage1_steps)
+    second = _schedule(args, plan.stage2_steps)
+    rate2 = args.learning_rate if args.stage2_learning_rate is None else args.stage2_learning_rate
+    ratio = rate2 / args.learning_rate if args.learning_rate else 0.0
+
+    def model_factor(step: int) -> float:
+        return first(step) if plan.stage(step) == 1 else ratio * second(step - plan.stage1_steps)
+
+    def router_factor(step: int) -> float:
+        return first(step) if plan.stage(step) == 1 else 0.0
+
+    return model_factor, router_factor
+
+
+def _schedule(args: Any, steps: int) -> Callable[[int], float]:
+    """The named schedule of transformers as a plain function of the step."""
+    probe = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    scheduler = get_scheduler(
+        args.lr_scheduler_type,
+        probe,
+        num_warmup_steps=args.get_warmup_steps(steps),
+        num_training_steps=max(steps, 1),
+        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+    )
+    factor: Callable[[int], float] = scheduler.lr_lambdas[0]
+    return factor

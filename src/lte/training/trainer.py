@@ -1,0 +1,300 @@
+"""``LTETrainer``: the two stages of LTE on top of ``transformers.Trainer``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import TrainOutput
+
+from lte.errors import CheckpointError, ConfigError, NonFiniteLossError
+from lte.nn import Mode, Routing, ThresholdRouter, observe_routing, set_mode, sparse_ffns
+from lte.training.arguments import LTETrainingArguments, refuse_reentrant
+from lte.training.callbacks import StepProgress
+from lte.training.losses import RoutingTotals, total_routing
+from lte.training.stages import StagePlan, learning_rate_factors
+
+logger = logging.getLogger(__name__)
+
+
+class LTETrainer(Trainer):
+    """Trains a sparsified model with LTE's two stages; one :meth:`train` runs both.
+
+    Stage 1 trains model and routers together in soft mode on ``task + eta * L_eff + lambda * L_sep``. Stage 2
+    freezes the routers, switches to hard mode and trains the model on the task loss alone. The stage follows
+    from the step, so every checkpoint of either stage resumes to the weights an uninterrupted run would reach.
+
+    Logged per step, beside what transformers logs: ``task_loss``, ``efficiency_loss``, ``separability_loss``,
+    ``eta``, ``stage``, ``sparsity`` (of the hard mask, padding excluded) and ``sparsity/layer_N``.
+
+    Args:
+        model: a model after :func:`lte.sparsify`.
+        args: settings.
+        **kwargs: those of ``transformers.Trainer``.
+
+    Raises:
+        ConfigError: dense model, reentrant gradient checkpointing, or several GPUs under one process.
+        NonFiniteLossError: the loss or a gradient became NaN or infinite; the last checkpoint is kept.
+    """
+
+    args: LTETrainingArguments
+
+    def __init__(self, model: Any = None, args: LTETrainingArguments | None = None, **kwargs: Any) -> None:
+        if model is None or not sparse_ffns(model):
+            raise ConfigError("LTETrainer needs a sparse model; call lte.sparsify(model, lte.LTEConfig(...)) first")
+        super().__init__(model=model, args=args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ConfigError("several GPUs under one process are not supported; start with torchrun or accelerate")
+        if self.args.gradient_checkpointing and self.args.gradient_checkpointing_kwargs is None:
+            self.args.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        # The losses are scaled here, over all the tokens of an optimiser step.
+        self.loss_is_scaled_for_ga = True
+        self._plan: StagePlan | None = None
+        self._step_tokens: Tensor | None = None
+        self._window = _LogWindow()
+        self.add_callback(_StageSwitch(self))
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(StepProgress())
+
+    @property
+    def plan(self) -> StagePlan:
+        """The stages, known once :meth:`train` has begun."""
+        assert self._plan is not None
+        return self._plan
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Run both stages, or what is left of them.
+
+        Args:
+            resume_from_checkpoint: a checkpoint folder, or True for the last complete one in ``output_dir``.
+            **kwargs: those of ``transformers.Trainer.train``.
+        """
+        batches = len(self.get_train_dataloader())
+        self._plan = StagePlan.build(self.args, math.ceil(batches / self.args.gradient_accumulation_steps))
+        if self.plan.total < 1:
+            raise ConfigError("both stages are empty; give stage1_epochs or stage1_steps, stage2_epochs or stage2_steps")
+        self.args.max_steps = self.plan.total
+        for layer in self.model.modules():
+            checkpointing = getattr(layer, "_gradient_checkpointing_func", None)
+            refuse_reentrant(getattr(checkpointing, "keywords", {}))
+        if resume_from_checkpoint is True:
+            last = last_complete_checkpoint(self.args.output_dir)
+            if last is None:
+                raise CheckpointError(f"no complete checkpoint in {self.args.output_dir} to resume from")
+            resume_from_checkpoint = str(last)
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        set_mode(self.model, Mode.HARD)
+        return output
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW (or what ``args.optim`` says) with the routers in a group of their own."""
+        if self.optimizer is None:
+            target = self.model if model is None else model
+            routers = {
+                id(parameter)
+                for module in target.modules()
+                if isinstance(module, ThresholdRouter)
+                for parameter in module.parameters()
+            }
+            decayed = set(self.get_decay_parameter_names(target))
+            named = [(n, p) for n, p in target.named_parameters() if p.requires_grad]
+            of_model = [(n, p) for n, p in named if id(p) not in routers]
+            groups = [
+                {"params": [p for n, p in of_model if n in decayed], "weight_decay": self.args.weight_decay},
+                {"params": [p for n, p in of_model if n not in decayed], "weight_decay": 0.0},
+                {
+                    "params": [p for _, p in named if id(p) in routers],
+                    "weight_decay": self.args.router_weight_decay,
+                    "lr": self.args.router_learning_rate,
+                },
+            ]
+            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, target)
+            self.optimizer = optimizer_class(groups, **kwargs)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Warm-up and decay anew in each stage; the routers' rate is 0 in stage 2."""
+        if self.lr_scheduler is None:
+            model_factor, router_factor = learning_rate_factors(self.args, self.plan)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer, [model_factor, model_factor, router_factor]
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """Fetch the micro-batches of a step, and count the tokens that the auxiliary losses average over."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            counts = [_token_mask(batch) for batch in batches]
+            tokens = torch.stack([mask.sum() for mask in counts]).sum().to(device)
+            self._step_tokens = self.accelerator.reduce(tokens, "sum")
+        return batches, items
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Task loss plus, in stage 1, the auxiliary losses; each averaged over the tokens of the whole step."""
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        routings: list[Routing] = []
+        with observe_routing(self.model, lambda layer, routing: routings.append(routing)):
+            task, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if not (self.model_accepts_loss_kwargs and num_items_in_batch is not None):
+            task = task / self.current_gradient_accumulation_steps
+        with torch.set_grad_enabled(self.plan.stage(self.state.global_step) == 1):
+            totals = total_routing(
+                routings, _token_mask(inputs), threshold=self._threshold, epsilon=self.args.sep_epsilon
+            )
+        loss = self._total_loss(task, totals)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what was gathered since the last log to the record."""
+        if "loss" in logs:
+            logs.update(self._window.take(self.accelerator))
+            logs["stage"] = self.plan.stage(self.state.global_step - 1)
+        super().log(logs, start_time)
+
+    def enter_step(self) -> None:
+        """Put the model into the stage of the step about to be taken."""
+        step = self.state.global_step
+        if step == self.plan.stage1_steps:
+            # Adam's moments belong to the soft-mode loss; a checkpoint of this very step resumes the same way.
+            self.optimizer.state.clear()
+        set_mode(self.model, self.plan.mode(step))
+
+    def check_gradients(self) -> None:
+        """Raise NonFiniteLossError before a step that would spoil the weights."""
+        if self.accelerator.scaler is not None:
+            return
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = get_total_norm(gradients)
+        if not torch.isfinite(norm):
+            raise self._non_finite(f"the gradient norm is {float(norm)}")
+
+    @property
+    def _threshold(self) -> float:
+        return sparse_ffns(self.model)[0].router.threshold
+
+    def _total_loss(self, task: Tensor, totals: RoutingTotals) -> Tensor:
+        step, args = self.state.global_step, self.args
+        assert self._step_tokens is not None
+        # Gradients are averaged over processes, while the token count is of all of them.
+        share = self.accelerator.num_processes / self._step_tokens
+        efficiency, separability = totals.efficiency * share, totals.separability * share
+        eta = args.eta * self.plan.ramp(step, args.eta_warmup)
+        lambda_sep = args.lambda_sep * self.plan.ramp(step, args.lambda_warmup)
+        if self.plan.stage(step) == 1:
+            loss = task + eta * efficiency + lambda_sep * separability
+        elif self.accelerator.num_processes > 1:
+            # DistributedDataParallel waits for a gradient of every parameter, the frozen routers' too.
+            loss = task + 0.0 * sum(p.sum() for ffn in sparse_ffns(self.model) for p in ffn.router.parameters())
+        else:
+            loss = task
+        if not torch.isfinite(loss):
+            raise self._non_finite(
+                f"task loss {float(task):.4g}, efficiency {float(efficiency):.4g}, separability {float(separability):.4g}"
+            )
+        self._window.add(step, task, efficiency, separability, eta, totals)
+        return loss
+
+    def _non_finite(self, what: str) -> NonFiniteLossError:
+        step = self.state.global_step
+        last = last_complete_checkpoint(self.args.output_dir)
+        kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been saved yet"
+        return NonFiniteLossError(
+            f"training stopped at step {step + 1} (stage {self.plan.stage(step)}): {what}; {kept}. "
+            "Lower learning_rate or router_learning_rate, or train in bf16 instead of fp16"
+        )
+
+
+class _StageSwitch(TrainerCallback):
+    """Tells the trainer when a step begins, and when its gradients are ready."""
+
+    def __init__(self, trainer: LTETrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.enter_step()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.check_gradients()
+
+
+class _LogWindow:
+    """Sums since the last log."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.steps: set[int] = set()
+        self.sums: dict[str, Tensor] = {}
+        self.eta = 0.0
+
+    def add(
+        self, step: int, task: Tensor, efficiency: Tensor, separability: Tensor, eta: float, totals: RoutingTotals
+    ) -> None:
+        self.steps.add(step)
+        self.eta = eta
+        new = {
+            "task_loss": task,
+            "efficiency_loss": efficiency,
+            "separability_loss": separability,
+            "active_L": totals.active_L,
+            "tokens": totals.tokens,
+        }
+        for name, value in new.items():
+            self.sums[name] = self.sums.get(name, torch.zeros((), device=value.device)) + value.detach().float()
+
+    def take(self, accelerator: Any) -> dict[str, float]:
+        """The averages over the window, which starts anew."""
+        if not self.steps:
+            return {}
+        steps = len(self.steps)
+        sums = {name: accelerator.reduce(value, "sum") for name, value in self.sums.items()}
+        share = steps * accelerator.num_processes
+        record = {name: float(sums[name]) / share for name in ("task_loss", "efficiency_loss", "separability_loss")}
+        record["eta"] = self.eta
+        sparsity_L = 1 - sums["active_L"] / sums["tokens"]
+        record["sparsity"] = float(sparsity_L.mean())
+        record.update({f"sparsity/layer_{i}": round(float(s), 4) for i, s in enumerate(sparsity_L)})
+        self.clear()
+        return record
+
+
+def last_complete_checkpoint(folder: str | Path) -> Path | None:
+    """The newest ``checkpoint-N`` whose saving was not cut short: its trainer state, written last, can be read."""
+    found = sorted(
+        (path for path in Path(folder).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()),
+        key=lambda path: int(path.name.removeprefix("checkpoint-")),
+        reverse=True,
+    )
+    for path in found:
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+        except (OSError, json.JSONDecodeError):
+            logger.warning("%s is incomplete and is passed over", path)
+        else:
+            return path
+    return None
+
+
+def _token_mask(inputs: dict[str, Any]) -> Tensor:
+    """Bool mask of the real tokens of a batch."""
+    mask = inputs.get("attention_mask")
+    return torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
