@@ -1,0 +1,68 @@
+"""What a sparse checkpoint is made of, layer by layer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from lte.accounting import GFLOP, gflops_per_token, layer_costs, parameter_counts
+from lte.errors import CheckpointError
+from lte.hub import is_sparse_config, load, read_config
+from lte.runs import RUN_FILE
+
+
+def inspect_checkpoint(path: str) -> dict[str, Any]:
+    """Experts, sparsity where training recorded it, FLOPs and parameters of a sparse checkpoint.
+
+    Returns:
+        ``model``, ``config`` (the sparsity settings), ``parameters``, ``sparsity`` and ``gflops_per_token``
+        (None and dense only where the sparsity is not known), and ``layers``: one entry per FFN with
+        ``experts``, ``expert_size``, ``sparsity``, and ``mflops`` per token (2^20) ``dense`` / ``sparse`` /
+        ``router`` of the FFN.
+    """
+    if not is_sparse_config(read_config(path)):
+        raise CheckpointError(f"{path} is a dense checkpoint: it has no experts to inspect")
+    model = load(path, dtype=torch.float32) if Path(path).is_dir() else load(path)
+    costs = layer_costs(model)
+    known = _recorded_sparsity(path)
+    size = model.config.quantization_config.method.expert_size
+    unit = 2 * 1024 / GFLOP
+    layers = [
+        {
+            "experts": cost.experts,
+            "expert_size": size,
+            "sparsity": None if known is None else known[index],
+            "mflops": {
+                "dense": cost.ffn * unit,
+                "sparse": None if known is None else cost.ffn * (1 - known[index]) * unit + cost.router * unit,
+                "router": cost.router * unit,
+            },
+            "parameters": {"ffn": cost.ffn, "router": cost.router},
+        }
+        for index, cost in enumerate(costs)
+    ]
+    gflops: dict[str, float | None] = dict(gflops_per_token(costs, known or [0.0] * len(costs)))
+    if known is None:
+        gflops["sparse"] = None
+    return {
+        "model": path,
+        "architecture": type(model).__name__,
+        "config": model.config.quantization_config.to_dict(),
+        "parameters": parameter_counts(model),
+        "sparsity": None if known is None else sum(known) / len(known),
+        "gflops_per_token": gflops,
+        "layers": layers,
+        "transformers": transformers.__version__,
+    }
+
+
+def _recorded_sparsity(path: str) -> list[float] | None:
+    file = Path(path) / RUN_FILE
+    if not file.is_file():
+        return None
+    recorded: list[float] | None = json.loads(file.read_text()).get("sparsity_per_layer")
+    return recorded
