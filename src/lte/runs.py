@@ -21,7 +21,14 @@ from lte.hub import is_sparse_config, load, load_weights, read_config
 from lte.recipe import Recipe, dump_recipe, load_recipe
 from lte.sparsify import sparsify
 from lte.tasks import Task, build_task, fit_context
-from lte.training import JsonLinesLog, LTETrainer, LTETrainingArguments, StepProgress, last_complete_checkpoint
+from lte.training import (
+    JsonLinesLog,
+    LTETrainer,
+    LTETrainingArguments,
+    StepProgress,
+    correct_loss_scaling,
+    last_complete_checkpoint,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +44,8 @@ RUN_DEFAULTS: dict[str, Any] = {
     "logging_steps": 1,
     "disable_tqdm": False,
     "logging_nan_inf_filter": False,
+    "use_cpu": not torch.accelerator.is_available(),
+    "dataloader_pin_memory": torch.accelerator.is_available(),
 }
 """Where a run of ours differs from the defaults of transformers; a recipe's ``training`` section wins."""
 
@@ -112,6 +121,7 @@ def finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -
         processing_class=tokenizer,
         callbacks=[JsonLinesLog(out / "training_log.jsonl"), StepProgress("dense training")],
     )
+    correct_loss_scaling(trainer)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     started = time.perf_counter()

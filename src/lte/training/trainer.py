@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 from transformers import Trainer, TrainerCallback
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
@@ -55,6 +56,7 @@ class LTETrainer(Trainer):
             raise ConfigError("several GPUs under one process are not supported; start with torchrun or accelerate")
         if self.args.gradient_checkpointing and self.args.gradient_checkpointing_kwargs is None:
             self.args.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        correct_loss_scaling(self)
         # The losses are scaled here, over all the tokens of an optimiser step.
         self.loss_is_scaled_for_ga = True
         self._plan: StagePlan | None = None
@@ -206,9 +208,8 @@ class LTETrainer(Trainer):
         else:
             loss = task
         if not torch.isfinite(loss):
-            raise self._non_finite(
-                f"task loss {float(task):.4g}, efficiency {float(efficiency):.4g}, separability {float(separability):.4g}"
-            )
+            terms = {"task loss": task, "efficiency": efficiency, "separability": separability}
+            raise self._non_finite(", ".join(f"{name} {value.item():.4g}" for name, value in terms.items()))
         self._window.add(step, task, efficiency, separability, eta, totals)
         return loss
 
@@ -275,6 +276,17 @@ class _LogWindow:
         record.update({f"sparsity/layer_{i}": round(float(s), 4) for i, s in enumerate(sparsity_L)})
         self.clear()
         return record
+
+
+def correct_loss_scaling(trainer: Trainer) -> None:
+    """Make a trainer average a classification loss over the micro-batches of a step.
+
+    transformers takes every model whose forward has ``**kwargs`` for one whose loss is normalised by
+    ``num_items_in_batch``; the classification losses of BERT and others are plain means, so that under gradient
+    accumulation they came out too large by the number of micro-batches.
+    """
+    if type(trainer.model).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        trainer.model_accepts_loss_kwargs = False
 
 
 def last_complete_checkpoint(folder: str | Path) -> Path | None:

@@ -1,0 +1,45 @@
+"""Text from a prompt, with a sparse checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lte.errors import ConfigError
+from lte.evaluate import load_tokenizer
+from lte.hub import load
+
+
+def generate_text(
+    path: str, prompt: str, *, max_new_tokens: int = 100, temperature: float = 0.0, seed: int = 0
+) -> str:
+    """Load a sparse model and continue ``prompt``; the prompt is part of the answer."""
+    model = load(path)
+    if not model.can_generate():
+        raise ConfigError(f"{path} is a {type(model).__name__}, which does not generate text")
+    return continue_text(
+        model, load_tokenizer(path), prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+    )
+
+
+def continue_text(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int = 100,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> str:
+    """The prompt and what the model makes of it; temperature 0 is greedy."""
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    if inputs["input_ids"].shape[1] == 0:
+        raise ConfigError("the prompt is empty; give at least one token")
+    inputs.pop("token_type_ids", None)
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=pad, **sampling)
+    text: str = tokenizer.decode(output[0], skip_special_tokens=True)
+    return text
