@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 from transformers import (
@@ -100,7 +102,7 @@ def build(name: str, seed: int = 0) -> torch.nn.Module:
     """A random model of a family, in eval mode. Biases are random too: families start them at zero."""
     torch.manual_seed(seed)
     auto = AutoModelForSequenceClassification if name in ENCODERS else AutoModelForCausalLM
-    model = auto.from_config(CONFIGS[name]).eval()
+    model = auto.from_config(copy.deepcopy(CONFIGS[name])).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("bias"):
