@@ -180,7 +180,7 @@ def evaluate(
         "limit": limit,
     }
     config = TaskConfig(name=task, **{key: value for key, value in given.items() if value is not None})
-    built = build_task(config, data)
+    built = build_task(config)
     loaded, tokenizer = module.load_for_evaluation(model, built, dense=dense)
     with _progress("evaluating") as progress:
         result = module.evaluate(
@@ -250,6 +250,7 @@ def bench_grouping(json_file: JsonFile = None) -> None:
 def main() -> None:
     """Entry point: a user's error is one line on stderr and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         code = app(standalone_mode=False)
     except LTEError as error:

@@ -134,6 +134,8 @@ def explain(error: pydantic.ValidationError, cls: type[pydantic.BaseModel], what
 
 def _one_line(item: Any, cls: type[pydantic.BaseModel]) -> str:
     key = ".".join(str(part) for part in item["loc"]) or "value"
+    if item["type"] == "missing":
+        return f"{key} is missing"
     if item["type"] != "extra_forbidden":
         return f"{key}={item['input']!r}: {item['msg']}"
     known = _known_keys(cls, item["loc"])

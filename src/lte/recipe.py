@@ -86,8 +86,8 @@ def load_recipe(path: Path | None, flags: Mapping[str, Any], settings: Iterable[
     for needed in ("model", "data", "out", "task"):
         if needed not in values:
             raise ConfigError(f"{needed} is missing; give --{needed} or put {needed!r} into a recipe")
-    if isinstance(values["task"], str):
-        values["task"] = {"name": values["task"]}
+    task = values["task"]
+    values["task"] = TaskConfig(**({"name": task} if isinstance(task, str) else task))
     return validate_model(Recipe, values, "recipe")
 
 

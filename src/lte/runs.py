@@ -20,7 +20,7 @@ from lte.grouping import needs_activations
 from lte.hub import is_sparse_config, load, load_weights, read_config
 from lte.recipe import Recipe, dump_recipe, load_recipe
 from lte.sparsify import sparsify
-from lte.tasks import Task, build_task, fit_context
+from lte.tasks import Task, build_task
 from lte.training import (
     JsonLinesLog,
     LTETrainer,
@@ -150,7 +150,7 @@ def claim_folder(out: Path, recipe: Recipe, *, resume: bool, overwrite: bool) ->
 
 
 def _task(recipe: Recipe) -> Task:
-    return build_task(fit_context(recipe.task, read_config(recipe.model)), recipe.data)
+    return build_task(recipe.task, read_config(recipe.model))
 
 
 def _dtype(recipe: Recipe) -> Any:

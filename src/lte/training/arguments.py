@@ -22,8 +22,8 @@ class LTETrainingArguments(TrainingArguments):
         eta: coefficient of the efficiency loss; larger is sparser.
         eta_warmup: share of stage 1 over which eta rises linearly from 0.
         lambda_sep: coefficient of the separability loss.
-        lambda_warmup: share of stage 1 over which lambda rises linearly from 0.
-        sep_epsilon: smallest squared distance to the threshold the separability loss sees.
+        lambda_start, lambda_full: shares of stage 1 at which lambda begins to rise from 0, and is reached.
+        sep_epsilon: added to the squared distance to the threshold in the separability loss.
         router_learning_rate: of the routers in stage 1; they are frozen in stage 2.
         router_weight_decay: of the routers.
         stage1_epochs, stage2_epochs: length of each stage in passes over the data.
@@ -34,8 +34,9 @@ class LTETrainingArguments(TrainingArguments):
     eta: float = 1.0
     eta_warmup: float = 0.0
     lambda_sep: float = 0.5
-    lambda_warmup: float = 0.0
-    sep_epsilon: float = 0.04
+    lambda_start: float = 0.3
+    lambda_full: float = 0.8
+    sep_epsilon: float = 0.25
     router_learning_rate: float = 1e-2
     router_weight_decay: float = 0.1
     stage1_epochs: float = 1.0
@@ -50,9 +51,10 @@ class LTETrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         for name in ("eta", "lambda_sep", "router_learning_rate", "router_weight_decay"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
-        for name in ("eta_warmup", "lambda_warmup"):
+        for name in ("eta_warmup", "lambda_start", "lambda_full"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "is a share of stage 1, in [0, 1]")
-        _require(0 < self.sep_epsilon < 0.25, "sep_epsilon", self.sep_epsilon, "must be in (0, 0.25)")
+        _require(self.sep_epsilon > 0, "sep_epsilon", self.sep_epsilon, "must be above 0: the loss is singular without it")
+        _require(self.lambda_start <= self.lambda_full, "lambda_start", self.lambda_start, "is after lambda_full")
         _require(self.max_steps <= 0, "max_steps", self.max_steps, "is not used; give stage1_steps and stage2_steps")
         super().__post_init__()
         if isinstance(self.gradient_checkpointing_kwargs, dict):

@@ -17,14 +17,13 @@ def efficiency_loss(scores: Tensor) -> Tensor:
 
 
 def separability_loss(scores: Tensor, threshold: float, epsilon: float) -> Tensor:
-    """``mean over experts of 1 / max((G - tau)^2, epsilon)``, per token: [T, E] -> [T].
+    """``mean over experts of 1 / ((G - tau)^2 + epsilon)``, per token: [T, E] -> [T].
 
-    The paper's loss is singular at the threshold and leaves open how that is avoided. Here the distance is
-    clamped: inside the band ``|G - tau| < sqrt(epsilon)`` the loss is constant, so that there the task and the
-    efficiency loss alone decide on which side an expert ends, and outside it is the paper's. An additive
-    epsilon would keep a wall at the threshold; see docs/training.md for the measurement.
+    The paper's loss has no epsilon, is singular at the threshold, and leaves open how that is avoided. The epsilon
+    decides how hard a score near the threshold is thrown to one side before the task could say which; see
+    docs/training.md for the measurement behind the default.
     """
-    return (scores - threshold).square().clamp_min(epsilon).reciprocal().mean(-1)
+    return ((scores - threshold).square() + epsilon).reciprocal().mean(-1)
 
 
 @dataclass(frozen=True)

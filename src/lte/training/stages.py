@@ -45,10 +45,10 @@ class StagePlan:
         """Soft in stage 1, hard in stage 2 (LTE, section 4.3)."""
         return Mode.SOFT if self.stage(step) == 1 else Mode.HARD
 
-    def ramp(self, step: int, warmup: float) -> float:
-        """Linear rise from 0 to 1 over the first ``warmup`` share of stage 1."""
-        length = warmup * self.stage1_steps
-        return 1.0 if length == 0 else min(1.0, (step + 1) / length)
+    def ramp(self, step: int, start: float, full: float) -> float:
+        """0 up to the share ``start`` of stage 1, 1 from the share ``full`` on, linear between."""
+        progress = (step + 1) / max(self.stage1_steps, 1)
+        return 1.0 if progress >= full else max(0.0, (progress - start) / (full - start))
 
 
 def learning_rate_factors(

@@ -198,8 +198,8 @@ class LTETrainer(Trainer):
         # Gradients are averaged over processes, while the token count is of all of them.
         share = self.accelerator.num_processes / self._step_tokens
         efficiency, separability = totals.efficiency * share, totals.separability * share
-        eta = args.eta * self.plan.ramp(step, args.eta_warmup)
-        lambda_sep = args.lambda_sep * self.plan.ramp(step, args.lambda_warmup)
+        eta = args.eta * self.plan.ramp(step, 0.0, args.eta_warmup)
+        lambda_sep = args.lambda_sep * self.plan.ramp(step, args.lambda_start, args.lambda_full)
         if self.plan.stage(step) == 1:
             loss = task + eta * efficiency + lambda_sep * separability
         elif self.accelerator.num_processes > 1:

@@ -1,0 +1,126 @@
+"""Settings of a task, and how its context length is fitted to a model."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal
+
+import pydantic
+from pydantic import Field
+
+from lte.config import explain
+from lte.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_LM_ONLY = ("stride", "prompt_column", "target_column", "messages_column")
+
+
+class TaskConfig(pydantic.BaseModel):
+    """What a model is trained and evaluated on; ConfigError for an unknown or contradicting setting.
+
+    Attributes:
+        name: ``lm`` (text, prompt -> target, or chat) or ``classify``.
+        context_length: tokens per packed block, per evaluation window, and longest row.
+        stride: tokens by which evaluation windows move; by default half of ``context_length``.
+        prompt_column, target_column: given together, rows are prompt -> target.
+        text_column: by default ``text`` or the only string column; for ``classify`` GLUE's names.
+        text_pair_column: second text of ``classify``.
+        label_column: of ``classify``; integers, strings, or floats (regression).
+        messages_column: chat rows; by default ``messages`` where the data has it.
+        split: of a folder or a hub dataset.
+        limit: rows to use, from the first.
+        max_new_tokens: longest generated answer of prompt -> target.
+    """
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+    name: Literal["lm", "classify"]
+    context_length: int = Field(512, ge=2)
+    stride: int | None = Field(None, ge=1)
+    prompt_column: str | None = None
+    target_column: str | None = None
+    text_column: str | None = None
+    text_pair_column: str | None = None
+    label_column: str = "label"
+    messages_column: str | None = None
+    split: str | None = None
+    limit: int | None = Field(None, ge=1)
+    max_new_tokens: int = Field(100, ge=1)
+
+    def __init__(self, **values: Any) -> None:
+        # pydantic would wrap a ConfigError of a validator in its own many-line error
+        try:
+            super().__init__(**values)
+        except pydantic.ValidationError as error:
+            raise explain(error, type(self), "task") from None
+        self._check_together()
+
+    @property
+    def window_stride(self) -> int:
+        """Tokens by which evaluation windows move."""
+        return self.stride if self.stride is not None else self.context_length // 2
+
+    def _check_together(self) -> None:
+        if self.stride is not None and self.stride >= self.context_length:
+            raise ConfigError(
+                f"stride={self.stride} must be below context_length={self.context_length}, or the first "
+                f"token of a window would have no context; choose at most {self.context_length - 1}"
+            )
+        if (self.prompt_column is None) != (self.target_column is None):
+            given, missing = "prompt_column", "target_column"
+            if self.prompt_column is None:
+                given, missing = missing, given
+            raise ConfigError(f"{given}={getattr(self, given)!r} needs {missing}; give both or neither")
+        if self.name == "classify":
+            self._refuse_together("name='classify'", _LM_ONLY)
+            if self.text_pair_column is not None and self.text_column is None:
+                raise ConfigError(f"text_pair_column={self.text_pair_column!r} needs text_column; give both")
+        else:
+            self._refuse_together("name='lm'", ("text_pair_column",))
+        if self.prompt_column is not None:
+            self._refuse_together("prompt_column", ("text_column", "messages_column"))
+        if self.messages_column is not None:
+            self._refuse_together("messages_column", ("text_column",))
+
+    def _refuse_together(self, reason: str, unused: tuple[str, ...]) -> None:
+        for key in unused:
+            if getattr(self, key) is not None:
+                value = getattr(self, key)
+                raise ConfigError(f"{key}={value!r} is not used together with {reason}; leave it out")
+
+
+def fit_context(config: TaskConfig, model_config: Any) -> TaskConfig:
+    """The config, ``context_length`` and ``stride`` clipped, with a logged line, to the model's positions.
+
+    Args:
+        config: of the task.
+        model_config: a transformers config; one that names no number of positions clips nothing.
+    """
+    positions = model_positions(model_config)
+    if positions is None or config.context_length <= positions:
+        return config
+    logger.warning(
+        "context_length=%d is more than the model's %d positions; using %d",
+        config.context_length,
+        positions,
+        positions,
+    )
+    changes: dict[str, Any] = {"context_length": positions}
+    if config.stride is not None and config.stride >= positions:
+        changes["stride"] = positions // 2
+        logger.warning("stride=%d does not fit either; using %d", config.stride, positions // 2)
+    return TaskConfig(**{**config.model_dump(), **changes})
+
+
+def model_positions(model_config: Any) -> int | None:
+    """Longest input the model has positions for; None where its config sets no limit."""
+    text_config = model_config.get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if positions is None or positions < 1:
+        return None
+    if "roberta" in text_config.model_type or text_config.model_type == "camembert":
+        # these number their positions from pad_token_id + 1
+        return int(positions - text_config.pad_token_id - 1)
+    return int(positions)
+
