@@ -39,9 +39,7 @@ def test_llama_7b_costs_what_the_paper_says(llama_7b):
 @pytest.mark.parametrize("name", sorted(models.CONFIGS))
 def test_sparsifying_does_not_change_what_is_counted(name):
     before = layer_costs(models.build(name))
-    after = layer_costs(
-        lte.sparsify(models.build(name), lte.LTEConfig(expert_size=models.EXPERT, grouping="random"))
-    )
+    after = layer_costs(lte.sparsify(models.build(name), lte.LTEConfig(expert_size=models.EXPERT, grouping="random")))
     matrices = 3 if name in ("llama", "llama-bias-relu", "mistral", "qwen2", "qwen3", "gemma", "phi3") else 2
     for dense, sparse in zip(before, after, strict=True):
         assert dense.ffn == sparse.ffn == matrices * models.D_MODEL * models.D_FF

@@ -20,7 +20,8 @@ from tests import models
 @pytest.fixture
 def saved(tmp_path):
     model = lte.sparsify(
-        models.build("llama"), lte.LTEConfig(expert_size=8, grouping="random", threshold=0.3, router_init_score=0.4)
+        models.build("llama"),
+        lte.LTEConfig(expert_size=8, grouping="random", threshold=0.3, router_init_score=0.4),
     )
     models.spread_routers(model)
     model.save_pretrained(tmp_path / "model")
@@ -72,7 +73,9 @@ def test_stock_transformers_loads_an_equal_dense_model(name, tmp_path):
     torch.save(models.inputs(), tensors)
     kind = "encoder" if name in models.ENCODERS else "decoder"
     script = subprocess.run(
-        [sys.executable, "-c", STOCK, str(tmp_path / "model"), str(tensors), kind], capture_output=True, text=True
+        [sys.executable, "-c", STOCK, str(tmp_path / "model"), str(tensors), kind],
+        capture_output=True,
+        text=True,
     )
     assert script.returncode == 0, script.stderr
     torch.testing.assert_close(torch.load(tensors, weights_only=True), expected, atol=1e-5, rtol=1e-5)

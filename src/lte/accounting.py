@@ -38,7 +38,9 @@ def layer_costs(model: nn.Module) -> list[LayerCost]:
     for index, block in enumerate(blocks_of(model)):
         ffn = ffns[index] if ffns else None
         router = ffn.router.weight if ffn else None
-        matrices = sum(p.numel() for p in block.parameters() if p.ndim == 2) - (router.numel() if router is not None else 0)
+        matrices = sum(p.numel() for p in block.parameters() if p.ndim == 2) - (
+            router.numel() if router is not None else 0
+        )
         ffn_weights = _ffn_weights(ffn) if ffn else _dense_ffn_weights(model, block)
         costs.append(
             LayerCost(

@@ -7,10 +7,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -18,7 +19,6 @@ from rich.table import Table
 from lte.errors import LTEError
 
 app = typer.Typer(
-    help="Turn a dense Hugging Face transformer into a contextually sparse one, and run it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -45,6 +45,14 @@ Limit = Annotated[int | None, typer.Option(help="Use only the first rows.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything that is drawn.")]
 LearningRate = Annotated[float | None, typer.Option(help="Learning rate of the model.")]
 BatchSize = Annotated[int | None, typer.Option(help="Rows per step and device.")]
+
+
+@app.callback()
+def lte() -> None:
+    """Turn a dense Hugging Face transformer into a contextually sparse one, and run it."""
+    # Progress is shown by the commands, not by each library on its own.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 @app.command()
@@ -85,7 +93,8 @@ def train(
         "sparsity.grouping": grouping,
     }
     loaded = load_recipe(recipe, flags, settings)
-    summary = runs.train(loaded, resume=resume, overwrite=overwrite)
+    with _resumable(loaded.out):
+        summary = runs.train(loaded, resume=resume, overwrite=overwrite)
     console.print(
         f"[bold]{loaded.out}[/]: {summary['steps']} steps in {summary['seconds']:.0f} s, "
         f"FFN sparsity {summary['sparsity']:.1%} on the last training batches. "
@@ -120,7 +129,8 @@ def finetune(
 
     flags = {**_common_flags(locals()), "training.num_train_epochs": epochs}
     loaded = load_recipe(recipe, flags, settings)
-    summary = runs.finetune(loaded, resume=resume, overwrite=overwrite)
+    with _resumable(loaded.out):
+        summary = runs.finetune(loaded, resume=resume, overwrite=overwrite)
     console.print(
         f"[bold]{loaded.out}[/]: {summary['steps']} steps in {summary['seconds']:.0f} s. "
         f"Next: lte train --model {loaded.out} ..., or lte evaluate {loaded.out} --dense ..."
@@ -249,23 +259,21 @@ def bench_grouping(json_file: JsonFile = None) -> None:
 
 def main() -> None:
     """Entry point: a user's error is one line on stderr and exit code 2."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        code = app(standalone_mode=False)
+        app()
     except LTEError as error:
-        sys.exit(_fail(str(error)))
-    except click.ClickException as error:
-        sys.exit(_fail(error.format_message()))
-    except (KeyboardInterrupt, click.Abort):
-        typer.echo("interrupted; --resume goes on from the last checkpoint", err=True)
-        sys.exit(130)
-    sys.exit(code if isinstance(code, int) else 0)
+        typer.echo("error: " + " ".join(str(error).split()), err=True)
+        sys.exit(2)
 
 
-def _fail(message: str) -> int:
-    typer.echo("error: " + " ".join(message.split()), err=True)
-    return 2
+@contextmanager
+def _resumable(out: str) -> Iterator[None]:
+    """Say how to go on after Ctrl-C."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; the same command with --resume goes on from the last checkpoint in {out}", err=True)
+        raise typer.Exit(130) from None
 
 
 def _common_flags(values: dict[str, Any]) -> dict[str, Any]:
@@ -299,7 +307,7 @@ def _write_json(path: Path | None, result: dict[str, Any]) -> None:
         path.write_text(json.dumps(result, indent=2) + "\n")
 
 
-class _progress:  # noqa: N801
+class _progress:
     """A rich progress bar with the time left, as the callback evaluation takes."""
 
     def __init__(self, description: str) -> None:
@@ -334,14 +342,19 @@ def _print_evaluation(result: dict[str, Any]) -> None:
     flops = result["gflops_per_token"]
     table.add_row("FFN sparsity", f"{result['sparsity']:.1%}")
     table.add_row("per layer", " ".join(f"{share:.0%}" for share in result["sparsity_per_layer"]))
-    table.add_row("GFLOPs/token", f"dense {flops['dense']:.4g}, sparse {flops['sparse']:.4g}, router {flops['router']:.2g}")
+    table.add_row(
+        "GFLOPs/token",
+        f"dense {flops['dense']:.4g}, sparse {flops['sparse']:.4g}, router {flops['router']:.2g}",
+    )
     table.add_row("tokens", f"{result['tokens']:,}")
     console.print(table)
 
 
 def _print_inspection(result: dict[str, Any]) -> None:
     config = result["config"]
-    settings = ", ".join(f"{key}={value}" for key, value in config.items() if key not in ("quant_method", "lte_version"))
+    settings = ", ".join(
+        f"{key}={value}" for key, value in config.items() if key not in ("quant_method", "lte_version")
+    )
     console.print(f"[bold]{result['model']}[/] {result['architecture']}: {settings}")
     table = Table("layer", "experts", "sparsity", "MFLOPs dense", "sparse", "router", "FFN weights", "router weights")
     for index, layer in enumerate(result["layers"]):

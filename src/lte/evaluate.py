@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,11 +85,11 @@ def evaluate(
 def load_for_evaluation(path: str, task: Task, *, dense: bool, **kwargs: Any) -> tuple[Any, Any]:
     """Model and tokenizer of a checkpoint; CheckpointError where a dense one was not asked for, or the reverse."""
     config = read_config(path)
-    if is_sparse_config(config) == dense:
+    if is_sparse_config(config) and dense:
+        raise CheckpointError(f"{path} is a sparse checkpoint; evaluate it without --dense")
+    if not is_sparse_config(config) and not dense:
         raise CheckpointError(
-            f"{path} is a sparse checkpoint; evaluate it without --dense"
-            if dense
-            else f"{path} is a dense checkpoint; make it sparse with `lte train`, or evaluate it as a baseline with --dense"
+            f"{path} is a dense checkpoint; make it sparse with `lte train`, or evaluate it as a baseline with --dense"
         )
     tokenizer = load_tokenizer(path)
     model = load_weights(task.auto_class, path, **kwargs) if dense else load(path, **kwargs)
@@ -116,8 +115,3 @@ def versions() -> dict[str, str]:
         "transformers": version("transformers"),
         "python": platform.python_version(),
     }
-
-
-def checkpoint_name(path: str) -> str:
-    """How a result names its model: the folder as given, without a trailing slash."""
-    return str(Path(path)) if Path(path).exists() else path

@@ -64,9 +64,7 @@ class FFNSpec:
         return {role: path for role in roles if (path := getattr(self, role)) is not None}
 
 
-_GATED_MLP = FFNSpec(
-    blocks="layers", gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj", act="mlp.act_fn"
-)
+_GATED_MLP = FFNSpec(blocks="layers", gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj", act="mlp.act_fn")
 _ENCODER = FFNSpec(
     blocks="encoder.layer",
     up="intermediate.dense",
@@ -80,9 +78,7 @@ FAMILIES: dict[str, FFNSpec] = {
     "qwen2": _GATED_MLP,
     "qwen3": _GATED_MLP,
     "gemma": _GATED_MLP,
-    "phi3": FFNSpec(
-        blocks="layers", gate_up="mlp.gate_up_proj", down="mlp.down_proj", act="mlp.activation_fn"
-    ),
+    "phi3": FFNSpec(blocks="layers", gate_up="mlp.gate_up_proj", down="mlp.down_proj", act="mlp.activation_fn"),
     "opt": FFNSpec(
         blocks="decoder.layers", up="fc1", act="activation_fn", down="fc2", config_act="activation_function"
     ),
@@ -94,9 +90,7 @@ FAMILIES: dict[str, FFNSpec] = {
         dropout="mlp.dropout",
         config_act="activation_function",
     ),
-    "gpt_neox": FFNSpec(
-        blocks="layers", up="mlp.dense_h_to_4h", act="mlp.act", down="mlp.dense_4h_to_h"
-    ),
+    "gpt_neox": FFNSpec(blocks="layers", up="mlp.dense_h_to_4h", act="mlp.act", down="mlp.dense_4h_to_h"),
     "bert": _ENCODER,
     "roberta": _ENCODER,
 }
@@ -143,7 +137,7 @@ def install_ffns(model: Any, make_router: RouterFactory) -> list[SparseFFN]:
         parents = {path.rpartition(".")[0] for path in spec.parts().values()}
         down = parts["down"]
         d_ff, d_model = _down_shape(down)
-        router = make_router(d_model, d_ff, down.weight)  # type: ignore[arg-type]
+        router = make_router(d_model, d_ff, down.get_parameter("weight"))
         if len(parents) == 1 and parents != {""}:
             names = {role: path.rpartition(".")[2] for role, path in spec.parts().items()}
             ffn = SparseFFN(
@@ -192,5 +186,5 @@ def _install_split(
 
 def _down_shape(down: nn.Module) -> tuple[int, int]:
     """(d_ff, d_model) of an output projection, ``nn.Linear`` or ``Conv1D``."""
-    rows, columns = down.weight.shape  # type: ignore[union-attr, misc]
+    rows, columns = down.get_parameter("weight").shape
     return (int(columns), int(rows)) if isinstance(down, nn.Linear) else (int(rows), int(columns))

@@ -11,9 +11,7 @@ from lte.evaluate import load_tokenizer
 from lte.hub import load
 
 
-def generate_text(
-    path: str, prompt: str, *, max_new_tokens: int = 100, temperature: float = 0.0, seed: int = 0
-) -> str:
+def generate_text(path: str, prompt: str, *, max_new_tokens: int = 100, temperature: float = 0.0, seed: int = 0) -> str:
     """Load a sparse model and continue ``prompt``; the prompt is part of the answer."""
     model = load(path)
     if not model.can_generate():

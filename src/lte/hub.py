@@ -92,7 +92,14 @@ def load_weights(model_class: Any, path: str | Path, **kwargs: Any) -> Any:
         model, info = model_class.from_pretrained(path, output_loading_info=True, **kwargs)
     except LTEError:
         raise
-    except (SafetensorError, OSError, HFValidationError, json.JSONDecodeError, KeyError, RuntimeError) as error:
+    except (
+        SafetensorError,
+        OSError,
+        HFValidationError,
+        json.JSONDecodeError,
+        KeyError,
+        RuntimeError,
+    ) as error:
         raise CheckpointError(f"{path}: the checkpoint cannot be read: {_first_line(error)}") from error
     if info["missing_keys"] and is_sparse_config(model.config):
         raise CheckpointError(f"{path}: the checkpoint lacks {_some(info['missing_keys'])}")

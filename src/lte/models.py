@@ -37,7 +37,12 @@ def create(
     model_type = values.pop("model_type")
     try:
         model_config = AutoConfig.for_model(
-            model_type, **values, vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=end, pad_token_id=end
+            model_type,
+            **values,
+            vocab_size=len(tokenizer),
+            bos_token_id=None,
+            eos_token_id=end,
+            pad_token_id=end,
         )
     except ValueError as error:
         raise ConfigError(f"model_type={model_type!r}: {str(error).splitlines()[0]}") from error
@@ -65,7 +70,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 def _texts(data: str) -> Iterator[str]:
     rows = load_rows(data)
-    columns = [name for name, feature in rows.features.items() if getattr(feature, "dtype", "") in ("string", "large_string")]
+    columns = [
+        name for name, feature in rows.features.items() if getattr(feature, "dtype", "") in ("string", "large_string")
+    ]
     if not columns:
         raise DataError(f"{data} has no text column to train a tokenizer on; columns: {', '.join(rows.column_names)}")
     for row in rows:

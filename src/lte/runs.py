@@ -102,9 +102,7 @@ def finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -
     if recipe.sparsity:
         raise ConfigError("a dense run takes no 'sparsity' section; use `lte train`, or leave it out")
     out = Path(recipe.out)
-    args = recipe.arguments(
-        TrainingArguments, output_dir=str(out / "checkpoints"), warmup_steps=0.06, **RUN_DEFAULTS
-    )
+    args = recipe.arguments(TrainingArguments, output_dir=str(out / "checkpoints"), warmup_steps=0.06, **RUN_DEFAULTS)
     if resume and (done := _finished(out, recipe)) is not None:
         return done
     _check_dense(recipe)
@@ -139,7 +137,9 @@ def claim_folder(out: Path, recipe: Recipe, *, resume: bool, overwrite: bool) ->
     if out.is_dir() and any(out.iterdir()):
         if overwrite:
             if not written.is_file():
-                raise ConfigError(f"out folder {str(out)!r} was not made by lte and is not overwritten; empty it yourself")
+                raise ConfigError(
+                    f"out folder {str(out)!r} was not made by lte and is not overwritten; empty it yourself"
+                )
             shutil.rmtree(out)
         elif not resume:
             raise ConfigError(f"out folder {str(out)!r} is not empty; use --resume, --overwrite or another --out")
@@ -215,7 +215,9 @@ def _final_sparsity(history: list[dict[str, Any]]) -> dict[str, Any]:
     """Sparsity over the last tenth of training, as logged."""
     records = [record for record in history if "sparsity" in record]
     last = records[-max(1, len(records) // 10) :]
-    layers = sorted((key for key in last[0] if key.startswith("sparsity/layer_")), key=lambda key: int(key.split("_")[1]))
+    layers = sorted(
+        (key for key in last[0] if key.startswith("sparsity/layer_")), key=lambda key: int(key.split("_")[1])
+    )
     return {
         "sparsity": sum(record["sparsity"] for record in last) / len(last),
         "sparsity_per_layer": [sum(record[key] for record in last) / len(last) for key in layers],

@@ -92,7 +92,10 @@ def test_meter_counts_marked_tokens_only():
     batch = models.inputs(2, 6)
     mask = torch.ones(2, 6, dtype=torch.bool)
     mask[1, 2:] = False
-    with torch.no_grad(), observe_routing(model, lambda layer, routing: (seen.append(routing.mask), meter(layer, routing))):
+    with (
+        torch.no_grad(),
+        observe_routing(model, lambda layer, routing: (seen.append(routing.mask), meter(layer, routing))),
+    ):
         model(**batch)
         meter.set_token_mask(mask)
         model(**batch)

@@ -122,9 +122,7 @@ def test_other_column_name_and_text_beside_messages():
     rows = Dataset.from_dict({"talk": [TALK], "text": ["plain text"]})
     assert learned(tokenizer, lm(messages_column="talk").prepare(rows, tokenizer)[0]).startswith("Hello")
     rows = rows.rename_column("talk", "messages")
-    assert (
-        "attention_mask" not in lm(text_column="text", context_length=4).prepare(rows, tokenizer).column_names
-    )
+    assert "attention_mask" not in lm(text_column="text", context_length=4).prepare(rows, tokenizer).column_names
 
 
 @pytest.mark.parametrize(

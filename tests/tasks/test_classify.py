@@ -111,13 +111,9 @@ def test_accuracy_by_hand(batch_size):
     labels = logits.argmax(-1).tolist()
     labels[1] = (labels[1] + 1) % 3
     watch = Watch(model)
-    result = task().evaluate(
-        model, tokenizer, rows(labels), batch_size=batch_size, set_token_mask=watch.set_token_mask
-    )
+    result = task().evaluate(model, tokenizer, rows(labels), batch_size=batch_size, set_token_mask=watch.set_token_mask)
     assert (result.metric, result.value) == ("accuracy", 0.75)
-    assert result.extras["loss"] == pytest.approx(
-        F.cross_entropy(logits, torch.tensor(labels)).item(), abs=1e-5
-    )
+    assert result.extras["loss"] == pytest.approx(F.cross_entropy(logits, torch.tensor(labels)).item(), abs=1e-5)
     everything = [token for text in TEXTS for token in tokenizer(text).input_ids]
     assert sorted(watch.counted) == sorted(everything)
     assert result.tokens == len(everything)
@@ -132,9 +128,7 @@ def test_regression_by_hand(batch_size):
     result = task().evaluate(model, tokenizer, rows(targets), batch_size=batch_size, set_token_mask=ignore)
     assert result.metric == "pearson"
     assert result.value == pytest.approx(pearson(predicted.tolist(), targets), abs=1e-5)
-    assert result.extras["loss"] == pytest.approx(
-        ((predicted - torch.tensor(targets)) ** 2).mean().item(), rel=1e-4
-    )
+    assert result.extras["loss"] == pytest.approx(((predicted - torch.tensor(targets)) ** 2).mean().item(), rel=1e-4)
 
 
 def test_pearson_by_hand(caplog):
@@ -151,9 +145,7 @@ def test_string_labels_are_met_by_the_models_names():
     names = [["neg", "pos"][number] for number in predicted]
     assert task().evaluate(model, tokenizer, rows(names), batch_size=2, set_token_mask=ignore).value == 1.0
     with pytest.raises(DataError) as error:
-        task().evaluate(
-            model, tokenizer, rows(["pos", "bad", "neg", "pos"]), batch_size=2, set_token_mask=ignore
-        )
+        task().evaluate(model, tokenizer, rows(["pos", "bad", "neg", "pos"]), batch_size=2, set_token_mask=ignore)
     assert str(error.value) == "label 'bad' of column 'label' is not one of the 2 classes: neg, pos"
 
 
@@ -172,9 +164,7 @@ def test_decoder_classifies_padded_batches():
             **kwargs,
         )
     )
-    results = [
-        task().evaluate(model, tokenizer, labelled, batch_size=size, set_token_mask=ignore) for size in (1, 4)
-    ]
+    results = [task().evaluate(model, tokenizer, labelled, batch_size=size, set_token_mask=ignore) for size in (1, 4)]
     assert results[0].extras["loss"] == pytest.approx(results[1].extras["loss"], abs=1e-5)
 
 
@@ -194,14 +184,12 @@ def test_decoder_classifies_padded_batches():
         (
             [0, 1, 0, 1],
             {"label_column": "gold"},
-            "label_column='gold' is not a column of the data; it has sentence, label; set label_column to "
-            "one of them",
+            "label_column='gold' is not a column of the data; it has sentence, label; set label_column to one of them",
         ),
         (
             [0, 1, 0, 1],
             {"text_column": "review"},
-            "text_column='review' is not a column of the data; it has sentence, label; set text_column to "
-            "one of them",
+            "text_column='review' is not a column of the data; it has sentence, label; set text_column to one of them",
         ),
     ],
 )

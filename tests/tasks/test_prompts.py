@@ -46,9 +46,7 @@ def test_loss_is_on_the_target_only(bos):
 def test_prompt_gives_no_gradient(llama):
     tokenizer = byte_tokenizer()
     task = lm()
-    prepared = task.prepare(
-        rows({"prompt": ["abc", "a much longer prompt"], "target": ["x", "yz"]}), tokenizer
-    )
+    prepared = task.prepare(rows({"prompt": ["abc", "a much longer prompt"], "target": ["x", "yz"]}), tokenizer)
     batch = task.collator(tokenizer)(list(prepared))
     assert batch["input_ids"][0, -1] == VOCAB["<pad>"]
     assert batch["attention_mask"][0].sum() == len(prepared[0]["input_ids"])
@@ -62,9 +60,7 @@ def test_prompt_gives_no_gradient(llama):
 def test_long_prompt_is_cut_from_the_left_and_keeps_bos():
     tokenizer = byte_tokenizer(bos=True)
     task = lm(context_length=10)
-    prepared = task.prepare(
-        rows({"prompt": ["0123456789", "p"], "target": ["abc", "abcdefghijkl"]}), tokenizer
-    )
+    prepared = task.prepare(rows({"prompt": ["0123456789", "p"], "target": ["abc", "abcdefghijkl"]}), tokenizer)
     assert tokenizer.decode(prepared[0]["input_ids"]) == "<s>6789\nabc</s>"
     assert len(prepared[0]["input_ids"]) == 10
     assert tokenizer.decode(prepared[1]["input_ids"]) == "<s>abcdefghi"
@@ -72,9 +68,7 @@ def test_long_prompt_is_cut_from_the_left_and_keeps_bos():
 
 def test_padding_with_eos_where_there_is_no_pad_token():
     tokenizer = byte_tokenizer(pad=False)
-    batch = lm().collator(tokenizer)(
-        [{"input_ids": [9, 9], "labels": [9, 9]}, {"input_ids": [9], "labels": [9]}]
-    )
+    batch = lm().collator(tokenizer)([{"input_ids": [9, 9], "labels": [9, 9]}, {"input_ids": [9], "labels": [9]}])
     assert batch["input_ids"].tolist() == [[9, 9], [9, VOCAB["</s>"]]]
     assert batch["labels"].tolist() == [[9, 9], [9, IGNORED]]
     assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
@@ -211,22 +205,16 @@ def test_progress_is_over_generation_and_loss(llama):
 def test_refusals(llama, monkeypatch):
     tokenizer = byte_tokenizer()
     with pytest.raises(ConfigError) as error:
-        lm(context_length=64, max_new_tokens=63).evaluate(
-            llama, tokenizer, rows(), batch_size=1, set_token_mask=ignore
-        )
+        lm(context_length=64, max_new_tokens=63).evaluate(llama, tokenizer, rows(), batch_size=1, set_token_mask=ignore)
     assert str(error.value) == (
         "max_new_tokens=63 leaves no room for a prompt in context_length=64; lower max_new_tokens or raise "
         "context_length"
     )
     with pytest.raises(ConfigError, match="the tokenizer has no eos_token, so the end of a target cannot be"):
         lm().prepare(rows(), byte_tokenizer(eos=False))
-    with pytest.raises(
-        DataError, match="target_column='target' is not a column of the data; it has prompt; set"
-    ):
+    with pytest.raises(DataError, match="target_column='target' is not a column of the data; it has prompt; set"):
         lm().prepare(rows({"prompt": ["a"]}), tokenizer)
-    with pytest.raises(
-        DataError, match="target_column='target' holds int64, not text; columns of text: prompt"
-    ):
+    with pytest.raises(DataError, match="target_column='target' holds int64, not text; columns of text: prompt"):
         lm().prepare(rows({"prompt": ["a"], "target": [1]}), tokenizer)
     with pytest.raises(DataError, match="row 1 has no value in column 'target'"):
         lm().prepare(rows({"prompt": ["a", "b"], "target": ["c", None]}), tokenizer)

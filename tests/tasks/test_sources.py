@@ -17,8 +17,7 @@ def write(path, text):
 def test_txt_documents_are_separated_by_exact_lines(tmp_path):
     path = write(
         tmp_path / "a.txt",
-        "\nfirst\n\nstill first\n<|endoftext|>\n"
-        "second <|endoftext|> same\n<|endoftext|>\n\n<|endoftext|>\nthird",
+        "\nfirst\n\nstill first\n<|endoftext|>\nsecond <|endoftext|> same\n<|endoftext|>\n\n<|endoftext|>\nthird",
     )
     rows = load_rows(path)
     assert rows["text"][:] == ["first\n\nstill first", "second <|endoftext|> same", "third"]
@@ -140,9 +139,7 @@ def test_unusable_files(tmp_path, capfd, name, text, message):
 
 def test_text_that_is_not_utf8(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9 noir")
-    with pytest.raises(
-        DataError, match=r"a\.txt: is not UTF-8 text \(invalid continuation byte\); convert it"
-    ):
+    with pytest.raises(DataError, match=r"a\.txt: is not UTF-8 text \(invalid continuation byte\); convert it"):
         load_rows(tmp_path / "a.txt")
 
 

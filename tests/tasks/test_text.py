@@ -64,8 +64,7 @@ def test_text_shorter_than_a_block():
     with pytest.raises(DataError) as error:
         lm(context_length=64).prepare(texts("tiny"), byte_tokenizer())
     assert str(error.value) == (
-        "the text has 5 tokens, fewer than one block of context_length=64; give more text or a "
-        "smaller context_length"
+        "the text has 5 tokens, fewer than one block of context_length=64; give more text or a smaller context_length"
     )
 
 
@@ -79,9 +78,7 @@ def test_collator_on_packed_rows():
     assert batch["attention_mask"].tolist() == [[1] * 8] * 2
 
 
-@pytest.mark.parametrize(
-    ("total", "length", "stride"), [(1, 4, 2), (4, 4, 2), (5, 4, 2), (23, 8, 3), (24, 8, 7)]
-)
+@pytest.mark.parametrize(("total", "length", "stride"), [(1, 4, 2), (4, 4, 2), (5, 4, 2), (23, 8, 3), (24, 8, 7)])
 def test_windows_make_every_token_new_once(total, length, stride):
     spans = window_spans(total, length, stride)
     new = [token for begin, end, first_new in spans for token in range(first_new, end)]
@@ -120,9 +117,7 @@ def test_sliding_window_equals_token_by_token(llama, stride):
 def test_text_within_one_window_equals_the_forward_loss(llama):
     tokenizer = byte_tokenizer()
     ids = torch.tensor([stream_of(tokenizer)])
-    result = lm(context_length=200).evaluate(
-        llama, tokenizer, texts(), batch_size=4, set_token_mask=lambda mask: None
-    )
+    result = lm(context_length=200).evaluate(llama, tokenizer, texts(), batch_size=4, set_token_mask=lambda mask: None)
     assert result.extras["cross_entropy"] == pytest.approx(llama(ids, labels=ids).loss.item(), abs=1e-5)
 
 
@@ -131,9 +126,7 @@ def test_every_token_counts_once_and_batch_size_changes_nothing(llama, batch_siz
     tokenizer = byte_tokenizer(pad=False)
     watch = Watch(llama)
     task = lm(context_length=10, stride=4)
-    result = task.evaluate(
-        llama, tokenizer, texts(), batch_size=batch_size, set_token_mask=watch.set_token_mask
-    )
+    result = task.evaluate(llama, tokenizer, texts(), batch_size=batch_size, set_token_mask=watch.set_token_mask)
     alone = task.evaluate(llama, tokenizer, texts(), batch_size=1, set_token_mask=lambda mask: None)
     assert watch.counted == stream_of(tokenizer)
     assert watch.last_told is None
@@ -179,9 +172,7 @@ def test_context_is_fitted_to_the_model(caplog):
 
 def test_refusals(llama):
     with pytest.raises(DataError, match="the text has 1 tokens; perplexity needs at least 2, give more text"):
-        lm().evaluate(
-            llama, byte_tokenizer(eos=False), texts("a"), batch_size=1, set_token_mask=lambda mask: None
-        )
+        lm().evaluate(llama, byte_tokenizer(eos=False), texts("a"), batch_size=1, set_token_mask=lambda mask: None)
     with pytest.raises(ConfigError, match="batch_size=0 must be at least 1"):
         lm().evaluate(llama, byte_tokenizer(), texts(), batch_size=0, set_token_mask=lambda mask: None)
 
@@ -192,8 +183,7 @@ def test_refusals(llama):
         (
             {"a": ["x"], "b": ["y"], "c": [1]},
             {},
-            "cannot tell which column is the text: the data has a, b, c, of which text: a, b; "
-            "set text_column",
+            "cannot tell which column is the text: the data has a, b, c, of which text: a, b; set text_column",
         ),
         (
             {"a": ["x"], "c": [1]},

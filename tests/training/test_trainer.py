@@ -19,9 +19,7 @@ def router_weights(model) -> list[torch.Tensor]:
 def step_gradients(tmp_path, model=None, data=None, **settings) -> dict[str, torch.Tensor]:
     """Gradients of the first optimiser step of stage 1, over the same eight padded rows however they are split."""
     data = rows(8, padded=True) if data is None else data
-    run = trainer(
-        tmp_path, model, data, stage1_steps=1, stage2_steps=0, max_grad_norm=0.0, eta=3.0, **settings
-    )
+    run = trainer(tmp_path, model, data, stage1_steps=1, stage2_steps=0, max_grad_norm=0.0, eta=3.0, **settings)
     for module in run.model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

@@ -1,0 +1,1 @@
+"""Speed, against dense and against the measured limit of the machine."""

@@ -136,9 +136,7 @@ class SplitSparseFFN(SparseFFN):
         router: ThresholdRouter,
         layer_index: int,
     ) -> None:
-        super().__init__(
-            {"act": act}, {"act": "act"}, activation=activation, router=router, layer_index=layer_index
-        )
+        super().__init__({"act": act}, {"act": "act"}, activation=activation, router=router, layer_index=layer_index)
         self.weight = down.weight
         self.bias = down.bias
         # Inside a list the module is reached without being registered here a second time.
@@ -183,5 +181,6 @@ def neuron_rows(projection: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight of a linear layer as [out, in], and its bias; transformers' ``Conv1D`` stores it as [in, out]."""
     weight, bias = projection.weight, projection.bias
     assert isinstance(weight, Tensor)
+    assert bias is None or isinstance(bias, Tensor)
     is_conv1d = hasattr(projection, "nf")
     return (weight.T if is_conv1d else weight), bias

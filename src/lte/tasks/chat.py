@@ -141,9 +141,7 @@ def _encode_unmarked(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> 
     return encoded["input_ids"], said
 
 
-def _turn_span(
-    messages: Messages, index: int, text: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[int, int]:
+def _turn_span(messages: Messages, index: int, text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     """Characters of ``text``, the whole conversation rendered, that the assistant says in one turn."""
     before = _render(messages[:index], tokenizer) if index else ""
     prompt = _render(messages[:index], tokenizer, prompt=True) if index else ""

@@ -59,9 +59,7 @@ class Labels:
         else:
             names = tuple(str(number) for number in range(max(values) + 1))
         if len(names) < 2:
-            raise DataError(
-                f"column {column!r} holds only {values[0]!r}; classification needs two different labels"
-            )
+            raise DataError(f"column {column!r} holds only {values[0]!r}; classification needs two different labels")
         return cls(names)
 
     def encode(self, values: list[Any], column: str) -> list[int] | list[float]:
@@ -72,9 +70,7 @@ class Labels:
                 raise DataError(f"column {column!r} holds text, but the model does regression; give numbers")
             return [float(value) for value in values]
         if isinstance(values[0], float):
-            raise DataError(
-                f"column {column!r} holds floats, but the model is for the classes {', '.join(self.names)}"
-            )
+            raise DataError(f"column {column!r} holds floats, but the model is for the classes {', '.join(self.names)}")
         if isinstance(values[0], str):
             known = {name: number for number, name in enumerate(self.names)}
             numbers = [known.get(value, -1) for value in values]
@@ -163,9 +159,7 @@ def text_columns(config: TaskConfig, rows: Dataset) -> list[str]:
     return [find_text(rows, None, ignore=(config.label_column,))]
 
 
-def encode_rows(
-    rows: Dataset, labels: Labels, config: TaskConfig, tokenizer: PreTrainedTokenizerBase
-) -> Dataset:
+def encode_rows(rows: Dataset, labels: Labels, config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """Tokenised rows with labels as numbers."""
     names = text_columns(config, rows)
     require_column(rows, config.label_column, "label_column")
@@ -174,9 +168,7 @@ def encode_rows(
     targets = labels.encode(rows[config.label_column][:], config.label_column)
 
     def encode(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        encoded = tokenizer(
-            *(batch[name] for name in names), truncation=True, max_length=config.context_length
-        )
+        encoded = tokenizer(*(batch[name] for name in names), truncation=True, max_length=config.context_length)
         return {**encoded, "labels": [targets[index] for index in indices]}
 
     with quiet():

@@ -24,9 +24,7 @@ def require_text(rows: Dataset, name: str, setting: str) -> str:
     require_column(rows, name, setting)
     if name not in string_columns(rows):
         kind = getattr(rows.features[name], "dtype", rows.features[name])
-        raise DataError(
-            f"{setting}={name!r} holds {kind}, not text; columns of text: {_listed(string_columns(rows))}"
-        )
+        raise DataError(f"{setting}={name!r} holds {kind}, not text; columns of text: {_listed(string_columns(rows))}")
     return name
 
 

@@ -123,4 +123,3 @@ def model_positions(model_config: Any) -> int | None:
         # these number their positions from pad_token_id + 1
         return int(positions - text_config.pad_token_id - 1)
     return int(positions)
-

@@ -81,9 +81,7 @@ class PromptFormat:
         return rows
 
     @staticmethod
-    def prompt_ids(
-        prompts: Sequence[str], rooms: Sequence[int], tokenizer: PreTrainedTokenizerBase
-    ) -> list[list[int]]:
+    def prompt_ids(prompts: Sequence[str], rooms: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
         """BOS, prompt and separator, each prompt cut from the left to its room; BOS stays."""
         bos = bos_ids(tokenizer)
         encoded = encode_texts(tokenizer, [prompt + SEPARATOR for prompt in prompts])
@@ -199,7 +197,5 @@ def _rouge_scorer() -> Any:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
-        raise LTEError(
-            "ROUGE needs the package rouge-score; pip install 'learn-to-be-efficient[eval]'"
-        ) from None
+        raise LTEError("ROUGE needs the package rouge-score; pip install 'learn-to-be-efficient[eval]'") from None
     return RougeScorer(["rougeL"], use_stemmer=True)

@@ -23,9 +23,7 @@ def scored_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[float
         batch: input_ids, attention_mask and labels, [B, S] each, on the model's device; ``labels[b, s]`` is
             predicted from the tokens before ``s``.
     """
-    logits = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    ).logits
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     labels = batch["labels"][:, 1:]
     scored = labels != IGNORED
     losses = F.cross_entropy(logits[:, :-1][scored].float(), labels[scored], reduction="none")

@@ -32,13 +32,9 @@ CONTINUES_COLUMN = "continues_in_next_row"
 """Of rows from .txt: true where the next row is more of the same document."""
 
 _FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-_TEXT_FEATURES = datasets.Features(
-    {"text": datasets.Value("string"), CONTINUES_COLUMN: datasets.Value("bool")}
-)
+_TEXT_FEATURES = datasets.Features({"text": datasets.Value("string"), CONTINUES_COLUMN: datasets.Value("bool")})
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
-_FILE_LIKE = re.compile(
-    r"\.(txt|jsonl?|csv|tsv|parquet|arrow|ya?ml|xml|html?|md|log|gz|zst|xz|bz2|zip|tar)$", re.I
-)
+_FILE_LIKE = re.compile(r"\.(txt|jsonl?|csv|tsv|parquet|arrow|ya?ml|xml|html?|md|log|gz|zst|xz|bz2|zip|tar)$", re.I)
 
 
 def load_rows(source: Source, split: str | None = None, limit: int | None = None) -> Dataset:

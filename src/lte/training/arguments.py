@@ -53,9 +53,19 @@ class LTETrainingArguments(TrainingArguments):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         for name in ("eta_warmup", "lambda_start", "lambda_full"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "is a share of stage 1, in [0, 1]")
-        _require(self.sep_epsilon > 0, "sep_epsilon", self.sep_epsilon, "must be above 0: the loss is singular without it")
+        _require(
+            self.sep_epsilon > 0,
+            "sep_epsilon",
+            self.sep_epsilon,
+            "must be above 0: the loss is singular without it",
+        )
         _require(self.lambda_start <= self.lambda_full, "lambda_start", self.lambda_start, "is after lambda_full")
-        _require(self.max_steps <= 0, "max_steps", self.max_steps, "is not used; give stage1_steps and stage2_steps")
+        _require(
+            self.max_steps <= 0,
+            "max_steps",
+            self.max_steps,
+            "is not used; give stage1_steps and stage2_steps",
+        )
         super().__post_init__()
         if isinstance(self.gradient_checkpointing_kwargs, dict):
             refuse_reentrant(self.gradient_checkpointing_kwargs)

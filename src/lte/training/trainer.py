@@ -47,6 +47,8 @@ class LTETrainer(Trainer):
     """
 
     args: LTETrainingArguments
+    optimizer: Any
+    lr_scheduler: Any
 
     def __init__(self, model: Any = None, args: LTETrainingArguments | None = None, **kwargs: Any) -> None:
         if model is None or not sparse_ffns(model):
@@ -83,7 +85,9 @@ class LTETrainer(Trainer):
         batches = len(self.get_train_dataloader())
         self._plan = StagePlan.build(self.args, math.ceil(batches / self.args.gradient_accumulation_steps))
         if self.plan.total < 1:
-            raise ConfigError("both stages are empty; give stage1_epochs or stage1_steps, stage2_epochs or stage2_steps")
+            raise ConfigError(
+                "both stages are empty; give stage1_epochs or stage1_steps, stage2_epochs or stage2_steps"
+            )
         self.args.max_steps = self.plan.total
         for layer in self.model.modules():
             checkpointing = getattr(layer, "_gradient_checkpointing_func", None)
@@ -248,7 +252,13 @@ class _LogWindow:
         self.eta = 0.0
 
     def add(
-        self, step: int, task: Tensor, efficiency: Tensor, separability: Tensor, eta: float, totals: RoutingTotals
+        self,
+        step: int,
+        task: Tensor,
+        efficiency: Tensor,
+        separability: Tensor,
+        eta: float,
+        totals: RoutingTotals,
     ) -> None:
         self.steps.add(step)
         self.eta = eta

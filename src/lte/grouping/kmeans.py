@@ -1,0 +1,277 @@
+"""Balanced k-means: clusters of exactly equal size, found by swapping pairs of rows.
+
+With every cluster of size S, the within-cluster cost of rows x is ``sum |x_i|^2 - sum_k |sum_{i in k} x_i|^2 / S``.
+It needs inner products only, so everything after the Gram matrix is independent of the features' width. Seeding is
+k-means++ (Arthur & Vassilvitskii 2007); assignment under the size constraint uses entropic optimal transport
+(Cuturi 2013); the swap search is the balanced analogue of Hartigan's exchange method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lte.errors import ConfigError
+from lte.grouping.base import NeuronGrouping, check_divisible
+from lte.ops.weights import FFNWeights
+
+_MAX_SEEDINGS = 10
+_LLOYD_ITERATIONS = 20
+_PRICE_STEPS = 30
+_MAX_SWEEPS = 30
+_SWEEP_TOLERANCE = 1e-4
+_GRAM_BLOCK = 2048
+
+Floats = NDArray[np.float32]
+Indices = NDArray[np.int64]
+
+
+def group_kmeans(
+    weights: FFNWeights, expert_size: int, *, seed: int, activations: Tensor | None = None
+) -> NeuronGrouping:
+    """Neurons whose rows of the input matrix point the same way share an expert (paper section 4.1).
+
+    ``activations`` is not used. Raises ConfigError if ``expert_size`` does not divide F or a weight is not finite.
+    """
+    check_divisible(weights.d_ff, expert_size)
+    name = "up-projection weights" if weights.gate is None else "gate weights"
+    features_FD = normalise_rows(weights.input_matrix)
+    labels_F = balanced_kmeans(features_FD, expert_size, seed=seed, name=name)
+    return NeuronGrouping.from_labels(labels_F, expert_size)
+
+
+def normalise_rows(features_ND: Tensor) -> Tensor:
+    """Rows scaled to L2 norm 1, in fp32; zero rows stay zero, rows with a NaN or infinity hold a NaN."""
+    x_ND = features_ND.detach().float()
+    # Dividing by the largest entry first keeps the squares of very small and very large rows in range.
+    peak_N1 = x_ND.abs().amax(dim=1, keepdim=True)
+    return torch.nn.functional.normalize(x_ND / torch.where(peak_N1 > 0, peak_N1, 1.0), dim=1)
+
+
+def clustering_cost(features_ND: Tensor, labels_N: Tensor) -> float:
+    """Sum of squared distances of the rows to the mean of their cluster, in fp64; labels are [N] long."""
+    x_ND = features_ND.detach().double()
+    sums_KD = x_ND.new_zeros(int(labels_N.max()) + 1, x_ND.shape[1]).index_add_(0, labels_N, x_ND)
+    means_KD = sums_KD / torch.bincount(labels_N)[:, None]
+    return float((x_ND - means_KD[labels_N]).square().sum())
+
+
+def balanced_kmeans(
+    features_ND: Tensor, cluster_size: int, *, seed: int, seedings: int | None = None, name: str = "features"
+) -> Tensor:
+    """Cluster the rows into N / cluster_size clusters of exactly ``cluster_size`` rows.
+
+    The result depends on the features and the seed only: neither on the global random state nor on the number
+    of threads. Memory is 4 N^2 bytes for the Gram matrix.
+
+    Args:
+        features_ND: any floating dtype, any device; only the Gram matrix is computed there, the rest on the CPU.
+        cluster_size: S; divides N.
+        seed: of the random choices.
+        seedings: k-means++ starts, of which the best third is refined; by default many for small N, 1 for large.
+        name: what the rows are, for error messages.
+
+    Returns:
+        [N] long, the cluster of each row, on the device of the features.
+
+    Raises:
+        ConfigError: ``cluster_size`` does not divide N, the features are not a matrix or not finite.
+    """
+    _check_features(features_ND, name)
+    n_rows = features_ND.shape[0]
+    check_divisible(n_rows, cluster_size)
+    n_clusters = n_rows // cluster_size
+    if n_clusters == 1 or cluster_size == 1:
+        return torch.arange(n_rows, device=features_ND.device) // cluster_size
+    if seedings is None:
+        seedings = min(_MAX_SEEDINGS, max(1, 2**24 // n_rows**2))
+    gram_NN = _gram(features_ND)
+    rng = np.random.default_rng(seed)
+    starts = sorted((_lloyd(gram_NN, cluster_size, rng) for _ in range(seedings)), key=lambda found: found[0])
+    refined = [_swap_sweeps(gram_NN, members_KS, rng) for _, members_KS in starts[: (seedings + 2) // 3]]
+    _, members_KS = min(refined, key=lambda found: found[0])
+    labels_N = np.empty(n_rows, dtype=np.int64)
+    labels_N[members_KS] = np.arange(n_clusters)[:, None]
+    return torch.from_numpy(labels_N).to(features_ND.device)
+
+
+def _check_features(features_ND: Tensor, name: str) -> None:
+    if features_ND.ndim != 2 or features_ND.numel() == 0:
+        raise ConfigError(f"{name} must be a non-empty matrix with one row per neuron, got {tuple(features_ND.shape)}")
+    bad_N = ~features_ND.isfinite().all(dim=1)
+    if bad_N.any():
+        raise ConfigError(
+            f"{name} hold NaN or infinity for {int(bad_N.sum())} of {bad_N.numel()} neurons "
+            f"(first: neuron {int(bad_N.nonzero()[0])}); repair the checkpoint or the data before grouping"
+        )
+
+
+def _gram(features_ND: Tensor) -> Floats:
+    """Inner products of the centred rows, [N, N] fp32, the same bits whatever the number of threads.
+
+    A matrix product's rounding depends on how it is split over threads. Here the rows' directions are rounded to
+    integers of norm <= 2^12, so that by Cauchy-Schwarz every partial sum is an integer <= 2^24: exact in fp32.
+    """
+    x_ND = features_ND.detach().float()
+    x_ND = x_ND / x_ND.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+    # Distances do not change with the origin; a large common mean would only cost precision.
+    x_ND = x_ND - x_ND.mean(dim=0)
+    n_rows, width = x_ND.shape
+    grid = 2**12 - width**0.5 / 2
+    norm_N1 = x_ND.norm(dim=1, keepdim=True)
+    grid_ND = (x_ND * (grid / norm_N1.clamp_min(torch.finfo(torch.float32).tiny))).round_()
+    scale_N = norm_N1.squeeze(1) / grid
+    gram_NN = x_ND.new_empty(n_rows, n_rows)
+    for start in range(0, n_rows, _GRAM_BLOCK):
+        stop = start + _GRAM_BLOCK
+        block = grid_ND[start:stop] @ grid_ND[start:].T
+        block.mul_(scale_N[start:stop, None]).mul_(scale_N[start:])
+        gram_NN[start:stop, start:] = block
+        gram_NN[start:, start:stop] = block.T
+    return gram_NN.cpu().numpy()
+
+
+def _cluster_sums(gram_NN: Floats, members_KS: Indices) -> Floats:
+    """Inner product of every row with every cluster's sum of members, [K, N]."""
+    sums_KN = gram_NN[members_KS[:, 0]]
+    for slot in range(1, members_KS.shape[1]):
+        sums_KN += gram_NN[members_KS[:, slot]]
+    return sums_KN
+
+
+def _cost(gram_NN: Floats, own_KS: Floats) -> float:
+    """Within-cluster cost; ``own_KS`` are the members' inner products with their own cluster's sum."""
+    return float(gram_NN.diagonal().sum(dtype=np.float64) - own_KS.sum(dtype=np.float64) / own_KS.shape[1])
+
+
+def _lloyd(gram_NN: Floats, size: int, rng: np.random.Generator) -> tuple[float, Indices]:
+    """k-means++ seeds, then Lloyd iterations with balanced assignment while they help; (cost, members [K, S])."""
+    seeds_K = _seed_rows(gram_NN, gram_NN.shape[0] // size, rng)
+    members_KS = _assign((gram_NN.diagonal()[seeds_K, None] - 2 * gram_NN[seeds_K]).T, size)
+    best_cost, best_members_KS = np.inf, members_KS
+    for _ in range(_LLOYD_ITERATIONS):
+        sums_KN = _cluster_sums(gram_NN, members_KS)
+        own_KS = np.take_along_axis(sums_KN, members_KS, axis=1)
+        cost = _cost(gram_NN, own_KS)
+        if cost >= best_cost * (1 - _SWEEP_TOLERANCE):
+            break
+        best_cost, best_members_KS = cost, members_KS
+        members_KS = _assign((own_KS.sum(axis=1)[:, None] / size**2 - 2 * sums_KN / size).T, size)
+    return best_cost, best_members_KS
+
+
+def _seed_rows(gram_NN: Floats, n_clusters: int, rng: np.random.Generator) -> Indices:
+    """k-means++: rows drawn with probability proportional to the squared distance to those already drawn."""
+    norms_N = gram_NN.diagonal()
+    seeds = [int(rng.integers(len(norms_N)))]
+    distance_N = np.full(len(norms_N), np.inf)
+    while len(seeds) < n_clusters:
+        latest = seeds[-1]
+        distance_N = np.minimum(distance_N, np.maximum(norms_N + norms_N[latest] - 2 * gram_NN[latest], 0))
+        cumulative_N = distance_N.cumsum()
+        drawn = np.searchsorted(cumulative_N, rng.random() * cumulative_N[-1], side="right")
+        # Fewer distinct rows than clusters: all distances are 0 and the search runs off the end.
+        seeds.append(min(int(drawn), len(norms_N) - 1))
+    return np.array(seeds)
+
+
+def _assign(cost_NK: Floats, size: int) -> Indices:
+    """Members [K, S] of a near-cheapest assignment of the rows to clusters of exactly ``size``."""
+    n_rows, n_clusters = cost_NK.shape
+    priced_NK = cost_NK + _prices(cost_NK, size)
+    two_best_N2 = np.partition(priced_NK, 1, axis=1)[:, :2]
+    room = [size] * n_clusters
+    members: list[list[int]] = [[] for _ in range(n_clusters)]
+    closed_K = np.zeros(n_clusters, dtype=np.float32)
+    # Rows with most to lose choose first.
+    for row in np.argsort(two_best_N2[:, 0] - two_best_N2[:, 1], kind="stable").tolist():
+        cluster = int((priced_NK[row] + closed_K).argmin())
+        members[cluster].append(row)
+        room[cluster] -= 1
+        if room[cluster] == 0:
+            closed_K[cluster] = np.inf
+    return np.array(members)
+
+
+def _prices(cost_NK: Floats, size: int) -> Floats:
+    """Prices [K] under which rows that minimise cost + price ask for about ``size`` places in every cluster."""
+    price_K = np.zeros(cost_NK.shape[1], dtype=np.float32)
+    spread = float((cost_NK.mean(axis=1) - cost_NK.min(axis=1)).mean())
+    for temperature in max(spread, 1e-30) * np.geomspace(0.3, 0.01, _PRICE_STEPS):
+        demand_NK = (cost_NK + price_K) / np.float32(-temperature)
+        demand_NK -= demand_NK.max(axis=1, keepdims=True)
+        np.exp(demand_NK, out=demand_NK)
+        demand_NK /= demand_NK.sum(axis=1, keepdims=True)
+        price_K += np.float32(temperature) * np.log(np.maximum(demand_NK.sum(axis=0) / size, 1e-6))
+    return price_K
+
+
+def _swap_sweeps(gram_NN: Floats, members_KS: Indices, rng: np.random.Generator) -> tuple[float, Indices]:
+    """Swap rows between clusters, all pairs of clusters per sweep, until a sweep gains little; (cost, members)."""
+    members_KS = members_KS.copy()
+    # Below this a gain is rounding error.
+    least_gain = 1e-5 * float(gram_NN.diagonal().mean())
+    sums_KN = _cluster_sums(gram_NN, members_KS)
+    cost = _cost(gram_NN, np.take_along_axis(sums_KN, members_KS, axis=1))
+    for _ in range(_MAX_SWEEPS):
+        for left_P, right_P in _pairings(len(members_KS), rng):
+            _swap_between(gram_NN, sums_KN, members_KS, left_P, right_P, least_gain)
+        sums_KN = _cluster_sums(gram_NN, members_KS)
+        before, cost = cost, _cost(gram_NN, np.take_along_axis(sums_KN, members_KS, axis=1))
+        if cost >= before * (1 - _SWEEP_TOLERANCE):
+            break
+    return cost, members_KS
+
+
+def _pairings(n_clusters: int, rng: np.random.Generator) -> Iterator[tuple[Indices, Indices]]:
+    """Rounds of disjoint pairs in which every two clusters meet once (a round-robin tournament)."""
+    ring = rng.permutation(n_clusters + n_clusters % 2)
+    half = len(ring) // 2
+    for _ in range(len(ring) - 1):
+        left_P, right_P = ring[:half], ring[half:][::-1]
+        # With an odd number of clusters, one of them meets a number that stands for nobody.
+        real_P = np.maximum(left_P, right_P) < n_clusters
+        yield left_P[real_P], right_P[real_P]
+        ring = np.concatenate([ring[:1], ring[-1:], ring[1:-1]])
+
+
+def _swap_between(
+    gram_NN: Floats,
+    sums_KN: Floats,
+    members_KS: Indices,
+    left_P: Indices,
+    right_P: Indices,
+    least_gain: float,
+) -> None:
+    """Make, in P disjoint pairs of clusters at once, the best swap while there is one; updates members and sums.
+
+    Swapping i of cluster a with j of cluster b lowers S/2 times the cost by
+    ``x_i.(b - a) + x_j.(a - b) + |x_i - x_j|^2``, with a, b the clusters' sums: exact, moving centroids included.
+    """
+    n_rows, size = gram_NN.shape[0], members_KS.shape[1]
+    norms_N = gram_NN.diagonal()
+    for _ in range(size):
+        i_PS, j_PS = members_KS[left_P], members_KS[right_P]
+        left_P1, right_P1 = left_P[:, None], right_P[:, None]
+        pull_i_PS = sums_KN[right_P1, i_PS] - sums_KN[left_P1, i_PS] + norms_N[i_PS]
+        pull_j_PS = sums_KN[left_P1, j_PS] - sums_KN[right_P1, j_PS] + norms_N[j_PS]
+        gain_PSS = gram_NN.reshape(-1).take(i_PS[:, :, None] * n_rows + j_PS[:, None, :])
+        gain_PSS *= -2
+        gain_PSS += pull_i_PS[:, :, None]
+        gain_PSS += pull_j_PS[:, None, :]
+        gain_PX = gain_PSS.reshape(len(left_P), -1)
+        best_P = gain_PX.argmax(axis=1)
+        gains_P = np.take_along_axis(gain_PX, best_P[:, None], axis=1)[:, 0] > least_gain
+        if not gains_P.any():
+            return
+        left_P, right_P, best_P = left_P[gains_P], right_P[gains_P], best_P[gains_P]
+        slot_i_P, slot_j_P = best_P // size, best_P % size
+        i_P, j_P = members_KS[left_P, slot_i_P], members_KS[right_P, slot_j_P]
+        members_KS[left_P, slot_i_P], members_KS[right_P, slot_j_P] = j_P, i_P
+        moved_PN = gram_NN[j_P] - gram_NN[i_P]
+        sums_KN[left_P] += moved_PN
+        sums_KN[right_P] -= moved_PN

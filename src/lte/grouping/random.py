@@ -1,0 +1,18 @@
+"""Random grouping: the baseline every other grouping has to beat."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lte.grouping.base import NeuronGrouping, check_divisible
+from lte.ops.weights import FFNWeights
+
+
+def group_random(
+    weights: FFNWeights, expert_size: int, *, seed: int, activations: Tensor | None = None
+) -> NeuronGrouping:
+    """Assign neurons to experts at random; see :class:`lte.grouping.GroupingFn`."""
+    check_divisible(weights.d_ff, expert_size)
+    generator = torch.Generator().manual_seed(seed)
+    return NeuronGrouping(torch.randperm(weights.d_ff, generator=generator), expert_size)

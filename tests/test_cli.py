@@ -1,0 +1,240 @@
+"""The commands as a user types them: what works, and one line with exit code 2 for what cannot."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import lte
+from lte.cli import app
+from lte.errors import LTEError
+from lte.models import create
+
+WORDS = "the cat sat on a mat and the dog saw a bird while rain fell over small green hills".split()  # noqa: SIM905
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Text, prompt -> target rows, and a dense model with a tokenizer."""
+    root = tmp_path_factory.mktemp("cli")
+    text = "\n".join(" ".join(WORDS[(i * k) % len(WORDS)] for k in range(1, 9)) for i in range(1, 300))
+    (root / "text.txt").write_text(text)
+    rows = [{"mr": f"name[{WORDS[i % 18]}]", "ref": f"{WORDS[i % 18]} is a cat."} for i in range(30)]
+    (root / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (root / "empty.txt").write_text("")
+    create(CONFIG, str(root / "text.txt"), root / "dense", vocab_size=300)
+    return root
+
+
+def run(*words: object) -> Any:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def fails(*words: object) -> str:
+    """The error line of a command that must fail; what turns it into exit code 2 is tested in a real process."""
+    result = run(*words)
+    assert isinstance(result.exception, LTEError), result.output + repr(result.exception)
+    return " ".join(str(result.exception).split())
+
+
+def train_words(folder: Path, out: Path, *more: object) -> list[object]:
+    return [
+        *("train", "--model", folder / "dense", "--task", "lm", "--data", folder / "text.txt", "--out", out),
+        *("--expert-size", 8, "--grouping", "random", "--context-length", 16, "--batch-size", 4),
+        *("--set", "training.stage1_steps=3", "--set", "training.stage2_steps=2"),
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def trained(folder) -> Path:
+    out = folder / "sparse"
+    result = run(*train_words(folder, out))
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    return out
+
+
+def test_train_leaves_a_sparse_model_and_its_record(trained):
+    lte.load(trained)
+    record = json.loads((trained / "lte_run.json").read_text())
+    assert record["steps"] == 5
+    assert len(record["sparsity_per_layer"]) == 2
+    lines = [json.loads(line) for line in (trained / "training_log.jsonl").read_text().splitlines()]
+    assert [line["stage"] for line in lines if "stage" in line] == [1, 1, 1, 2, 2]
+
+
+def test_evaluate_writes_every_key(trained, folder, tmp_path):
+    result = run("evaluate", trained, "--task", "lm", "--data", folder / "text.txt", "--json", tmp_path / "f.json")
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "f.json").read_text())
+    keys = {
+        "metric",
+        "value",
+        "sparsity",
+        "sparsity_per_layer",
+        "gflops_per_token",
+        "tokens",
+        "model",
+        "task",
+        "data",
+    }
+    assert keys | {"seed", "versions"} <= record.keys()
+    assert record["metric"] == "perplexity"
+    assert set(record["gflops_per_token"]) == {"dense", "sparse", "router"}
+    assert record["sparsity"] == pytest.approx(sum(record["sparsity_per_layer"]) / 2, abs=1e-6)
+
+
+def test_evaluate_dense_baseline(folder, tmp_path):
+    words = ("evaluate", folder / "dense", "--data", folder / "text.txt", "--json", tmp_path / "f.json")
+    assert "is a dense checkpoint" in fails(*words)
+    assert run(*words, "--dense").exit_code == 0
+    record = json.loads((tmp_path / "f.json").read_text())
+    assert record["sparsity"] == 0
+    assert record["gflops_per_token"]["sparse"] == record["gflops_per_token"]["dense"]
+
+
+def test_evaluate_prompt_target(trained, folder):
+    columns = (
+        "--prompt-column",
+        "mr",
+        "--target-column",
+        "ref",
+        "--max-new-tokens",
+        5,
+        "--context-length",
+        48,
+    )
+    result = run("evaluate", trained, "--data", folder / "rows.jsonl", *columns)
+    assert result.exit_code == 0, result.output
+    assert "rougeL" in result.output
+
+
+def test_generate(trained):
+    result = run("generate", trained, "--prompt", "the cat", "--max-new-tokens", 4)
+    assert result.exit_code == 0
+    assert "the cat" in result.output
+
+
+def test_inspect(trained, tmp_path):
+    result = run("inspect", trained, "--json", tmp_path / "f.json")
+    assert result.exit_code == 0
+    record = json.loads((tmp_path / "f.json").read_text())
+    assert [layer["experts"] for layer in record["layers"]] == [8, 8]
+    assert record["parameters"]["router"] == 2 * (8 * 32 + 8)
+    assert record["layers"][0]["mflops"]["dense"] == pytest.approx(2 * 3 * 32 * 64 / 2**20)
+
+
+def test_finetune_and_recipe_file(folder, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {folder / 'dense'}\ndata: {folder / 'text.txt'}\nout: {tmp_path / 'tuned'}\n"
+        "task: {name: lm, context_length: 16}\ntraining: {max_steps: 3, learning_rate: 1e-3}\n"
+    )
+    result = run("finetune", recipe, "--set", "training.max_steps=2")
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    assert json.loads((tmp_path / "tuned" / "lte_run.json").read_text())["steps"] == 2
+    run_again = run(
+        "train", recipe, "--out", tmp_path / "sparse", "--set", "training={stage1_steps: 1, stage2_steps: 1}"
+    )
+    assert "not divisible" not in run_again.output
+    assert run_again.exit_code == 0, run_again.output + repr(run_again.exception)
+
+
+def test_init(folder, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "model_type": "gpt_neox"}))
+    words = (
+        "init",
+        "--config",
+        tmp_path / "config.json",
+        "--data",
+        folder / "text.txt",
+        "--out",
+        tmp_path / "new",
+    )
+    assert run(*words, "--vocab-size", 300).exit_code == 0
+    assert "is not empty" in fails(*words, "--vocab-size", 300)
+
+
+def test_resume_of_a_complete_run_trains_nothing(folder, trained):
+    before = (trained / "model.safetensors").read_bytes()
+    assert run(*train_words(folder, trained, "--resume")).exit_code == 0
+    assert (trained / "model.safetensors").read_bytes() == before
+    assert "training differ" in fails(*train_words(folder, trained, "--resume", "--eta", 3))
+
+
+def test_missing_model_folder(folder, tmp_path):
+    error = fails(*train_words(folder, tmp_path / "x", "--model", tmp_path / "nowhere"))
+    assert "no model folder" in error
+    assert not (tmp_path / "x").exists()
+
+
+def test_empty_data_file(folder, tmp_path):
+    assert "empty" in fails(*train_words(folder, tmp_path / "x", "--data", folder / "empty.txt"))
+    assert not (tmp_path / "x").exists()
+
+
+def test_missing_data_file(folder, tmp_path):
+    assert "no such file" in fails(*train_words(folder, tmp_path / "x", "--data", folder / "none.txt"))
+
+
+def test_indivisible_expert_size(folder, tmp_path):
+    error = fails(*train_words(folder, tmp_path / "x", "--expert-size", 24))
+    assert error.startswith("d_ff=64 is not divisible by expert_size=24; choose one of 4, 8, 16, 32, 64")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("training.etaa=2", "unknown recipe key 'training.etaa'; did you mean 'eta'?"),
+        ("sparsity.expertsize=2", "unknown key 'expertsize'; did you mean 'expert_size'?"),
+        ("task.contextlength=2", "unknown key 'contextlength'; did you mean 'context_length'?"),
+        ("modle=x", "unknown key 'modle'; did you mean 'model'?"),
+        ("sparsity.method=magic", "unknown method 'magic'; known methods: lte"),
+        ("training.eta=much", "training.eta='much' is not a number"),
+        ("training", "--set 'training' is not of the form key=value"),
+    ],
+)
+def test_unknown_recipe_key(folder, tmp_path, setting, message):
+    assert message in fails(*train_words(folder, tmp_path / "x", "--set", setting))
+    assert not (tmp_path / "x").exists()
+
+
+def test_out_folder_that_is_not_empty(folder, tmp_path):
+    (tmp_path / "mine.txt").write_text("keep")
+    assert "is not empty; use --resume, --overwrite or another --out" in fails(*train_words(folder, tmp_path))
+    assert "was not made by lte" in fails(*train_words(folder, tmp_path, "--overwrite"))
+    assert (tmp_path / "mine.txt").read_text() == "keep"
+
+
+def test_train_on_a_sparse_model(folder, trained, tmp_path):
+    assert "is sparse already" in fails(*train_words(folder, tmp_path / "x", "--model", trained))
+
+
+def test_error_is_one_line_and_exit_code_2(folder, tmp_path):
+    """Through the real entry point: no traceback, nothing on stdout."""
+    for words in (
+        ["evaluate", str(folder / "dense"), "--data", str(folder / "text.txt")],
+        ["inspect", str(tmp_path / "nowhere" / "model")],
+    ):
+        process = subprocess.run(
+            [sys.executable, "-c", "from lte.cli import main; main()", *words], capture_output=True, text=True
+        )
+        assert process.returncode == 2
+        assert process.stdout == ""
+        assert process.stderr.startswith("error: ")
+        assert process.stderr.count("\n") == 1
