@@ -95,5 +95,5 @@ def test_a_grouping_refuses_what_is_not_a_permutation():
 def test_nan_weights_are_refused():
     broken = weights()
     broken.gate[3, 3] = float("nan")
-    with pytest.raises(ConfigError, match="finite"):
+    with pytest.raises(ConfigError, match="gate weights hold NaN or infinity for 1 of 96 neurons"):
         get_grouping("kmeans")(broken, SIZE, seed=0)

@@ -181,7 +181,7 @@ def _seed_rows(gram_NN: Floats, n_clusters: int, rng: np.random.Generator) -> In
 
 def _assign(cost_NK: Floats, size: int) -> Indices:
     """Members [K, S] of a near-cheapest assignment of the rows to clusters of exactly ``size``."""
-    n_rows, n_clusters = cost_NK.shape
+    _, n_clusters = cost_NK.shape
     priced_NK = cost_NK + _prices(cost_NK, size)
     two_best_N2 = np.partition(priced_NK, 1, axis=1)[:, :2]
     room = [size] * n_clusters
