@@ -1,11 +1,15 @@
 """lte: turn a dense Hugging Face transformer into a contextually sparse one, and run it."""
 
+from typing import TYPE_CHECKING, Any
+
 from lte.families import FFNSpec, register_family
 from lte.hub import load, require_sparse
 from lte.methods import LTEConfig
 from lte.nn import SparsityMeter, observe_routing, set_mode
 from lte.sparsify import sparsify
-from lte.training import LTETrainer, LTETrainingArguments
+
+if TYPE_CHECKING:
+    from lte.training import LTETrainer, LTETrainingArguments
 
 __all__ = [
     "FFNSpec",
@@ -20,3 +24,12 @@ __all__ = [
     "set_mode",
     "sparsify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the trainer when it is first asked for: with it come seconds of imports that inference does not need."""
+    if name in ("LTETrainer", "LTETrainingArguments"):
+        import lte.training
+
+        return getattr(lte.training, name)
+    raise AttributeError(f"module 'lte' has no attribute {name!r}")

@@ -1,6 +1,6 @@
 """The ``lte`` command: parse, call, print."""
 
-# Imports of torch and transformers stay inside the commands, so that ``lte --help`` answers at once.
+# Commands import what they need themselves: datasets and matplotlib take seconds to load.
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from transformers.utils import logging as transformers_logging
 
 from lte.errors import LTEError
 
@@ -52,7 +53,7 @@ def lte() -> None:
     """Turn a dense Hugging Face transformer into a contextually sparse one, and run it."""
     # Progress is shown by the commands, not by each library on its own.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    transformers_logging.disable_progress_bar()
 
 
 @app.command()

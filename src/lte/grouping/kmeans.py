@@ -20,6 +20,8 @@ from lte.grouping.base import NeuronGrouping, check_divisible
 from lte.ops.weights import FFNWeights
 
 _MAX_SEEDINGS = 10
+_MAX_RECLUSTERINGS = 30
+_NEIGHBOURHOOD = 10
 _LLOYD_ITERATIONS = 20
 _PRICE_STEPS = 30
 _MAX_SWEEPS = 30
@@ -87,13 +89,17 @@ def balanced_kmeans(
     n_clusters = n_rows // cluster_size
     if n_clusters == 1 or cluster_size == 1:
         return torch.arange(n_rows, device=features_ND.device) // cluster_size
+    # How often one can afford to try again; 0 for the largest layers, where the starts differ little.
+    effort = 2**24 // n_rows**2
     if seedings is None:
-        seedings = min(_MAX_SEEDINGS, max(1, 2**24 // n_rows**2))
+        seedings = min(_MAX_SEEDINGS, max(1, effort))
     gram_NN = _gram(features_ND)
     rng = np.random.default_rng(seed)
     starts = sorted((_lloyd(gram_NN, cluster_size, rng) for _ in range(seedings)), key=lambda found: found[0])
     refined = [_swap_sweeps(gram_NN, members_KS, rng) for _, members_KS in starts[: (seedings + 2) // 3]]
     _, members_KS = min(refined, key=lambda found: found[0])
+    for _ in range(min(_MAX_RECLUSTERINGS, n_clusters, effort)):
+        _recluster_neighbours(gram_NN, members_KS, rng)
     labels_N = np.empty(n_rows, dtype=np.int64)
     labels_N[members_KS] = np.arange(n_clusters)[:, None]
     return torch.from_numpy(labels_N).to(features_ND.device)
@@ -225,6 +231,24 @@ def _swap_sweeps(gram_NN: Floats, members_KS: Indices, rng: np.random.Generator)
         if cost >= before * (1 - _SWEEP_TOLERANCE):
             break
     return cost, members_KS
+
+
+def _recluster_neighbours(gram_NN: Floats, members_KS: Indices, rng: np.random.Generator) -> None:
+    """Cluster afresh the rows of a random cluster and those nearest to it; keep what is cheaper, in place.
+
+    Repairs what swaps cannot: one natural cluster split in two while two others share one.
+    """
+    n_clusters, size = members_KS.shape
+    sums_KN = _cluster_sums(gram_NN, members_KS)
+    centre_products_KK = np.stack([sums_KN[:, row].sum(axis=1) for row in members_KS], axis=1)
+    distance_K = centre_products_KK.diagonal() - 2 * centre_products_KK[rng.integers(n_clusters)]
+    near_C = np.argsort(distance_K, kind="stable")[: min(_NEIGHBOURHOOD, 2 + n_clusters // 3)]
+    rows_M = members_KS[near_C].ravel()
+    near_gram_MM = gram_NN[np.ix_(rows_M, rows_M)]
+    own_CS = np.take_along_axis(sums_KN, members_KS, axis=1)[near_C]
+    cost, found_CS = _swap_sweeps(near_gram_MM, _lloyd(near_gram_MM, size, rng)[1], rng)
+    if cost < _cost(near_gram_MM, own_CS):
+        members_KS[near_C] = rows_M[found_CS]
 
 
 def _pairings(n_clusters: int, rng: np.random.Generator) -> Iterator[tuple[Indices, Indices]]:
