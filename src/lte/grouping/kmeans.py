@@ -63,7 +63,7 @@ def clustering_cost(features_ND: Tensor, labels_N: Tensor) -> float:
 
 
 def balanced_kmeans(
-    features_ND: Tensor, cluster_size: int, *, seed: int, seedings: int | None = None, name: str = "features"
+    features_ND: Tensor, cluster_size: int, *, seed: int, effort: int | None = None, name: str = "features"
 ) -> Tensor:
     """Cluster the rows into N / cluster_size clusters of exactly ``cluster_size`` rows.
 
@@ -74,7 +74,8 @@ def balanced_kmeans(
         features_ND: any floating dtype, any device; only the Gram matrix is computed there, the rest on the CPU.
         cluster_size: S; divides N.
         seed: of the random choices.
-        seedings: k-means++ starts, of which the best third is refined; by default many for small N, 1 for large.
+        effort: how often to try again: k-means++ starts, of which the best third is refined, and clusterings of
+            part of the result. By default as often as takes seconds: 0 for the largest layers.
         name: what the rows are, for error messages.
 
     Returns:
@@ -89,10 +90,9 @@ def balanced_kmeans(
     n_clusters = n_rows // cluster_size
     if n_clusters == 1 or cluster_size == 1:
         return torch.arange(n_rows, device=features_ND.device) // cluster_size
-    # How often one can afford to try again; 0 for the largest layers, where the starts differ little.
-    effort = 2**24 // n_rows**2
-    if seedings is None:
-        seedings = min(_MAX_SEEDINGS, max(1, effort))
+    if effort is None:
+        effort = 2**24 // n_rows**2
+    seedings = min(_MAX_SEEDINGS, max(1, effort))
     gram_NN = _gram(features_ND)
     rng = np.random.default_rng(seed)
     starts = sorted((_lloyd(gram_NN, cluster_size, rng) for _ in range(seedings)), key=lambda found: found[0])
@@ -100,6 +100,8 @@ def balanced_kmeans(
     _, members_KS = min(refined, key=lambda found: found[0])
     for _ in range(min(_MAX_RECLUSTERINGS, n_clusters, effort)):
         _recluster_neighbours(gram_NN, members_KS, rng)
+    # Numbered by first member, so that starts which end in the same clusters give the same labels.
+    members_KS = members_KS[members_KS.min(axis=1).argsort()]
     labels_N = np.empty(n_rows, dtype=np.int64)
     labels_N[members_KS] = np.arange(n_clusters)[:, None]
     return torch.from_numpy(labels_N).to(features_ND.device)
@@ -128,9 +130,8 @@ def _gram(features_ND: Tensor) -> Floats:
     x_ND = x_ND - x_ND.mean(dim=0)
     n_rows, width = x_ND.shape
     grid = 2**12 - width**0.5 / 2
-    norm_N1 = x_ND.norm(dim=1, keepdim=True)
-    grid_ND = (x_ND * (grid / norm_N1.clamp_min(torch.finfo(torch.float32).tiny))).round_()
-    scale_N = norm_N1.squeeze(1) / grid
+    grid_ND = (normalise_rows(x_ND) * grid).round_()
+    scale_N = x_ND.norm(dim=1) / grid
     gram_NN = x_ND.new_empty(n_rows, n_rows)
     for start in range(0, n_rows, _GRAM_BLOCK):
         stop = start + _GRAM_BLOCK
@@ -247,7 +248,8 @@ def _recluster_neighbours(gram_NN: Floats, members_KS: Indices, rng: np.random.G
     near_gram_MM = gram_NN[np.ix_(rows_M, rows_M)]
     own_CS = np.take_along_axis(sums_KN, members_KS, axis=1)[near_C]
     cost, found_CS = _swap_sweeps(near_gram_MM, _lloyd(near_gram_MM, size, rng)[1], rng)
-    if cost < _cost(near_gram_MM, own_CS):
+    # Not for a rounding error: the same clusters under other numbers are no gain.
+    if cost < _cost(near_gram_MM, own_CS) * (1 - _SWEEP_TOLERANCE):
         members_KS[near_C] = rows_M[found_CS]
 
 

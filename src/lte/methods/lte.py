@@ -25,8 +25,8 @@ class LTEConfig(MethodConfig):
 
     threshold: float = pydantic.Field(0.5, gt=0, lt=1)
     router_bias: bool = True
-    router_init_std: float = pydantic.Field(0.02, ge=0)
-    router_init_score: float = pydantic.Field(0.5, gt=0, lt=1)
+    router_init_std: float = pydantic.Field(0.3, ge=0)
+    router_init_score: float = pydantic.Field(0.95, gt=0, lt=1)
 
     @pydantic.model_validator(mode="after")
     def _bias_for_score(self) -> LTEConfig:

@@ -15,8 +15,7 @@ from lte.errors import ConfigError
 class LTETrainingArguments(TrainingArguments):
     """``transformers.TrainingArguments`` plus the two stages of LTE and their losses.
 
-    ``learning_rate`` is the model's in stage 1; each stage has its own warm-up (``warmup_steps``) and decay
-    (``lr_scheduler_type``). The length is given per stage, so ``num_train_epochs`` and ``max_steps`` are not used.
+    ``learning_rate`` is the model's in stage 1; each stage has its own warm-up (``warmup_steps``) and decay. The length is given per stage, so ``num_train_epochs`` and ``max_steps`` are not used.
 
     Attributes:
         eta: coefficient of the efficiency loss; larger is sparser.
@@ -28,6 +27,8 @@ class LTETrainingArguments(TrainingArguments):
         router_weight_decay: of the routers.
         stage1_epochs, stage2_epochs: length of each stage in passes over the data.
         stage1_steps, stage2_steps: the same in optimiser steps; given, it replaces the epochs.
+        stage1_scheduler: schedule of both learning rates in stage 1; by default ``lr_scheduler_type``, which is
+            that of stage 2.
         stage2_learning_rate: of the model in stage 2; by default that of stage 1.
     """
 
@@ -43,6 +44,7 @@ class LTETrainingArguments(TrainingArguments):
     stage2_epochs: float = 1.0
     stage1_steps: int | None = None
     stage2_steps: int | None = None
+    stage1_scheduler: str | None = None
     stage2_learning_rate: float | None = None
     warmup_steps: float = 0.06
     logging_nan_inf_filter: bool = False

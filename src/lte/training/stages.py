@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import get_scheduler
@@ -55,8 +54,8 @@ def learning_rate_factors(
     args: LTETrainingArguments, plan: StagePlan
 ) -> tuple[Callable[[int], float], Callable[[int], float]]:
     """Multipliers of ``learning_rate`` for the model and of ``router_learning_rate`` for the routers, by step."""
-    first = _schedule(args, plan.stage1_steps)
-    second = _schedule(args, plan.stage2_steps)
+    first = _schedule(args, args.stage1_scheduler or args.lr_scheduler_type, plan.stage1_steps)
+    second = _schedule(args, args.lr_scheduler_type, plan.stage2_steps)
     rate2 = args.learning_rate if args.stage2_learning_rate is None else args.stage2_learning_rate
     ratio = rate2 / args.learning_rate if args.learning_rate else 0.0
 
@@ -69,11 +68,11 @@ def learning_rate_factors(
     return model_factor, router_factor
 
 
-def _schedule(args: Any, steps: int) -> Callable[[int], float]:
+def _schedule(args: LTETrainingArguments, name: str, steps: int) -> Callable[[int], float]:
     """The named schedule of transformers as a plain function of the step."""
     probe = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     scheduler = get_scheduler(
-        args.lr_scheduler_type,
+        name,
         probe,
         num_warmup_steps=args.get_warmup_steps(steps),
         num_training_steps=max(steps, 1),
