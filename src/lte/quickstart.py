@@ -44,7 +44,7 @@ PRETRAINING_STEPS = 400
 STAGE1_STEPS = 120
 STAGE2_STEPS = 180
 LEARNING_RATE = 2e-3
-ETA = 0.3
+ETA = 0.1
 TRAIN_BYTES = 3_000_000
 VALIDATION_BYTES = 120_000
 PROMPT = "def read_file(path):\n"
@@ -85,7 +85,12 @@ def quickstart(out: Path, *, overwrite: bool, seed: int, console: Console) -> di
     steps = {"max_steps": STAGE1_STEPS + STAGE2_STEPS}
     finetune(Recipe(model=str(out / "pretrained"), out=str(out / "dense"), training={**optimiser, **steps}, **common))
     console.print("4/4 the same steps with lte: stage 1 (soft), stage 2 (hard)")
-    stages = {"eta": ETA, "stage1_steps": STAGE1_STEPS, "stage2_steps": STAGE2_STEPS}
+    stages = {
+        "eta": ETA,
+        "stage1_steps": STAGE1_STEPS,
+        "stage2_steps": STAGE2_STEPS,
+        "stage1_scheduler": "constant_with_warmup",
+    }
     train(Recipe(model=str(out / "pretrained"), out=str(out / "sparse"), training={**optimiser, **stages}, **common))
     result = _compare(out, str(data["validation"]), task, seed, console)
     result["seconds"] = round(time.perf_counter() - started, 1)

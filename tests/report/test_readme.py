@@ -1,21 +1,23 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
+
+import pytest
 
 from lte.report.readme import fill
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_figures_in_the_readme_are_those_in_results():
-    readme = (ROOT / "README.md").read_text()
-    assert fill(readme, ROOT / "results") == readme, "run `python -m lte.report.readme`"
-    assert "| FFN sparsity |" in readme
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md"])
+def test_figures_in_the_pages_are_those_in_results(page):
+    text = (ROOT / page).read_text()
+    assert fill(text, ROOT / "results") == text, "run `python -m lte.report.readme`"
+    assert "FFN sparsity |" in text
 
 
 def test_every_result_has_a_recipe_and_a_command():
-    import json
-
     for path in (ROOT / "results").glob("*/*.json"):
         assert (ROOT / "recipes" / path.parent.name / f"{path.stem}.yaml").is_file(), path
         assert json.loads(path.read_text())["command"].startswith("lte "), path

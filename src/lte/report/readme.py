@@ -1,4 +1,4 @@
-"""Fill the marked blocks of README.md from results/: ``python -m lte.report.readme``."""
+"""Fill the marked blocks of README.md and docs/ from results/: ``python -m lte.report.readme``."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ METRICS = {"perplexity": "perplexity", "rougeL": "ROUGE-L", "accuracy": "accurac
 
 
 def fill(text: str, results: Path) -> str:
-    """The README with every block ``<!-- results:NAME --> ... <!-- end -->`` written anew."""
-    blocks: dict[str, Callable[[Path], str]] = {"quickstart": _quickstart, "table": _table}
+    """The text with every block ``<!-- results:NAME --> ... <!-- end -->`` written anew."""
+    blocks: dict[str, Callable[[Path], str]] = {"quickstart": _quickstart, "table": _table, "choices": _choices}
     for name, make in blocks.items():
         pattern = re.compile(rf"(<!-- results:{name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        body = make(results)
-        text = pattern.sub(lambda match, body=body: f"{match[1]}{body}{match[2]}", text)  # type: ignore[misc]
+        if pattern.search(text):
+            body = make(results)
+            text = pattern.sub(lambda match, body=body: f"{match[1]}{body}{match[2]}", text)  # type: ignore[misc]
     return text
 
 
@@ -45,17 +46,38 @@ def _quickstart(results: Path) -> str:
 def _table(results: Path) -> str:
     parts = []
     for folder, title in TITLES.items():
-        records = {path.stem: json.loads(path.read_text()) for path in sorted((results / folder).glob("*.json"))}
+        records = _read(results / folder)
         if not records:
             continue
         metric = METRICS[next(iter(records.values()))["metric"]]
         rows = [_row(name, record) for name, record in sorted(records.items(), key=lambda item: item[1]["sparsity"])]
-        parts.append(f"**{title}**\n\n" + _markdown(["run", "FFN sparsity", metric, "loss (nats)", "GFLOPs/token"], rows))
+        parts.append(
+            f"**{title}**\n\n" + _markdown(["run", "FFN sparsity", metric, "loss (nats)", "GFLOPs/token"], rows)
+        )
     note = (
         "Each row is `results/<task>/<run>.json`, which names the command that made it; the run itself is "
         "`recipes/<task>/<run>.yaml`.\n"
     )
     return "\n".join([*parts, note])
+
+
+def _choices(results: Path) -> str:
+    dense = json.loads((results / "quickstart.json").read_text())["dense"]["loss"]
+    rows = [
+        [
+            name,
+            f"{record['sparsity']:.1%}",
+            " ".join(f"{share:.0%}" for share in record["sparsity_per_layer"]),
+            f"{record['extras']['cross_entropy']:.3f}",
+            f"{record['extras']['cross_entropy'] - dense:+.3f}",
+        ]
+        for name, record in _read(results / "choices").items()
+    ]
+    return _markdown(["run", "FFN sparsity", "per layer", "validation loss", "against dense"], rows)
+
+
+def _read(folder: Path) -> dict[str, dict[str, Any]]:
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
 
 
 def _row(name: str, record: dict[str, Any]) -> list[str]:
@@ -75,9 +97,9 @@ def _markdown(head: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def main(root: Path) -> None:
-    """Rewrite ``root/README.md``."""
-    readme = root / "README.md"
-    readme.write_text(fill(readme.read_text(), root / "results"))
+    """Rewrite ``root/README.md`` and the pages in ``root/docs``."""
+    for page in [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
+        page.write_text(fill(page.read_text(), root / "results"))
 
 
 if __name__ == "__main__":
