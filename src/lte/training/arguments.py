@@ -15,7 +15,8 @@ from lte.errors import ConfigError
 class LTETrainingArguments(TrainingArguments):
     """``transformers.TrainingArguments`` plus the two stages of LTE and their losses.
 
-    ``learning_rate`` is the model's in stage 1; each stage has its own warm-up (``warmup_steps``) and decay. The length is given per stage, so ``num_train_epochs`` and ``max_steps`` are not used.
+    ``learning_rate`` is the model's in stage 1; each stage has its own warm-up (``warmup_steps``) and decay.
+    The length is given per stage, so ``num_train_epochs`` and ``max_steps`` are not used.
 
     Attributes:
         eta: coefficient of the efficiency loss; larger is sparser.

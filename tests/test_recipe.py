@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import pytest
+from transformers import TrainingArguments
+
+import lte
+from lte.errors import ConfigError
+from lte.recipe import dump_recipe, load_recipe
+
+FLAGS = {"model": "m", "data": "d.txt", "out": "o", "task.name": "lm"}
+
+
+def write(tmp_path, text):
+    (tmp_path / "recipe.yaml").write_text(text)
+    return tmp_path / "recipe.yaml"
+
+
+def test_later_sources_win(tmp_path):
+    path = write(tmp_path, "model: a\ndata: d\nout: o\ntask: lm\ntraining: {eta: 1, learning_rate: 1e-3}\nseed: 4\n")
+    recipe = load_recipe(path, {"training.eta": 2.0, "model": "b", "seed": None}, ["training.eta=3"])
+    args = recipe.arguments(lte.LTETrainingArguments, output_dir=str(tmp_path))
+    assert (recipe.model, recipe.seed, args.eta, args.learning_rate, args.seed) == ("b", 4, 3.0, 1e-3, 4)
+    assert recipe.method() == lte.LTEConfig(seed=4)
+
+
+def test_a_recipe_survives_being_written(tmp_path):
+    recipe = load_recipe(None, {**FLAGS, "sparsity.expert_size": 16, "training.eta": 0.5}, ["dtype=bfloat16"])
+    assert load_recipe(write(tmp_path, dump_recipe(recipe)), {}, []) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: [", "is not valid YAML"),
+        ("- a\n", "must hold a mapping"),
+        ("model: m\ndata: d\nout: o\n", "task is missing; give --task"),
+        ("model: m\ndata: d\nout: o\ntask: {name: lm, contxt_length: 3}\n", "did you mean 'context_length'"),
+        ("model: m\ndata: d\nout: o\ntask: poetry\n", "name='poetry'"),
+        ("model: m\ndata: d\nout: o\ntask: lm\ndtype: int8\n", "dtype='int8'"),
+    ],
+)
+def test_bad_recipes(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(write(tmp_path, text), {}, [])
+
+
+def test_missing_recipe_file(tmp_path):
+    with pytest.raises(ConfigError, match="no recipe file"):
+        load_recipe(tmp_path / "none.yaml", {}, [])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("training.output_dir=x", "unknown recipe key 'training.output_dir'"),
+        ("training.learning_rate=fast", "training.learning_rate='fast' is not a number"),
+        ("training.eval_strategy=sometimes", "training: "),
+        ("training.eta=-1", "eta=-1"),
+    ],
+)
+def test_bad_training_values(tmp_path, setting, message):
+    recipe = load_recipe(None, FLAGS, [setting])
+    with pytest.raises(ConfigError, match=message):
+        recipe.arguments(lte.LTETrainingArguments, output_dir=str(tmp_path))
+
+
+def test_lte_settings_are_unknown_to_a_dense_run(tmp_path):
+    recipe = load_recipe(None, FLAGS, ["training.eta=1"])
+    with pytest.raises(ConfigError, match=r"unknown recipe key 'training.eta'"):
+        recipe.arguments(TrainingArguments, output_dir=str(tmp_path))
