@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from lte.accounting import gflops_per_token, layer_costs
 from lte.errors import CheckpointError, ConfigError
-from lte.hub import is_sparse_config, load, load_weights, read_config, require_sparse
+from lte.hub import default_device, is_sparse_config, load, load_weights, read_config, require_sparse
 from lte.nn import SparsityMeter, observe_routing, sparse_ffns
 from lte.tasks import Progress, Task
 
@@ -95,7 +95,7 @@ def load_for_evaluation(path: str, task: Task, *, dense: bool, **kwargs: Any) ->
     model = load_weights(task.auto_class, path, **kwargs) if dense else load(path, **kwargs)
     if not isinstance(model, tuple(task.auto_class._model_mapping.values())):
         raise ConfigError(f"{path} is a {type(model).__name__}, which task={task.config.name!r} cannot use")
-    return model, tokenizer
+    return model.to(default_device()), tokenizer
 
 
 def load_tokenizer(path: str) -> Any:

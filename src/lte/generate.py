@@ -8,7 +8,7 @@ import torch
 
 from lte.errors import ConfigError
 from lte.evaluate import load_tokenizer
-from lte.hub import load
+from lte.hub import default_device, load
 
 
 def generate_text(path: str, prompt: str, *, max_new_tokens: int = 100, temperature: float = 0.0, seed: int = 0) -> str:
@@ -17,7 +17,12 @@ def generate_text(path: str, prompt: str, *, max_new_tokens: int = 100, temperat
     if not model.can_generate():
         raise ConfigError(f"{path} is a {type(model).__name__}, which does not generate text")
     return continue_text(
-        model, load_tokenizer(path), prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+        model.to(default_device()),
+        load_tokenizer(path),
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
     )
 
 

@@ -130,6 +130,12 @@ def is_sparse_config(config: Any) -> bool:
     return isinstance(entry, SparsityConfig)
 
 
+def default_device() -> torch.device:
+    """The accelerator, where there is one, else the CPU."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device("cpu") if found is None else found
+
+
 def require_sparse(model: nn.Module) -> None:
     """Raise CheckpointError unless the model's FFNs run sparse. Call it before evaluating or timing a model."""
     ffns = sparse_ffns(model)

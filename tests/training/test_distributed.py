@@ -1,0 +1,32 @@
+"""Two processes with half a batch each train to the weights of one process with the whole batch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.training.common import rows, sparse_model, trainer
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "tests.training.ddp_worker", str(tmp_path)]
+    process = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    together = load_file(tmp_path / "final" / "model.safetensors")
+    run = trainer(tmp_path / "one", sparse_model(), rows(padded=True), eta=2.0, per_device_train_batch_size=4)
+    run.train()
+    alone = run.model.state_dict()
+    for name, value in together.items():
+        torch.testing.assert_close(value, alone[name], atol=2e-4, rtol=2e-3, msg=name)
