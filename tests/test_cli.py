@@ -177,6 +177,21 @@ def test_resume_of_a_complete_run_trains_nothing(folder, trained):
     assert "training differ" in fails(*train_words(folder, trained, "--resume", "--eta", 3))
 
 
+def test_resume_goes_on_from_the_last_checkpoint(folder, tmp_path):
+    """What a kill during the last save leaves: checkpoints, but no finished model."""
+    out = tmp_path / "run"
+    assert run(*train_words(folder, out, "--set", "training.save_steps=2")).exit_code == 0
+    whole = (out / "model.safetensors").read_bytes()
+    for cut in ([], ["checkpoint-5"]):
+        (out / "lte_run.json").unlink()
+        (out / "model.safetensors").unlink()
+        for name in cut:
+            (out / "checkpoints" / name / "trainer_state.json").unlink()
+        result = run(*train_words(folder, out, "--set", "training.save_steps=2", "--resume"))
+        assert result.exit_code == 0, result.output + repr(result.exception)
+        assert (out / "model.safetensors").read_bytes() == whole
+
+
 def test_missing_model_folder(folder, tmp_path):
     error = fails(*train_words(folder, tmp_path / "x", "--model", tmp_path / "nowhere"))
     assert "no model folder" in error

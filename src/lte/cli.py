@@ -96,9 +96,9 @@ def train(
     loaded = load_recipe(recipe, flags, settings)
     with _resumable(loaded.out):
         summary = runs.train(loaded, resume=resume, overwrite=overwrite)
+    sparsity = f", FFN sparsity {summary['sparsity']:.1%} on the last training batches" if "sparsity" in summary else ""
     console.print(
-        f"[bold]{loaded.out}[/]: {summary['steps']} steps in {summary['seconds']:.0f} s, "
-        f"FFN sparsity {summary['sparsity']:.1%} on the last training batches. "
+        f"[bold]{loaded.out}[/]: {summary['steps']} steps in {summary['seconds']:.0f} s{sparsity}. "
         f"Next: lte evaluate {loaded.out} --task {loaded.task.name} --data FILE"
     )
 

@@ -212,8 +212,10 @@ def _summary(recipe: Recipe, trainer: Trainer, started: float) -> dict[str, Any]
 
 
 def _final_sparsity(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """Sparsity over the last tenth of training, as logged."""
+    """Sparsity over the last tenth of training, as logged; nothing where no step was logged."""
     records = [record for record in history if "sparsity" in record]
+    if not records:
+        return {}
     last = records[-max(1, len(records) // 10) :]
     layers = sorted(
         (key for key in last[0] if key.startswith("sparsity/layer_")), key=lambda key: int(key.split("_")[1])
