@@ -210,6 +210,7 @@ def test_missing_data_file(folder, tmp_path):
 def test_indivisible_expert_size(folder, tmp_path):
     error = fails(*train_words(folder, tmp_path / "x", "--expert-size", 24))
     assert error.startswith("d_ff=64 is not divisible by expert_size=24; choose one of 4, 8, 16, 32, 64")
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize(

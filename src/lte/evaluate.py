@@ -92,7 +92,7 @@ def load_for_evaluation(path: str, task: Task, *, dense: bool, **kwargs: Any) ->
             f"{path} is a dense checkpoint; make it sparse with `lte train`, or evaluate it as a baseline with --dense"
         )
     tokenizer = load_tokenizer(path)
-    model = load_weights(task.auto_class, path, **kwargs) if dense else load(path, **kwargs)
+    model: Any = load_weights(task.auto_class, path, **kwargs) if dense else load(path, **kwargs)
     if not isinstance(model, tuple(task.auto_class._model_mapping.values())):
         raise ConfigError(f"{path} is a {type(model).__name__}, which task={task.config.name!r} cannot use")
     return model.to(default_device()), tokenizer

@@ -69,17 +69,15 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> d
     args = recipe.arguments(LTETrainingArguments, output_dir=str(out / "checkpoints"), **RUN_DEFAULTS)
     if resume and (done := _finished(out, recipe)) is not None:
         return done
-    _check_dense(recipe)
-    tokenizer = load_tokenizer(recipe.model)
-    task = _task(recipe)
-    rows = task.prepare(recipe.data, tokenizer)
-    claim_folder(out, recipe, resume=resume, overwrite=overwrite)
+    check_folder(out, recipe, resume=resume, overwrite=overwrite)
+    tokenizer, task, rows = _read_inputs(recipe)
     checkpoint = last_complete_checkpoint(args.output_dir) if resume else None
     if checkpoint is not None:
         model = load(checkpoint, dtype=_dtype(recipe))
     else:
         model = _load_dense(recipe, task, tokenizer)
         sparsify(model, method, calibration=_calibration(method, task, rows, tokenizer))
+    claim_folder(out, recipe, overwrite=overwrite)
     trainer = LTETrainer(
         model=model,
         args=args,
@@ -105,14 +103,13 @@ def finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -
     args = recipe.arguments(TrainingArguments, output_dir=str(out / "checkpoints"), warmup_steps=0.06, **RUN_DEFAULTS)
     if resume and (done := _finished(out, recipe)) is not None:
         return done
-    _check_dense(recipe)
-    tokenizer = load_tokenizer(recipe.model)
-    task = _task(recipe)
-    rows = task.prepare(recipe.data, tokenizer)
-    claim_folder(out, recipe, resume=resume, overwrite=overwrite)
+    check_folder(out, recipe, resume=resume, overwrite=overwrite)
+    tokenizer, task, rows = _read_inputs(recipe)
     checkpoint = last_complete_checkpoint(args.output_dir) if resume else None
+    model = _load_dense(recipe, task, tokenizer)
+    claim_folder(out, recipe, overwrite=overwrite)
     trainer = Trainer(
-        model=_load_dense(recipe, task, tokenizer),
+        model=model,
         args=args,
         train_dataset=rows,
         data_collator=task.collator(tokenizer),
@@ -127,39 +124,43 @@ def finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -
     return _save(trainer, tokenizer, out, _summary(recipe, trainer, started))
 
 
-def claim_folder(out: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
-    """Make ``out`` ready for a run and leave the recipe in it; ConfigError if that would lose or mix results."""
+def check_folder(out: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+    """ConfigError if a run into ``out`` would lose or mix results."""
     written = out / "recipe.yaml"
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite contradict each other; give one")
     if out.is_file():
         raise ConfigError(f"out={str(out)!r} is a file; give a folder")
-    if out.is_dir() and any(out.iterdir()):
-        if overwrite:
-            if not written.is_file():
-                raise ConfigError(
-                    f"out folder {str(out)!r} was not made by lte and is not overwritten; empty it yourself"
-                )
-            shutil.rmtree(out)
-        elif not resume:
-            raise ConfigError(f"out folder {str(out)!r} is not empty; use --resume, --overwrite or another --out")
-        elif written.is_file():
-            _check_same_recipe(load_recipe(written, {}, []), recipe, written)
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if overwrite and not written.is_file():
+        raise ConfigError(f"out folder {str(out)!r} was not made by lte and is not overwritten; empty it yourself")
+    if not overwrite and not resume:
+        raise ConfigError(f"out folder {str(out)!r} is not empty; use --resume, --overwrite or another --out")
+    if resume and written.is_file():
+        _check_same_recipe(load_recipe(written, {}, []), recipe, written)
+
+
+def claim_folder(out: Path, recipe: Recipe, *, overwrite: bool) -> None:
+    """Make ``out``, after :func:`check_folder`, and leave the recipe in it."""
+    if overwrite and out.is_dir():
+        shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
-    written.write_text(dump_recipe(recipe))
+    (out / "recipe.yaml").write_text(dump_recipe(recipe))
 
 
-def _task(recipe: Recipe) -> Task:
-    return build_task(recipe.task, read_config(recipe.model))
+def _read_inputs(recipe: Recipe) -> tuple[Any, Task, Any]:
+    """Tokenizer, task and training rows: all that can be wrong with the input is found before anything is written."""
+    model_config = read_config(recipe.model)
+    if is_sparse_config(model_config):
+        raise ConfigError(f"model={recipe.model!r} is sparse already; give the dense checkpoint")
+    tokenizer = load_tokenizer(recipe.model)
+    task = build_task(recipe.task, model_config)
+    return tokenizer, task, task.prepare(recipe.data, tokenizer)
 
 
 def _dtype(recipe: Recipe) -> Any:
     return "auto" if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-
-
-def _check_dense(recipe: Recipe) -> None:
-    if is_sparse_config(read_config(recipe.model)):
-        raise ConfigError(f"model={recipe.model!r} is sparse already; give the dense checkpoint")
 
 
 def _load_dense(recipe: Recipe, task: Task, tokenizer: Any) -> Any:
