@@ -37,6 +37,8 @@ def test_a_recipe_survives_being_written(tmp_path):
         ("model: m\ndata: d\nout: o\ntask: {name: lm, contxt_length: 3}\n", "did you mean 'context_length'"),
         ("model: m\ndata: d\nout: o\ntask: poetry\n", "name='poetry'"),
         ("model: m\ndata: d\nout: o\ntask: lm\ndtype: int8\n", "dtype='int8'"),
+        ("model: m\ndata: d\nout: o\ntask: lm\nseed: -1\n", "seed=-1"),
+        ("model: m\ndata: d\nout: o\ntask: [lm]\n", "must name a task: lm or classify"),
     ],
 )
 def test_bad_recipes(tmp_path, text, message):
@@ -56,6 +58,16 @@ def test_missing_recipe_file(tmp_path):
         ("training.learning_rate=fast", "training.learning_rate='fast' is not a number"),
         ("training.eval_strategy=sometimes", "training: "),
         ("training.eta=-1", "eta=-1"),
+        ("training.stage1_steps=abc", "training.stage1_steps='abc' is not a number"),
+        ("training.stage1_epochs=.nan", "stage1_epochs=nan must be a number, not negative"),
+        ("training.stage2_epochs=-0.5", "stage2_epochs=-0.5 must be a number, not negative"),
+        ("training.stage1_scheduler=foo", "training: "),
+        ("training.lr_scheduler_type=cosine_with_min_lr", "training: "),
+        ("training.per_device_train_batch_size=0", "training.per_device_train_batch_size=0 must be at least 1"),
+        ("training.gradient_accumulation_steps=0", "training.gradient_accumulation_steps=0 must be at least 1"),
+        ("training.learning_rate=-1", "training.learning_rate=-1 must not be negative"),
+        ("training.eval_strategy=steps", "training"),
+        ("training.num_train_epochs=3", "give stage1_epochs and stage2_epochs"),
     ],
 )
 def test_bad_training_values(tmp_path, setting, message):
@@ -68,3 +80,15 @@ def test_lte_settings_are_unknown_to_a_dense_run(tmp_path):
     recipe = load_recipe(None, FLAGS, ["training.eta=1"])
     with pytest.raises(ConfigError, match=r"unknown recipe key 'training.eta'"):
         recipe.arguments(TrainingArguments, output_dir=str(tmp_path))
+
+
+def test_short_and_empty_sections_can_be_added_to(tmp_path):
+    path = write(tmp_path, "model: m\ndata: d\nout: o\ntask: lm\ntraining:\n")
+    recipe = load_recipe(path, {"task.name": "lm"}, ["task.context_length=64", "training.save_strategy=no"])
+    assert recipe.task.context_length == 64
+    assert recipe.arguments(lte.LTETrainingArguments, output_dir=str(tmp_path)).save_strategy.value == "no"
+
+
+def test_set_that_is_not_yaml():
+    with pytest.raises(ConfigError, match="--set training.eta is not valid YAML"):
+        load_recipe(None, FLAGS, ["training.eta=[1"])

@@ -91,11 +91,21 @@ def load_for_evaluation(path: str, task: Task, *, dense: bool, **kwargs: Any) ->
         raise CheckpointError(
             f"{path} is a dense checkpoint; make it sparse with `lte train`, or evaluate it as a baseline with --dense"
         )
+    check_direction(config, task)
     tokenizer = load_tokenizer(path)
     model: Any = load_weights(task.auto_class, path, **kwargs) if dense else load(path, **kwargs)
-    if not isinstance(model, tuple(task.auto_class._model_mapping.values())):
+    if type(model) not in set(task.auto_class._model_mapping.values()):
         raise ConfigError(f"{path} is a {type(model).__name__}, which task={task.config.name!r} cannot use")
     return model.to(default_device()), tokenizer
+
+
+def check_direction(config: Any, task: Task) -> None:
+    """ConfigError for language modelling with an encoder, which would see the tokens it has to predict."""
+    if task.config.name == "lm" and config.model_type in ("bert", "roberta") and not config.is_decoder:
+        raise ConfigError(
+            f"model_type={config.model_type!r} is an encoder: it sees the tokens it would have to predict; "
+            "use --task classify, or a decoder"
+        )
 
 
 def load_tokenizer(path: str) -> Any:

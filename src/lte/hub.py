@@ -80,14 +80,23 @@ def load(path: str | Path, **kwargs: Any) -> Any:
             f"{path} is a dense checkpoint: its config.json has no quantization_config of lte; "
             "make it sparse with lte.sparsify or `lte train`"
         )
-    architecture = (config.architectures or ["AutoModel"])[0]
-    model = load_weights(getattr(transformers, architecture), path, **kwargs)
+    architecture = (config.architectures or [None])[0]
+    model_class = getattr(transformers, str(architecture), None)
+    if model_class is None:
+        raise CheckpointError(
+            f"{path}/config.json names architectures={config.architectures}, which transformers lacks"
+        )
+    model = load_weights(model_class, path, **kwargs)
     require_sparse(model)
     return model
 
 
-def load_weights(model_class: Any, path: str | Path, **kwargs: Any) -> Any:
-    """``model_class.from_pretrained(path)`` with every weight present, and file errors told as CheckpointError."""
+def load_weights(model_class: Any, path: str | Path, *, new_head: bool = False, **kwargs: Any) -> Any:
+    """``model_class.from_pretrained(path)`` with every weight present, and file errors told as CheckpointError.
+
+    transformers fills what a checkpoint lacks with random values; here that is allowed only for a task head, and
+    only with ``new_head``.
+    """
     try:
         model, info = model_class.from_pretrained(path, output_loading_info=True, **kwargs)
     except LTEError:
@@ -101,16 +110,19 @@ def load_weights(model_class: Any, path: str | Path, **kwargs: Any) -> Any:
         RuntimeError,
     ) as error:
         raise CheckpointError(f"{path}: the checkpoint cannot be read: {_first_line(error)}") from error
-    if info["missing_keys"] and is_sparse_config(model.config):
-        raise CheckpointError(f"{path}: the checkpoint lacks {_some(info['missing_keys'])}")
+    heads = ("classifier.", "score.", "pooler.") if new_head else ()
+    missing = [
+        key for key in info["missing_keys"] if not key.removeprefix(model.base_model_prefix + ".").startswith(heads)
+    ]
+    if missing:
+        raise CheckpointError(f"{path}: the checkpoint lacks {_some(missing)}, which {type(model).__name__} needs")
     return model
 
 
 def read_config(path: str | Path, **kwargs: Any) -> Any:
     """The transformers config of a folder or hub id; CheckpointError where there is none."""
     local = Path(path)
-    looks_local = local.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1
-    if looks_local and not local.is_dir():
+    if _names_a_folder(str(path)) and not local.is_dir():
         raise CheckpointError(f"no model folder {str(path)!r}; give a folder with a config.json, or a hub id")
     if local.is_dir() and not (local / "config.json").is_file():
         raise CheckpointError(f"{path} holds no config.json; is it a model folder?")
@@ -118,8 +130,18 @@ def read_config(path: str | Path, **kwargs: Any) -> Any:
         return AutoConfig.from_pretrained(path, **kwargs)
     except LTEError:
         raise
-    except (OSError, HFValidationError, ValueError, KeyError) as error:
-        raise CheckpointError(f"cannot read the config of model {str(path)!r}: {_first_line(error)}") from error
+    except (OSError, HFValidationError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if local.is_dir():
+            raise CheckpointError(f"{path}/config.json cannot be read: {_first_line(error)}") from error
+        raise CheckpointError(f"{str(path)!r} is neither a folder here nor to be had from the hub") from error
+
+
+def _names_a_folder(path: str) -> bool:
+    """Whether a name is meant as a path: no hub id, which is ``name`` or ``owner/name``, could be meant."""
+    if path.startswith((".", "~", "/")) or path.count("/") > 1:
+        return True
+    owner, slash, _ = path.partition("/")
+    return bool(slash) and Path(owner).is_dir()
 
 
 def is_sparse_config(config: Any) -> bool:
@@ -171,6 +193,9 @@ def _check_files(model: Any, checkpoint_files: Iterable[str]) -> None:
         if isinstance(module, SparseFFN)
         for parameter, value in module.named_parameters()
     }
+    leftover = sorted(key for key in set(shapes) - set(expected) if ".router." in key)
+    if leftover:
+        raise CheckpointError(f"the checkpoint holds routers that config.json has no layers for: {_some(leftover)}")
     missing = sorted(set(expected) - set(shapes))
     if missing:
         what = "routers" if all(".router." in key for key in missing) else "FFN weights"

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from lte.errors import ConfigError, DataError
 from lte.tasks import load_rows
@@ -35,19 +37,15 @@ def create(
     tokenizer = train_tokenizer(_texts(data), vocab_size)
     end = tokenizer.eos_token_id
     model_type = values.pop("model_type")
-    try:
-        model_config = AutoConfig.for_model(
-            model_type,
-            **values,
-            vocab_size=len(tokenizer),
-            bos_token_id=None,
-            eos_token_id=end,
-            pad_token_id=end,
-        )
-    except ValueError as error:
-        raise ConfigError(f"model_type={model_type!r}: {str(error).splitlines()[0]}") from error
+    if model_type not in CONFIG_MAPPING_NAMES:
+        raise ConfigError(f"model_type={model_type!r} is not one transformers knows, such as llama, gpt2 or opt")
+    values.update(vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=end, pad_token_id=end)
     set_seed(seed)
-    model = AutoModelForCausalLM.from_config(model_config)
+    try:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values))
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"the model config of type {model_type!r} cannot be used: {reason}") from error
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return model, tokenizer

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
+import torch
 import yaml
-from transformers import TrainingArguments
+from transformers import TrainingArguments, get_scheduler
 
 from lte.config import MethodConfig, method_config, validate_model
 from lte.errors import ConfigError
@@ -40,7 +42,7 @@ class Recipe(pydantic.BaseModel):
     task: TaskConfig
     sparsity: dict[str, Any] = {}
     training: dict[str, Any] = {}
-    seed: int = 0
+    seed: int = pydantic.Field(0, ge=0)
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
 
     def method(self) -> MethodConfig:
@@ -53,17 +55,21 @@ class Recipe(pydantic.BaseModel):
         fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
         values = {"seed": self.seed, **defaults}
         for key, value in self.training.items():
+            if key == "num_train_epochs" and "stage1_epochs" in fields:
+                raise ConfigError("training.num_train_epochs is of dense runs; give stage1_epochs and stage2_epochs")
             if key not in fields or key == "output_dir":
                 near = difflib.get_close_matches(key, [name for name in fields if name != "output_dir"], n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise ConfigError(f"unknown recipe key 'training.{key}'{hint}")
-            values[key] = _as_number(value, f"training.{key}") if "float" in str(fields[key].type) else value
+            values[key] = _typed(value, f"training.{key}", str(fields[key].type))
         try:
-            return cls(**values)
+            args = cls(**values)
+            _check_arguments(args)
         except ConfigError:
             raise
         except (TypeError, ValueError) as error:
             raise ConfigError(f"training: {error}") from error
+        return args
 
 
 def load_recipe(path: Path | None, flags: Mapping[str, Any], settings: Iterable[str]) -> Recipe:
@@ -82,12 +88,15 @@ def load_recipe(path: Path | None, flags: Mapping[str, Any], settings: Iterable[
         key, equals, text = setting.partition("=")
         if not equals:
             raise ConfigError(f"--set {setting!r} is not of the form key=value, for instance training.eta=2")
-        _put(values, key.strip(), yaml.safe_load(text))
+        _put(values, key.strip(), _parse_yaml(text, f"--set {key}"))
+    if isinstance(values.get("task"), str):
+        values["task"] = {"name": values["task"]}
     for needed in ("model", "data", "out", "task"):
         if needed not in values:
             raise ConfigError(f"{needed} is missing; give --{needed} or put {needed!r} into a recipe")
-    task = values["task"]
-    values["task"] = TaskConfig(**({"name": task} if isinstance(task, str) else task))
+    if not isinstance(values["task"], dict) or "name" not in values["task"]:
+        raise ConfigError(f"task={values['task']!r} must name a task: lm or classify")
+    values["task"] = TaskConfig(**{str(key): value for key, value in values["task"].items()})
     return validate_model(Recipe, values, "recipe")
 
 
@@ -100,28 +109,63 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"no recipe file {str(path)!r}")
     try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not a text file: {error}") from error
+    values = _parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping with the keys {', '.join(Recipe.model_fields)}")
     return values
 
 
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
 def _put(values: dict[str, Any], key: str, value: Any) -> None:
     *path, last = key.split(".")
     for part in path:
-        values = values.setdefault(part, {})
+        if values.get(part) is None:
+            values[part] = {}
+        elif part == "task" and isinstance(values[part], str):
+            values[part] = {"name": values[part]}
+        values = values[part]
         if not isinstance(values, dict):
             raise ConfigError(f"cannot set {key!r}: {part!r} is not a section")
     values[last] = value
 
 
-def _as_number(value: Any, key: str) -> Any:
-    """YAML reads ``1e-4`` as text; a field that takes a float takes it as the number it is."""
-    if not isinstance(value, str):
+def _typed(value: Any, key: str, kind: str) -> Any:
+    """A value as the field's type has it, where YAML's differs: ``1e-4`` is text to YAML, and ``no`` is False."""
+    if "Strategy" in kind and value is False:
+        return "no"
+    words = set(re.findall(r"\w+", kind))
+    if not words & {"int", "float"} or "str" in words or value is None or isinstance(value, int | float):
         return value
     try:
-        return float(value)
-    except ValueError:
+        return float(value) if "float" in words else int(value)
+    except (TypeError, ValueError):
         raise ConfigError(f"{key}={value!r} is not a number") from None
+
+
+def _check_arguments(args: Any) -> None:
+    """What transformers would only stumble over once the run has begun."""
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"training.{name}={getattr(args, name)} must be at least 1")
+    if args.learning_rate < 0:
+        raise ConfigError(f"training.learning_rate={args.learning_rate} must not be negative")
+    if str(args.eval_strategy.value) != "no":
+        raise ConfigError("training.eval_strategy is not used; run `lte evaluate` on the result")
+    schedules = {getattr(args, "stage1_scheduler", None), args.lr_scheduler_type} - {None}
+    for name in schedules:
+        get_scheduler(
+            name,
+            torch.optim.SGD([torch.zeros(1)], lr=1.0),
+            num_warmup_steps=1,
+            num_training_steps=10,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )

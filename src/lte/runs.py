@@ -15,13 +15,14 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from lte.config import MethodConfig
 from lte.errors import ConfigError
-from lte.evaluate import load_tokenizer, versions
+from lte.evaluate import check_direction, load_tokenizer, versions
 from lte.grouping import needs_activations
 from lte.hub import is_sparse_config, load, load_weights, read_config
 from lte.recipe import Recipe, dump_recipe, load_recipe
 from lte.sparsify import sparsify
 from lte.tasks import Task, build_task
 from lte.training import (
+    FiniteGradients,
     JsonLinesLog,
     LTETrainer,
     LTETrainingArguments,
@@ -67,6 +68,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> d
     method = recipe.method()
     out = Path(recipe.out)
     args = recipe.arguments(LTETrainingArguments, output_dir=str(out / "checkpoints"), **RUN_DEFAULTS)
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite contradict each other; give one")
     if resume and (done := _finished(out, recipe)) is not None:
         return done
     check_folder(out, recipe, resume=resume, overwrite=overwrite)
@@ -101,6 +104,8 @@ def finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -
         raise ConfigError("a dense run takes no 'sparsity' section; use `lte train`, or leave it out")
     out = Path(recipe.out)
     args = recipe.arguments(TrainingArguments, output_dir=str(out / "checkpoints"), warmup_steps=0.06, **RUN_DEFAULTS)
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite contradict each other; give one")
     if resume and (done := _finished(out, recipe)) is not None:
         return done
     check_folder(out, recipe, resume=resume, overwrite=overwrite)
@@ -114,7 +119,7 @@ def finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -
         train_dataset=rows,
         data_collator=task.collator(tokenizer),
         processing_class=tokenizer,
-        callbacks=[JsonLinesLog(out / "training_log.jsonl"), StepProgress("dense training")],
+        callbacks=[JsonLinesLog(out / "training_log.jsonl"), StepProgress("dense training"), FiniteGradients()],
     )
     correct_loss_scaling(trainer)
     trainer.remove_callback(ProgressCallback)
@@ -127,8 +132,12 @@ def finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -
 def check_folder(out: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
     """ConfigError if a run into ``out`` would lose or mix results."""
     written = out / "recipe.yaml"
-    if resume and overwrite:
-        raise ConfigError("--resume and --overwrite contradict each other; give one")
+    for key in ("model", "data"):
+        source = Path(getattr(recipe, key))
+        if source.exists() and source.resolve().is_relative_to(out.resolve()):
+            raise ConfigError(
+                f"out={str(out)!r} holds {key}={str(source)!r}, which the run reads; choose another --out"
+            )
     if out.is_file():
         raise ConfigError(f"out={str(out)!r} is a file; give a folder")
     if not out.is_dir() or not any(out.iterdir()):
@@ -137,7 +146,9 @@ def check_folder(out: Path, recipe: Recipe, *, resume: bool, overwrite: bool) ->
         raise ConfigError(f"out folder {str(out)!r} was not made by lte and is not overwritten; empty it yourself")
     if not overwrite and not resume:
         raise ConfigError(f"out folder {str(out)!r} is not empty; use --resume, --overwrite or another --out")
-    if resume and written.is_file():
+    if resume and not written.is_file():
+        raise ConfigError(f"out folder {str(out)!r} holds no run of lte to resume; choose another --out")
+    if resume:
         _check_same_recipe(load_recipe(written, {}, []), recipe, written)
 
 
@@ -156,6 +167,7 @@ def _read_inputs(recipe: Recipe) -> tuple[Any, Task, Any]:
         raise ConfigError(f"model={recipe.model!r} is sparse already; give the dense checkpoint")
     tokenizer = load_tokenizer(recipe.model)
     task = build_task(recipe.task, model_config)
+    check_direction(model_config, task)
     return tokenizer, task, task.prepare(recipe.data, tokenizer)
 
 
@@ -165,7 +177,8 @@ def _dtype(recipe: Recipe) -> Any:
 
 def _load_dense(recipe: Recipe, task: Task, tokenizer: Any) -> Any:
     kwargs = task.model_kwargs(recipe.data, tokenizer)
-    return load_weights(task.auto_class, recipe.model, dtype=_dtype(recipe), **kwargs)
+    new_head = task.config.name == "classify"
+    return load_weights(task.auto_class, recipe.model, new_head=new_head, dtype=_dtype(recipe), **kwargs)
 
 
 def _calibration(method: MethodConfig, task: Task, rows: Any, tokenizer: Any) -> list[Any] | None:
@@ -199,7 +212,7 @@ def _check_same_recipe(old: Recipe, new: Recipe, file: Path) -> None:
     if changed:
         raise ConfigError(
             f"cannot resume with other settings: {', '.join(changed)} differ from {file}; "
-            f"use `lte train {file} --resume`, or --overwrite to start again"
+            "resume with that file as the recipe, or start again with --overwrite"
         )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lte.config import MethodConfig, SparsityConfig
 from lte.errors import ConfigError
 from lte.families import install_ffns
-from lte.grouping import check_divisible, get_grouping
+from lte.grouping import check_divisible, get_grouping, needs_activations
 from lte.nn import Mode, SparseFFN, ThresholdRouter, set_mode, sparse_ffns
 
 logger = logging.getLogger(__name__)
@@ -49,6 +49,11 @@ def sparsify(
     if sparse_ffns(model):
         raise ConfigError("the model is sparse already; load the dense checkpoint to start again")
     group = get_grouping(config.grouping)
+    if calibration is None and needs_activations(config.grouping):
+        raise ConfigError(
+            f"grouping={config.grouping!r} needs calibration data: lte.sparsify(model, config, calibration=batches), "
+            "with batches of model inputs"
+        )
     install_sparse_ffns(model, config)
     ffns = sparse_ffns(model)
     activations = _collect_activations(model, ffns, calibration) if calibration is not None else None

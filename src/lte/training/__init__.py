@@ -1,11 +1,12 @@
 """Losses, stages and the trainer."""
 
 from lte.training.arguments import LTETrainingArguments
-from lte.training.callbacks import JsonLinesLog, StepProgress
+from lte.training.callbacks import FiniteGradients, JsonLinesLog, StepProgress, last_complete_checkpoint
 from lte.training.losses import efficiency_loss, separability_loss
-from lte.training.trainer import LTETrainer, correct_loss_scaling, last_complete_checkpoint
+from lte.training.trainer import LTETrainer, correct_loss_scaling
 
 __all__ = [
+    "FiniteGradients",
     "JsonLinesLog",
     "LTETrainer",
     "LTETrainingArguments",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +50,6 @@ class LTETrainingArguments(TrainingArguments):
     stage2_learning_rate: float | None = None
     warmup_steps: float = 0.06
     logging_nan_inf_filter: bool = False
-    save_strategy: str = "steps"
 
     def __post_init__(self) -> None:
         for name in ("eta", "lambda_sep", "router_learning_rate", "router_weight_decay"):
@@ -63,6 +63,9 @@ class LTETrainingArguments(TrainingArguments):
             "must be above 0: the loss is singular without it",
         )
         _require(self.lambda_start <= self.lambda_full, "lambda_start", self.lambda_start, "is after lambda_full")
+        for name in ("stage1_epochs", "stage2_epochs", "stage1_steps", "stage2_steps"):
+            value = getattr(self, name)
+            _require(value is None or 0 <= value < math.inf, name, value, "must be a number, not negative")
         _require(
             self.max_steps <= 0,
             "max_steps",

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
+
+from lte.errors import NonFiniteLossError
+
+logger = logging.getLogger(__name__)
 
 SHOWN = {"stage": "stage", "task_loss": "task", "loss": "loss", "sparsity": "sparsity", "learning_rate": "lr"}
 """Logged values shown beside the bar -> their short names."""
@@ -70,3 +78,40 @@ class JsonLinesLog(TrainerCallback):
         if state.is_world_process_zero and state.log_history:
             with self.path.open("a") as file:
                 file.write(json.dumps(state.log_history[-1]) + "\n")
+
+
+class FiniteGradients(TrainerCallback):
+    """Stops a dense run before a NaN or an infinity reaches its weights; the last checkpoint is kept."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Look at the gradients of the step."""
+        norm = gradient_norm(model)
+        if not args.fp16 and not torch.isfinite(norm):
+            last = last_complete_checkpoint(args.output_dir)
+            kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been saved yet"
+            raise NonFiniteLossError(
+                f"training stopped at step {state.global_step + 1}: the gradient norm is {float(norm)}; {kept}. "
+                "Lower learning_rate"
+            )
+
+
+def gradient_norm(model: nn.Module) -> Tensor:
+    """Norm over all gradients there are."""
+    return get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+
+
+def last_complete_checkpoint(folder: str | Path) -> Path | None:
+    """The newest ``checkpoint-N`` whose saving was not cut short: its trainer state, written last, can be read."""
+    found = sorted(
+        (path for path in Path(folder).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()),
+        key=lambda path: int(path.name.removeprefix("checkpoint-")),
+        reverse=True,
+    )
+    for path in found:
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+        except (OSError, json.JSONDecodeError):
+            logger.warning("%s is incomplete and is passed over", path)
+        else:
+            return path
+    return None

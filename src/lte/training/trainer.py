@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 from transformers import Trainer, TrainerCallback
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -19,11 +15,9 @@ from transformers.trainer_utils import TrainOutput
 from lte.errors import CheckpointError, ConfigError, NonFiniteLossError
 from lte.nn import Mode, Routing, ThresholdRouter, observe_routing, set_mode, sparse_ffns
 from lte.training.arguments import LTETrainingArguments, refuse_reentrant
-from lte.training.callbacks import StepProgress
+from lte.training.callbacks import StepProgress, gradient_norm, last_complete_checkpoint
 from lte.training.losses import RoutingTotals, total_routing
 from lte.training.stages import StagePlan, learning_rate_factors
-
-logger = logging.getLogger(__name__)
 
 
 class LTETrainer(Trainer):
@@ -56,8 +50,11 @@ class LTETrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)
         if self.args.n_gpu > 1:
             raise ConfigError("several GPUs under one process are not supported; start with torchrun or accelerate")
-        if self.args.gradient_checkpointing and self.args.gradient_checkpointing_kwargs is None:
-            self.args.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        if self.args.gradient_checkpointing:
+            kwargs = {"use_reentrant": False, **(self.args.gradient_checkpointing_kwargs or {})}
+            self.args.gradient_checkpointing_kwargs = kwargs
+            if hasattr(self.args, "activation_checkpointing_kwargs"):
+                self.args.activation_checkpointing_kwargs = kwargs
         correct_loss_scaling(self)
         # The losses are scaled here, over all the tokens of an optimiser step.
         self.loss_is_scaled_for_ga = True
@@ -91,7 +88,9 @@ class LTETrainer(Trainer):
         self.args.max_steps = self.plan.total
         for layer in self.model.modules():
             checkpointing = getattr(layer, "_gradient_checkpointing_func", None)
-            refuse_reentrant(getattr(checkpointing, "keywords", {}))
+            if checkpointing is not None and getattr(layer, "gradient_checkpointing", False):
+                # Left out, torch takes it as True.
+                refuse_reentrant({"use_reentrant": True, **getattr(checkpointing, "keywords", {})})
         if resume_from_checkpoint is True:
             last = last_complete_checkpoint(self.args.output_dir)
             if last is None:
@@ -187,8 +186,7 @@ class LTETrainer(Trainer):
         """Raise NonFiniteLossError before a step that would spoil the weights."""
         if self.accelerator.scaler is not None:
             return
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = get_total_norm(gradients)
+        norm = gradient_norm(self.model)
         if not torch.isfinite(norm):
             raise self._non_finite(f"the gradient norm is {float(norm)}")
 
@@ -297,23 +295,6 @@ def correct_loss_scaling(trainer: Trainer) -> None:
     """
     if type(trainer.model).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         trainer.model_accepts_loss_kwargs = False
-
-
-def last_complete_checkpoint(folder: str | Path) -> Path | None:
-    """The newest ``checkpoint-N`` whose saving was not cut short: its trainer state, written last, can be read."""
-    found = sorted(
-        (path for path in Path(folder).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()),
-        key=lambda path: int(path.name.removeprefix("checkpoint-")),
-        reverse=True,
-    )
-    for path in found:
-        try:
-            json.loads((path / "trainer_state.json").read_text())
-        except (OSError, json.JSONDecodeError):
-            logger.warning("%s is incomplete and is passed over", path)
-        else:
-            return path
-    return None
 
 
 def _token_mask(inputs: dict[str, Any]) -> Tensor:
