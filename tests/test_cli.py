@@ -15,6 +15,7 @@ import lte
 from lte.cli import app
 from lte.errors import LTEError
 from lte.models import create
+from tests.models import build
 
 WORDS = "the cat sat on a mat and the dog saw a bird while rain fell over small green hills".split()  # noqa: SIM905
 CONFIG = {
@@ -235,6 +236,51 @@ def test_out_folder_that_is_not_empty(folder, tmp_path):
     assert "is not empty; use --resume, --overwrite or another --out" in fails(*train_words(folder, tmp_path))
     assert "was not made by lte" in fails(*train_words(folder, tmp_path, "--overwrite"))
     assert (tmp_path / "mine.txt").read_text() == "keep"
+
+
+def test_out_folder_that_holds_the_model(folder, trained, tmp_path):
+    for flag in ("--overwrite", "--resume"):
+        error = fails(*train_words(folder, folder / "dense", flag))
+        assert "which the run reads; choose another --out" in error
+    assert (folder / "dense" / "model.safetensors").is_file()
+    (tmp_path / "mine.txt").write_text("keep")
+    assert "holds no run of lte to resume" in fails(*train_words(folder, tmp_path, "--resume"))
+    assert "contradict each other" in fails(*train_words(folder, trained, "--resume", "--overwrite"))
+
+
+def test_generate_beyond_the_positions(trained):
+    assert "exceed the model's 64 positions; ask for at most" in fails(
+        "generate", trained, "--prompt", "the cat", "--max-new-tokens", 100
+    )
+
+
+def test_evaluation_takes_the_task_of_the_run(trained, folder, tmp_path):
+    """Without flags the context length is that of training."""
+    values = []
+    for flags in ((), ("--context-length", 16), ("--context-length", 32)):
+        file = tmp_path / "f.json"
+        assert run("evaluate", trained, "--data", folder / "text.txt", "--json", file, *flags).exit_code == 0
+        values.append(json.loads(file.read_text())["value"])
+    assert values[0] == values[1] != values[2]
+    assert "is a folder; name a file" in fails("evaluate", trained, "--data", folder / "text.txt", "--json", tmp_path)
+
+
+def test_encoder_for_language_modelling(folder, tmp_path):
+    build("bert").save_pretrained(tmp_path / "bert")
+    words = ("--model", tmp_path / "bert")
+    assert "is an encoder: it sees the tokens" in fails(*train_words(folder, tmp_path / "x", *words))
+
+
+def test_init_from_a_real_config(folder, tmp_path):
+    config = folder / "dense" / "config.json"
+    assert run("init", "--config", config, "--data", folder / "text.txt", "--out", tmp_path / "a").exit_code == 0
+    for change, message in (
+        ({"model_type": "poem"}, "is not one transformers knows"),
+        ({"hidden_size": 30}, "cannot be"),
+    ):
+        (tmp_path / "c.json").write_text(json.dumps({**CONFIG, **change}))
+        words = ("init", "--config", tmp_path / "c.json", "--data", folder / "text.txt", "--out", tmp_path / "b")
+        assert message in fails(*words)
 
 
 def test_train_on_a_sparse_model(folder, trained, tmp_path):

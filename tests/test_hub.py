@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -183,6 +184,11 @@ class TestBrokenCheckpoints:
         with pytest.raises(CheckpointError, match=r"router.weight has shape \[4, 32\], but config.json"):
             load(saved[1])
 
+    def test_fewer_layers_in_the_config(self, saved, load):
+        edit_config(saved[1], lambda config: config.update(num_hidden_layers=1))
+        with pytest.raises(CheckpointError, match=r"routers that config.json has no layers for: layers.1.mlp.router"):
+            load(saved[1])
+
     def test_router_with_nan(self, saved, load):
         edit_weights(saved[1], lambda tensors: tensors[router_key(tensors)].fill_(float("nan")))
         with pytest.raises(CheckpointError, match="not finite"):
@@ -222,8 +228,9 @@ def test_missing_other_weight(saved):
         lte.load(saved[1])
 
 
-@pytest.mark.parametrize("path", ["./nowhere", "/no/such/folder", "a/b/c"])
-def test_missing_folder(path):
+@pytest.mark.parametrize("path", ["./nowhere", "/no/such/folder", "a/b/c", "tests/nowhere"])
+def test_missing_folder(path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
     with pytest.raises(CheckpointError, match="no model folder"):
         lte.load(path)
 
@@ -231,6 +238,12 @@ def test_missing_folder(path):
 def test_folder_without_config(tmp_path):
     with pytest.raises(CheckpointError, match=r"holds no config.json"):
         lte.load(tmp_path)
+
+
+def test_unknown_architecture(saved):
+    edit_config(saved[1], lambda config: config.update(architectures=["FooModel"]))
+    with pytest.raises(CheckpointError, match=r"architectures=\['FooModel'\], which transformers lacks"):
+        lte.load(saved[1])
 
 
 def test_require_sparse(saved):

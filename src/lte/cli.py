@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from lte.errors import LTEError
+from lte.errors import ConfigError, LTEError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,7 +26,7 @@ app = typer.Typer(
 )
 bench_app = typer.Typer(help="Measure speed.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
-console = Console()
+console = Console(soft_wrap=True)
 
 RecipeFile = Annotated[Path | None, typer.Argument(help="YAML recipe; flags and --set win over it.")]
 Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, e.g. training.eta=2.")]
@@ -42,6 +42,9 @@ PromptColumn = Annotated[str | None, typer.Option(help="Column of the prompt.")]
 TargetColumn = Annotated[str | None, typer.Option(help="Column of the target; the loss is on it alone.")]
 TextColumn = Annotated[str | None, typer.Option(help="Column of the text.")]
 LabelColumn = Annotated[str | None, typer.Option(help="Column of the label (classify).")]
+TextPairColumn = Annotated[str | None, typer.Option(help="Column of a second text (classify).")]
+MessagesColumn = Annotated[str | None, typer.Option(help="Column of a chat's messages.")]
+Split = Annotated[str | None, typer.Option(help="Split of a folder or hub dataset.")]
 Limit = Annotated[int | None, typer.Option(help="Use only the first rows.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything that is drawn.")]
 LearningRate = Annotated[float | None, typer.Option(help="Learning rate of the model.")]
@@ -74,7 +77,10 @@ def train(
     prompt_column: PromptColumn = None,
     target_column: TargetColumn = None,
     text_column: TextColumn = None,
+    text_pair_column: TextPairColumn = None,
     label_column: LabelColumn = None,
+    messages_column: MessagesColumn = None,
+    split: Split = None,
     limit: Limit = None,
     seed: Seed = None,
     settings: Set = [],  # noqa: B006
@@ -117,7 +123,10 @@ def finetune(
     prompt_column: PromptColumn = None,
     target_column: TargetColumn = None,
     text_column: TextColumn = None,
+    text_pair_column: TextPairColumn = None,
     label_column: LabelColumn = None,
+    messages_column: MessagesColumn = None,
+    split: Split = None,
     limit: Limit = None,
     seed: Seed = None,
     settings: Set = [],  # noqa: B006
@@ -147,7 +156,6 @@ def init(
     seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
 ) -> None:
     """Make a new dense model with random weights and a tokenizer, to be pre-trained with `lte finetune`."""
-    from lte.errors import ConfigError
     from lte.models import create
 
     if out.is_dir() and any(out.iterdir()):
@@ -168,15 +176,18 @@ def evaluate(
     prompt_column: PromptColumn = None,
     target_column: TargetColumn = None,
     text_column: TextColumn = None,
+    text_pair_column: TextPairColumn = None,
     label_column: LabelColumn = None,
+    messages_column: MessagesColumn = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest generated answer.")] = None,
-    split: Annotated[str | None, typer.Option(help="Split of a folder or hub dataset.")] = None,
+    split: Split = None,
     limit: Limit = None,
     seed: Annotated[int, typer.Option()] = 0,
     json_file: JsonFile = None,
 ) -> None:
     """Quality, achieved sparsity and FLOPs of a model."""
     from lte import evaluate as module
+    from lte.runs import trained_task
     from lte.tasks import TaskConfig, build_task
 
     given = {
@@ -185,13 +196,16 @@ def evaluate(
         "prompt_column": prompt_column,
         "target_column": target_column,
         "text_column": text_column,
+        "text_pair_column": text_pair_column,
         "label_column": label_column,
+        "messages_column": messages_column,
         "max_new_tokens": max_new_tokens,
         "split": split,
         "limit": limit,
     }
-    config = TaskConfig(name=task, **{key: value for key, value in given.items() if value is not None})
-    built = build_task(config)
+    _check_json_target(json_file)
+    flags = {key: value for key, value in given.items() if value is not None}
+    built = build_task(TaskConfig(**{**trained_task(model, task), **flags}))
     loaded, tokenizer = module.load_for_evaluation(model, built, dense=dense)
     with _progress("evaluating") as progress:
         result = module.evaluate(
@@ -199,8 +213,8 @@ def evaluate(
         )
     result["model"] = model
     result["command"] = _command()
-    _write_json(json_file, result)
     _print_evaluation(result)
+    _write_json(json_file, result)
 
 
 @app.command()
@@ -214,11 +228,7 @@ def generate(
     """Continue a prompt with a sparse model."""
     from lte.generate import generate_text
 
-    console.print(
-        generate_text(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed),
-        markup=False,
-        highlight=False,
-    )
+    typer.echo(generate_text(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed))
 
 
 @app.command()
@@ -290,6 +300,9 @@ def _common_flags(values: dict[str, Any]) -> dict[str, Any]:
         "task.target_column": values["target_column"],
         "task.text_column": values["text_column"],
         "task.label_column": values["label_column"],
+        "task.text_pair_column": values["text_pair_column"],
+        "task.messages_column": values["messages_column"],
+        "task.split": values["split"],
         "task.limit": values["limit"],
         "training.learning_rate": values["learning_rate"],
         "training.per_device_train_batch_size": values["batch_size"],
@@ -300,6 +313,11 @@ def _command() -> str:
     import shlex
 
     return shlex.join(["lte", *sys.argv[1:]])
+
+
+def _check_json_target(path: Path | None) -> None:
+    if path is not None and path.is_dir():
+        raise ConfigError(f"--json {str(path)!r} is a folder; name a file")
 
 
 def _write_json(path: Path | None, result: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import torch
 from lte.errors import ConfigError
 from lte.evaluate import load_tokenizer
 from lte.hub import default_device, load
+from lte.tasks import model_positions
 
 
 def generate_text(path: str, prompt: str, *, max_new_tokens: int = 100, temperature: float = 0.0, seed: int = 0) -> str:
@@ -39,6 +40,12 @@ def continue_text(
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     if inputs["input_ids"].shape[1] == 0:
         raise ConfigError("the prompt is empty; give at least one token")
+    positions, length = model_positions(model.config), inputs["input_ids"].shape[1]
+    if positions is not None and length + max_new_tokens > positions:
+        raise ConfigError(
+            f"a prompt of {length} tokens and max_new_tokens={max_new_tokens} exceed the model's {positions} "
+            f"positions; ask for at most {positions - length} new tokens"
+        )
     inputs.pop("token_type_ids", None)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}

@@ -200,4 +200,4 @@ def _print(summary: dict[str, Any], console: Console) -> None:
     )
     for name, text in summary["completions"].items():
         console.print(f"[bold]{name}[/]:")
-        console.print(text, markup=False, highlight=False)
+        console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -129,6 +129,15 @@ def finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -
     return _save(trainer, tokenizer, out, _summary(recipe, trainer, started))
 
 
+def trained_task(model: str, name: str) -> dict[str, Any]:
+    """Task settings a model of ours was trained with, for evaluating it the same way; else the task's name alone."""
+    recipe = Path(model) / "recipe.yaml"
+    if not recipe.is_file():
+        return {"name": name}
+    settings = load_recipe(recipe, {}, []).task.model_dump(exclude_defaults=True, exclude={"split", "limit"})
+    return settings if settings["name"] == name else {"name": name}
+
+
 def check_folder(out: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
     """ConfigError if a run into ``out`` would lose or mix results."""
     written = out / "recipe.yaml"

@@ -208,6 +208,10 @@ def _labels_of_model(model: PreTrainedModel) -> Labels:
 
 def _check_labels(values: list[Any], column: str) -> None:
     check_no_nulls(values, column)
+    kinds = {type(value) for value in values}
+    if len(kinds) > 1:
+        names = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise DataError(f"column {column!r} mixes labels of the types {names}; give one type")
     if not isinstance(values[0], (int, float, str)):
         raise DataError(f"column {column!r} holds {values[0]!r}; labels are integers, strings or floats")
     if isinstance(values[0], int) and min(values) < 0:
