@@ -68,9 +68,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> d
     method = recipe.method()
     out = Path(recipe.out)
     args = recipe.arguments(LTETrainingArguments, output_dir=str(out / "checkpoints"), **RUN_DEFAULTS)
-    if resume and overwrite:
-        raise ConfigError("--resume and --overwrite contradict each other; give one")
-    if resume and (done := _finished(out, recipe)) is not None:
+    if (done := _finished(out, recipe, resume=resume, overwrite=overwrite)) is not None:
         return done
     check_folder(out, recipe, resume=resume, overwrite=overwrite)
     tokenizer, task, rows = _read_inputs(recipe)
@@ -104,9 +102,7 @@ def finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -
         raise ConfigError("a dense run takes no 'sparsity' section; use `lte train`, or leave it out")
     out = Path(recipe.out)
     args = recipe.arguments(TrainingArguments, output_dir=str(out / "checkpoints"), warmup_steps=0.06, **RUN_DEFAULTS)
-    if resume and overwrite:
-        raise ConfigError("--resume and --overwrite contradict each other; give one")
-    if resume and (done := _finished(out, recipe)) is not None:
+    if (done := _finished(out, recipe, resume=resume, overwrite=overwrite)) is not None:
         return done
     check_folder(out, recipe, resume=resume, overwrite=overwrite)
     tokenizer, task, rows = _read_inputs(recipe)
@@ -204,10 +200,12 @@ def _calibration(method: MethodConfig, task: Task, rows: Any, tokenizer: Any) ->
     return batches
 
 
-def _finished(out: Path, recipe: Recipe) -> dict[str, Any] | None:
-    """The summary of a complete run in ``out``, if there is one."""
+def _finished(out: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+    """The summary of a complete run in ``out``, if one is to be resumed."""
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite contradict each other; give one")
     file = out / RUN_FILE
-    if not file.is_file():
+    if not resume or not file.is_file():
         return None
     _check_same_recipe(load_recipe(out / "recipe.yaml", {}, []), recipe, out / "recipe.yaml")
     logger.warning("%s holds a complete run already; nothing to resume", out)
