@@ -1,0 +1,169 @@
+// One token through a whole decoder, by one team of threads. Included by kernels.cpp, inside the variant's namespace.
+
+// The sums of a model step, float32 between the layers.
+struct DecodeWork {
+  Buffer<float> residual, normed, qkv, attention;
+  FfnWork ffn;
+};
+
+template <class W>
+static void norm(const float* x, const W* weight, int64_t n, float eps, float offset, float* out) {
+  float squares = 0;
+  vf acc{};
+  int64_t i = 0;
+  for (; i + VL <= n; i += VL) acc += load(x + i) * load(x + i);
+  squares = sum(acc);
+  for (; i < n; ++i) squares += x[i] * x[i];
+  float scale = 1.0f / std::sqrt(squares / float(n) + eps);
+  for (i = 0; i < n; ++i) put<W>(out, i, n, x[i] * scale * (offset + widen(weight[i])));
+}
+
+template <class W>
+static void norm_phase(Team& team, const lte_decoder& model, const void* weight, int64_t tokens, DecodeWork& work,
+                       int64_t stride) {
+  Queue& queue = team.begin();
+  for (int64_t t; queue.take(tokens, t);)
+    norm(work.residual.data + t * model.d_model, static_cast<const W*>(weight), model.d_model, model.norm_eps,
+         model.norm_offset, work.normed.data + t * stride);
+  team.end();
+}
+
+// A head in place: its norm, where the family has one, and the rotation of its first `rotary_dim` entries.
+template <class W>
+static void rotate(const lte_decoder& model, const void* weight, const float* cos, const float* sin, float* head) {
+  if (weight) {
+    float squares = 0;
+    for (int64_t i = 0; i < model.head_dim; ++i) squares += head[i] * head[i];
+    float scale = 1.0f / std::sqrt(squares / float(model.head_dim) + model.norm_eps);
+    for (int64_t i = 0; i < model.head_dim; ++i)
+      head[i] *= scale * (model.norm_offset + widen(static_cast<const W*>(weight)[i]));
+  }
+  for (int64_t i = 0, half = model.rotary_dim / 2; i < half; ++i) {
+    float a = head[i], b = head[i + half];
+    head[i] = a * cos[i] - b * sin[i];
+    head[i + half] = b * cos[i + half] + a * sin[i + half];
+  }
+}
+
+// The query heads that share one key-value head of one sequence.
+template <class W>
+static void attend(const lte_decoder& model, const lte_layer& layer, const lte_step& step, const lte_cache& cache,
+                   int64_t b, int64_t kv, float* qkv, float* out) {
+  const int64_t group = model.n_heads / model.n_kv_heads, dim = model.head_dim, length = step.position + 1;
+  const int64_t stride = (dim + STEP - 1) / STEP * STEP, width = model.n_heads * dim;
+  const float *cos = step.cos + b * model.rotary_dim, *sin = step.sin + b * model.rotary_dim;
+  W* keys = static_cast<W*>(cache.keys) + b * cache.batch_stride + kv * cache.head_stride;
+  W* values = static_cast<W*>(cache.values) + b * cache.batch_stride + kv * cache.head_stride;
+  float* key = qkv + width + kv * dim;
+  const float* value = qkv + width + model.n_kv_heads * dim + kv * dim;
+  rotate<W>(model, layer.k_norm, cos, sin, key);
+  for (int64_t i = 0; i < dim; ++i) {
+    narrow(key[i], keys + step.position * cache.token_stride + i);
+    narrow(value[i], values + step.position * cache.token_stride + i);
+  }
+  ThreadScratch& mine = thread_scratch();
+  float* queries = mine.attention.get(group * (2 * stride + length) + 4 * group);
+  float *sums = queries + group * stride, *scores = sums + group * stride, *tile = scores + group * length;
+  for (int64_t g = 0; g < group; ++g) {
+    float* query = qkv + (kv * group + g) * dim;
+    rotate<W>(model, layer.q_norm, cos, sin, query);
+    for (int64_t i = 0; i < dim; ++i) put<W>(queries + g * stride, i, dim, query[i]);
+  }
+  constexpr int64_t R = 4;
+  for (int64_t s = 0; s < length;) {
+    const W* rows[R];
+    int64_t block = length - s >= R ? R : 1;
+    for (int64_t i = 0; i < block; ++i) rows[i] = keys + (s + i) * cache.token_stride;
+    if (block == R)
+      dot_rows<R>(rows, queries, stride, group, dim, tile, group);
+    else
+      dot_rows<1>(rows, queries, stride, group, dim, tile, group);
+    for (int64_t i = 0; i < block; ++i)
+      for (int64_t g = 0; g < group; ++g) scores[g * length + s + i] = tile[i * group + g] * model.scaling;
+    s += block;
+  }
+  const int64_t* mask = step.mask ? step.mask + b * step.mask_stride : nullptr;
+  float** y = mine.rows.get(group);
+  for (int64_t g = 0; g < group; ++g) {
+    float *row = scores + g * length, largest = -std::numeric_limits<float>::infinity(), total = 0;
+    for (int64_t s = 0; s < length; ++s)
+      if (!mask || mask[s]) largest = std::max(largest, row[s]);
+    int64_t s = 0;
+    for (; s + VL <= length; s += VL) store(row + s, vexp(load(row + s) - largest));
+    for (; s < length; ++s) row[s] = std::exp(row[s] - largest);
+    for (s = 0; s < length; ++s) total += row[s] = !mask || mask[s] ? row[s] : 0.0f;
+    for (s = 0; s < length; ++s) row[s] /= total;
+    y[g] = sums + g * stride;
+    std::fill(y[g], y[g] + stride, 0.0f);
+  }
+  for (int64_t s = 0; s < length;) {
+    const W* rows[R];
+    int64_t block = length - s >= R ? R : 1;
+    for (int64_t i = 0; i < block; ++i) rows[i] = values + (s + i) * cache.token_stride;
+    if (block == R)
+      scale_tile<R>(rows, scores + s, length, group, 0, dim, y);
+    else
+      scale_tile<1>(rows, scores + s, length, group, 0, dim, y);
+    s += block;
+  }
+  for (int64_t g = 0; g < group; ++g)
+    for (int64_t i = 0; i < dim; ++i)
+      put<W>(out, (kv * group + g) * dim + i, width, y[g][split_index(i, dim, (const W*)nullptr)]);
+}
+
+template <class W>
+static void decode_layer(Team& team, const lte_decoder& model, const lte_layer& layer, const lte_step& step, int64_t index,
+                         DecodeWork& work, int64_t stride) {
+  const int64_t D = model.d_model, B = step.batch, width = model.n_heads * model.head_dim;
+  const int64_t qkv_width = width + 2 * model.n_kv_heads * model.head_dim;
+  const int64_t width_stride = (width + STEP - 1) / STEP * STEP;
+  float *residual = work.residual.data, *qkv = work.qkv.data, *attention = work.attention.data;
+  Buffer<float>& scratch = thread_scratch().linear;
+  norm_phase<W>(team, model, layer.attention_norm, B, work, stride);
+  linear_phase<W>(team, layer.qkv, 3, work.normed.data, stride, B, scratch,
+                  [&](int64_t t, int64_t row, float value) { qkv[t * qkv_width + row] = value; });
+  Queue& queue = team.begin();
+  for (int64_t unit; queue.take(B * model.n_kv_heads, unit);) {
+    int64_t b = unit / model.n_kv_heads;
+    attend<W>(model, layer, step, step.caches[index], b, unit % model.n_kv_heads, qkv + b * qkv_width,
+              attention + b * width_stride);
+  }
+  team.end();
+  linear_phase<W>(team, &layer.output, 1, attention, width_stride, B, scratch,
+                  [&](int64_t t, int64_t row, float value) { residual[t * D + row] += value; });
+  norm_phase<W>(team, model, layer.ffn_norm, B, work, stride);
+  if (layer.all_experts) {
+    team.begin();
+    if (team.rank == 0) std::fill_n(work.ffn.scale.get(B * layer.ffn.n_experts), B * layer.ffn.n_experts, 1.0f);
+    team.end();
+  } else {
+    router_phase<W>(team, layer.ffn, work.normed.data, stride, B, work.ffn);
+  }
+  const W* bias = static_cast<const W*>(layer.ffn.down.bias);
+  ffn_phases<W>(team, layer.ffn, work.normed.data, stride, B, work.ffn,
+                [&](int64_t t, int64_t from, int64_t to, const float* value) {
+                  for (int64_t i = from; i < to; ++i)
+                    residual[t * D + i] += value[split_index(i, D, (const W*)nullptr)] + (bias ? widen(bias[i]) : 0.0f);
+                });
+  if (step.active && team.rank == 0) step.active[index] = work.ffn.begin.data[work.ffn.n_active];
+}
+
+template <class W>
+static void decode(const lte_decoder& model, const lte_step& step, int threads) {
+  static thread_local DecodeWork own;
+  DecodeWork& work = own;
+  const int64_t D = model.d_model, B = step.batch, stride = (D + STEP - 1) / STEP * STEP;
+  const int64_t width = model.n_heads * model.head_dim;
+  float* residual = work.residual.get(B * D);
+  work.normed.get(B * stride);
+  work.qkv.get(B * (width + 2 * model.n_kv_heads * model.head_dim));
+  work.attention.get(B * ((width + STEP - 1) / STEP * STEP));
+  for (int64_t i = 0; i < B * D; ++i) residual[i] = widen(static_cast<const W*>(step.hidden)[i]);
+  W* logits = static_cast<W*>(step.logits);
+  with_team(threads, [&](Team& team) {
+    for (int64_t i = 0; i < model.n_layers; ++i) decode_layer<W>(team, model, model.layers[i], step, i, work, stride);
+    norm_phase<W>(team, model, model.final_norm, B, work, stride);
+    linear_phase<W>(team, &model.head, 1, work.normed.data, stride, B, thread_scratch().linear,
+                    [&](int64_t t, int64_t row, float value) { narrow(value, logits + t * model.head.rows + row); });
+  });
+}

@@ -1,0 +1,363 @@
+// The kernels, compiled once per instruction set (LTE_VARIANT is the namespace of this copy; see setup.py).
+#include <algorithm>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <new>
+
+#include "lte.h"
+#include "threads.h"
+#include "tiles.h"
+#include "variant.h"
+
+namespace LTE_VARIANT {
+
+using lte::Queue;
+using lte::parallel;
+
+// A buffer that grows and is kept: the decode loop allocates nothing.
+template <class T>
+struct Buffer {
+  T* data = nullptr;
+  size_t capacity = 0;
+  ~Buffer() { std::free(data); }
+  T* get(size_t n) {
+    if (n > capacity) {
+      std::free(data);
+      capacity = (n + 1024) / 64 * 64 + 64;
+      data = static_cast<T*>(std::aligned_alloc(64, (capacity * sizeof(T) + 63) / 64 * 64));
+      if (!data) throw std::bad_alloc();
+    }
+    return data;
+  }
+};
+
+// One team of threads going through phases that end in a barrier. Each phase hands out its work from a queue; there
+// are four in rotation, and the one used two phases ago is known to be idle.
+struct Team {
+  int rank, size;
+  Queue* queues;
+  int phase = 0;
+
+  Queue& begin() {
+    Queue& queue = queues[phase % 4];
+    if (rank == 0) queues[(phase + 2) % 4].next.store(0, std::memory_order_relaxed);
+    ++phase;
+    return queue;
+  }
+  void end() const {
+    if (size > 1) lte::team_barrier();
+  }
+};
+
+template <class Body>
+static void with_team(int threads, Body&& body) {
+  Queue queues[4];
+  parallel(threads, [&](int rank, int size) {
+    Team team{rank, size, queues};
+    body(team);
+  });
+}
+
+template <class W>
+static void to_split(const W* x, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) put<W>(out, i, n, widen(x[i]));
+}
+
+// ---- linear ---------------------------------------------------------------------------------------------------
+
+constexpr int64_t ROWS = 8;       // rows read side by side
+constexpr int64_t UNIT_ROWS = 32;  // rows handed to a thread at a time
+
+// emit(t, row, value) for every row of the matrix and token.
+template <class W, class Emit>
+static void linear_phase(Team& team, const lte_matrix* matrices, int n_matrices, const float* xs, int64_t xs_stride,
+                         int64_t tokens, Buffer<float>& scratch, Emit&& emit) {
+  Queue& queue = team.begin();
+  float* out = scratch.get(ROWS * tokens + VL);
+  int64_t units = 0;
+  for (int m = 0; m < n_matrices; ++m) units += (matrices[m].rows + UNIT_ROWS - 1) / UNIT_ROWS;
+  for (int64_t unit; queue.take(units, unit);) {
+    int64_t first_row = 0;  // of the matrix, among the rows of all
+    const lte_matrix* matrix = matrices;
+    for (;; ++matrix) {
+      int64_t its_units = (matrix->rows + UNIT_ROWS - 1) / UNIT_ROWS;
+      if (unit < its_units) break;
+      unit -= its_units;
+      first_row += matrix->rows;
+    }
+    const W* weight = static_cast<const W*>(matrix->weight);
+    const W* bias = static_cast<const W*>(matrix->bias);
+    int64_t row = unit * UNIT_ROWS, last = std::min(matrix->rows, row + UNIT_ROWS);
+    while (row < last) {
+      const W* rows[ROWS];
+      int64_t count = last - row >= ROWS ? ROWS : 1;
+      for (int64_t r = 0; r < count; ++r) rows[r] = weight + (row + r) * matrix->stride;
+      if (count == ROWS) {
+        if (tokens == 1)
+          dot_tile<ROWS, 1>(rows, xs, xs_stride, matrix->cols, out, 1);
+        else
+          for (int half = 0; half < 2; ++half)
+            dot_rows<ROWS / 2>(rows + half * ROWS / 2, xs, xs_stride, tokens, matrix->cols,
+                               out + half * (ROWS / 2) * tokens, tokens);
+      } else {
+        dot_rows<1>(rows, xs, xs_stride, tokens, matrix->cols, out, tokens);
+      }
+      for (int64_t r = 0; r < count; ++r)
+        for (int64_t t = 0; t < tokens; ++t)
+          emit(t, first_row + row + r, out[r * tokens + t] + (bias ? widen(bias[row + r]) : 0.0f));
+      row += count;
+    }
+  }
+  team.end();
+}
+
+// ---- feed-forward network -------------------------------------------------------------------------------------
+
+// What the threads share while one FFN runs.
+struct FfnWork {
+  Buffer<float> scale;      // [tokens, n_experts], 0 where the expert does not run
+  Buffer<float> hidden;     // per active expert: [its tokens, its neurons]
+  Buffer<float> out;        // [tokens, out_stride], split order
+  Buffer<int32_t> experts;  // active experts
+  Buffer<int32_t> begin;    // [active + 1], where an active expert's tokens begin in `tokens`
+  Buffer<int32_t> tokens;
+  int64_t n_active = 0, out_stride = 0;
+};
+
+struct ThreadScratch {
+  Buffer<float> gate, up, linear, attention;
+  Buffer<float*> rows;
+};
+static ThreadScratch& thread_scratch() {
+  static thread_local ThreadScratch scratch;
+  return scratch;
+}
+
+static void list_active(const lte_ffn& ffn, int64_t tokens, FfnWork& work) {
+  int64_t E = ffn.n_experts, found = 0, active = 0;
+  const float* scale = work.scale.get(tokens * E);
+  int32_t* experts = work.experts.get(E);
+  int32_t* begin = work.begin.get(E + 1);
+  int32_t* list = work.tokens.get(tokens * E);
+  for (int64_t e = 0; e < E; ++e) {
+    int64_t before = found;
+    for (int64_t t = 0; t < tokens; ++t)
+      if (scale[t * E + e] != 0.0f) list[found++] = int32_t(t);
+    if (found == before) continue;
+    experts[active] = int32_t(e);
+    begin[active++] = int32_t(before);
+  }
+  begin[active] = int32_t(found);
+  work.n_active = active;
+  work.out_stride = (ffn.d_model + STEP - 1) / STEP * STEP;
+  work.hidden.get(found * (ffn.d_ff / E) + VL);
+  work.out.get(tokens * work.out_stride);
+}
+
+// gate and up of some neurons of one expert, for its tokens: hidden[t][row].
+template <class W>
+static void hidden_unit(const lte_ffn& ffn, int64_t neuron, int64_t count, const float* xs, int64_t xs_stride,
+                        int64_t tokens, ThreadScratch& mine) {
+  const bool gated = ffn.gate.weight;
+  const lte_matrix& inner = gated ? ffn.gate : ffn.up;
+  float* gate = mine.gate.get(count * tokens + VL);
+  float* up = gated ? mine.up.get(count * tokens + VL) : nullptr;
+  const W *gate_rows = static_cast<const W*>(inner.weight), *up_rows = static_cast<const W*>(ffn.up.weight);
+  int64_t D = ffn.d_model, r = 0;
+  for (; r < count;) {
+    constexpr int64_t R = ROWS / 2;
+    const W* rows[ROWS];
+    int64_t block = count - r >= R ? R : 1;
+    for (int64_t i = 0; i < block; ++i) {
+      rows[i] = gate_rows + (neuron + r + i) * inner.stride;
+      rows[block + i] = gated ? up_rows + (neuron + r + i) * ffn.up.stride : nullptr;
+    }
+    if (block == R && gated && tokens == 1) {
+      float out[ROWS];
+      dot_tile<ROWS, 1>(rows, xs, xs_stride, D, out, 1);
+      for (int64_t i = 0; i < R; ++i) gate[r + i] = out[i], up[r + i] = out[R + i];
+    } else if (block == R) {
+      dot_rows<R>(rows, xs, xs_stride, tokens, D, gate + r * tokens, tokens);
+      if (gated) dot_rows<R>(rows + R, xs, xs_stride, tokens, D, up + r * tokens, tokens);
+    } else {
+      dot_rows<1>(rows, xs, xs_stride, tokens, D, gate + r * tokens, tokens);
+      if (gated) dot_rows<1>(rows + 1, xs, xs_stride, tokens, D, up + r * tokens, tokens);
+    }
+    r += block;
+  }
+  auto add_bias = [&](const lte_matrix& matrix, float* values) {
+    if (!matrix.bias) return;
+    const W* bias = static_cast<const W*>(matrix.bias) + neuron;
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t t = 0; t < tokens; ++t) values[i * tokens + t] += widen(bias[i]);
+  };
+  add_bias(inner, gate);
+  if (gated) add_bias(ffn.up, up);
+  activate_all(ffn.activation, gate, up, count * tokens);
+}
+
+// Tokens xs (split order) through the active experts; emit(t, from, to, y) hands out columns of y, split order, biases
+// not yet added. work.scale is filled by the caller, behind a barrier.
+template <class W, class Emit>
+static void ffn_phases(Team& team, const lte_ffn& ffn, const float* xs, int64_t xs_stride, int64_t tokens, FfnWork& work,
+                       Emit&& emit) {
+  ThreadScratch& mine = thread_scratch();
+  const int64_t E = ffn.n_experts, n = ffn.d_ff / E, D = ffn.d_model;
+  team.begin();
+  if (team.rank == 0) list_active(ffn, tokens, work);
+  team.end();
+
+  const float* scale = work.scale.data;
+  const int32_t *begin = work.begin.data, *list = work.tokens.data;
+  float* hidden = work.hidden.data;
+  const int64_t chunk = std::min<int64_t>(n, 16), chunks = (n + chunk - 1) / chunk;
+  {
+    Queue& queue = team.begin();
+    for (int64_t unit; queue.take(work.n_active * chunks, unit);) {
+      const int64_t a = unit / chunks, first = unit % chunks * chunk, count = std::min(chunk, n - first);
+      const int64_t e = work.experts.data[a], its = begin[a + 1] - begin[a];
+      const int32_t* who = list + begin[a];
+      const float* x = xs + who[0] * xs_stride;
+      int64_t stride = xs_stride;
+      if (its > 1 && who[its - 1] - who[0] != its - 1) {  // its tokens, side by side
+        stride = (D + STEP - 1) / STEP * STEP;
+        float* gathered = mine.attention.get(its * stride);
+        for (int64_t i = 0; i < its; ++i) std::memcpy(gathered + i * stride, xs + who[i] * xs_stride, D * sizeof(float));
+        x = gathered;
+      }
+      hidden_unit<W>(ffn, e * n + first, count, x, stride, its, mine);
+      for (int64_t i = 0; i < its; ++i)
+        for (int64_t r = 0; r < count; ++r)
+          hidden[(begin[a] + i) * n + first + r] = mine.gate.data[r * its + i] * scale[who[i] * E + e];
+    }
+    team.end();
+  }
+
+  // Every thread owns columns of the output, so that each sum has one order whatever the number of threads.
+  Queue& queue = team.begin();
+  const int64_t slices = std::max<int64_t>(1, std::min<int64_t>(team.size, D / 256));
+  const int64_t width = ((D + slices - 1) / slices + STEP - 1) / STEP * STEP;
+  const W* down = static_cast<const W*>(ffn.down.weight);
+  float* out = work.out.data;
+  float** y = mine.rows.get(tokens);
+  for (int64_t slice; queue.take((D + width - 1) / width, slice);) {
+    const int64_t from = slice * width, to = std::min(D, from + width);
+    for (int64_t t = 0; t < tokens; ++t) std::fill(out + t * work.out_stride + from, out + t * work.out_stride + to, 0.0f);
+    for (int64_t a = 0; a < work.n_active; ++a) {
+      const int64_t its = begin[a + 1] - begin[a];
+      for (int64_t i = 0; i < its; ++i) y[i] = out + list[begin[a] + i] * work.out_stride;
+      const float* h = hidden + begin[a] * n;
+      const W* first = down + work.experts.data[a] * n * ffn.down.stride;
+      constexpr int64_t R = 4;
+      int64_t r = 0;
+      if (its == 1)
+        for (; r + ROWS <= n; r += ROWS) {
+          const W* rows[ROWS];
+          for (int64_t i = 0; i < ROWS; ++i) rows[i] = first + (r + i) * ffn.down.stride;
+          scale_rows<ROWS>(rows, h + r, from, to, y[0]);
+        }
+      for (; r < n;) {
+        const W* rows[R];
+        int64_t block = n - r >= R ? R : 1;
+        for (int64_t i = 0; i < block; ++i) rows[i] = first + (r + i) * ffn.down.stride;
+        if (block == R)
+          scale_tile<R>(rows, h + r, n, its, from, to, y);
+        else
+          scale_tile<1>(rows, h + r, n, its, from, to, y);
+        r += block;
+      }
+    }
+    for (int64_t t = 0; t < tokens; ++t) emit(t, from, to, out + t * work.out_stride);
+  }
+  team.end();
+}
+
+template <class W>
+static void router_phase(Team& team, const lte_ffn& ffn, const float* xs, int64_t xs_stride, int64_t tokens,
+                         FfnWork& work) {
+  if (team.rank == 0) work.scale.get(tokens * ffn.n_experts);
+  team.begin();
+  team.end();
+  float* scale = work.scale.data;
+  linear_phase<W>(team, &ffn.router, 1, xs, xs_stride, tokens, thread_scratch().linear,
+                  [&](int64_t t, int64_t e, float logit) {
+                    scale[t * ffn.n_experts + e] = 1.0f / (1.0f + std::exp(-logit)) > ffn.threshold ? 1.0f : 0.0f;
+                  });
+}
+
+template <class W>
+static void sparse_ffn(const lte_ffn& ffn, const void* x, int64_t tokens, const uint8_t* mask, const float* given, void* y,
+                       int threads) {
+  static thread_local FfnWork work;
+  static thread_local Buffer<float> split;
+  FfnWork& shared = work;
+  const int64_t D = ffn.d_model, E = ffn.n_experts, stride = (D + STEP - 1) / STEP * STEP;
+  float* xs = split.get(tokens * stride);
+  for (int64_t t = 0; t < tokens; ++t) to_split(static_cast<const W*>(x) + t * D, D, xs + t * stride);
+  const bool routed = !mask && !given && ffn.router.weight;
+  if (!routed) {
+    float* scale = work.scale.get(tokens * E);
+    for (int64_t i = 0; i < tokens * E; ++i) scale[i] = given ? given[i] : mask ? float(mask[i] != 0) : 1.0f;
+  }
+  const W* bias = static_cast<const W*>(ffn.down.bias);
+  W* out = static_cast<W*>(y);
+  with_team(threads, [&](Team& team) {
+    if (routed) router_phase<W>(team, ffn, xs, stride, tokens, shared);
+    ffn_phases<W>(team, ffn, xs, stride, tokens, shared, [&](int64_t t, int64_t from, int64_t to, const float* value) {
+      for (int64_t i = from; i < to; ++i)
+        narrow(value[split_index(i, D, (const W*)nullptr)] + (bias ? widen(bias[i]) : 0.0f), out + t * D + i);
+    });
+  });
+}
+
+template <class W>
+static void linear(const lte_matrix& matrix, const void* x, int64_t tokens, void* y, int threads) {
+  static thread_local Buffer<float> split;
+  const int64_t stride = (matrix.cols + STEP - 1) / STEP * STEP;
+  float* xs = split.get(tokens * stride);
+  for (int64_t t = 0; t < tokens; ++t) to_split(static_cast<const W*>(x) + t * matrix.cols, matrix.cols, xs + t * stride);
+  W* out = static_cast<W*>(y);
+  with_team(threads, [&](Team& team) {
+    linear_phase<W>(team, &matrix, 1, xs, stride, tokens, thread_scratch().linear,
+                    [&](int64_t t, int64_t row, float value) { narrow(value, out + t * matrix.rows + row); });
+  });
+}
+
+#include "decode.h"
+
+static void run_sparse_ffn(const lte_ffn* ffn, const void* x, int64_t tokens, const uint8_t* mask, const float* scale,
+                           void* y, int32_t threads) {
+  (ffn->dtype == LTE_BF16 ? sparse_ffn<bf16> : sparse_ffn<float>)(*ffn, x, tokens, mask, scale, y, threads);
+}
+static void run_linear(const lte_matrix* matrix, int32_t dtype, const void* x, int64_t tokens, void* y, int32_t threads) {
+  (dtype == LTE_BF16 ? linear<bf16> : linear<float>)(*matrix, x, tokens, y, threads);
+}
+static void run_decode(const lte_decoder* decoder, const lte_step* step, int32_t threads) {
+  (decoder->dtype == LTE_BF16 ? decode<bf16> : decode<float>)(*decoder, *step, threads);
+}
+static float run_read(const void* data, int64_t bytes, int32_t threads) {
+  constexpr int64_t block = 1 << 20;
+  std::atomic<float> total{0};
+  with_team(threads, [&](Team& team) {
+    Queue& queue = team.begin();
+    vu acc[8] = {};
+    for (int64_t unit; queue.take(bytes / block, unit);) {
+      const char* p = static_cast<const char*>(data) + unit * block;
+      for (int64_t i = 0; i < block; i += int64_t(8 * sizeof(vu))) {
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; ++j) acc[j] ^= *reinterpret_cast<const vu_any*>(p + i + j * sizeof(vu));
+      }
+    }
+    vu all = acc[0] ^ acc[1] ^ acc[2] ^ acc[3] ^ acc[4] ^ acc[5] ^ acc[6] ^ acc[7];
+    uint32_t lanes[VL];
+    std::memcpy(lanes, &all, sizeof all);
+    total.store(float(lanes[0] ^ lanes[VL - 1]), std::memory_order_relaxed);
+    team.end();
+  });
+  return total.load();
+}
+
+extern const lte::Variant variant{run_sparse_ffn, run_linear, run_decode, run_read};
+
+}  // namespace LTE_VARIANT

@@ -1,0 +1,79 @@
+// C interface of the CPU backend. Plain C types only: the library knows nothing of Python or torch, so one build
+// serves every torch version. Pointers are to contiguous rows; sizes are in elements. Nothing here checks its
+// arguments: src/lte/ops/cpu does.
+#pragma once
+#include <cstdint>
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+enum lte_dtype : int32_t { LTE_FP32 = 0, LTE_BF16 = 1 };
+enum lte_activation : int32_t { LTE_RELU = 0, LTE_GELU = 1, LTE_GELU_TANH = 2, LTE_SILU = 3 };
+
+// out = W x + b. weight: [rows, cols] with row stride `stride`; bias: [rows] or null, in the dtype of the weight.
+struct lte_matrix {
+  const void* weight;
+  const void* bias;
+  int64_t rows, cols, stride;
+};
+
+// One feed-forward network; one row per neuron in every matrix. gate.weight is null for a plain FFN.
+// router: [n_experts, d_model]; its weight is null where the caller gives a mask.
+struct lte_ffn {
+  lte_matrix gate, up, down;  // down: transposed, its bias is [d_model]
+  lte_matrix router;
+  int64_t d_model, d_ff, n_experts;
+  float threshold;
+  int32_t dtype, activation;
+};
+
+// One pre-norm decoder layer with rotary attention (the Llama shape). q_norm and k_norm may be null.
+struct lte_layer {
+  const void *attention_norm, *ffn_norm;  // [d_model]
+  const void *q_norm, *k_norm;            // [head_dim]
+  lte_matrix qkv[3];                      // unused entries have rows = 0; their outputs are q, k, v in this order
+  lte_matrix output;
+  lte_ffn ffn;
+  int32_t all_experts;  // 1: run dense, without the router
+};
+
+struct lte_decoder {
+  const lte_layer* layers;
+  const void* final_norm;
+  lte_matrix head;  // LM head
+  int64_t n_layers, d_model, n_heads, n_kv_heads, head_dim, rotary_dim;
+  float norm_eps, norm_offset, scaling;  // a norm multiplies by (norm_offset + weight)
+  int32_t dtype;
+};
+
+// Keys or values of one layer: [batch, n_kv_heads, capacity, head_dim], contiguous in the last dimension.
+struct lte_cache {
+  void *keys, *values;
+  int64_t batch_stride, head_stride, token_stride;
+};
+
+// One token for each of `batch` sequences.
+struct lte_step {
+  int64_t batch, position;      // position: tokens in the cache before this one
+  const void* hidden;           // [batch, d_model], embeddings
+  const float *cos, *sin;       // [batch, rotary_dim]
+  const int64_t* mask;          // [batch, mask_stride], 0 where a cached token is padding; or null
+  int64_t mask_stride;
+  const lte_cache* caches;      // [n_layers]
+  void* logits;                 // [batch, vocabulary]
+  int64_t* active;              // [n_layers], experts that ran, summed over the batch; or null
+};
+
+const char* lte_isa();                  // the instruction set in use
+int32_t lte_use_isa(const char* name);  // 0 when this machine cannot run it
+int32_t lte_shares_threads();           // 1 when torch's OpenMP pool was found
+
+// y[t] = sum over e of w[t, e] E_e(x[t]) + bias. mask: [tokens, n_experts] bytes, or scale: [tokens, n_experts], or
+// neither: the router decides where there is one, else every expert runs. x, y: [tokens, d_model].
+void lte_sparse_ffn(const lte_ffn* ffn, const void* x, int64_t tokens, const uint8_t* mask, const float* scale, void* y,
+                    int32_t threads);
+void lte_linear(const lte_matrix* matrix, int32_t dtype, const void* x, int64_t tokens, void* y, int32_t threads);
+void lte_decode(const lte_decoder* decoder, const lte_step* step, int32_t threads);
+float lte_read(const void* data, int64_t bytes, int32_t threads);  // reads every byte once: the bandwidth limit
+}
+#pragma GCC visibility pop

@@ -1,0 +1,143 @@
+// The inner loops everything is made of: dot products of weight rows with token vectors, and sums of weight rows
+// scaled per token. Eight rows are read side by side: one token vector then serves eight loads, and the loop stays
+// short enough for the processor to run ahead into memory. (Software prefetch was measured, and slowed it down.)
+#pragma once
+#include <type_traits>
+
+#include "simd.h"
+
+namespace LTE_VARIANT {
+
+#if defined(__AVX512BF16__) || defined(LTE_EMULATE_BF16_DOT)
+constexpr bool BF16_DOT = true;  // the instruction multiplies 32 pairs of bf16 at once
+#else
+constexpr bool BF16_DOT = false;
+#endif
+template <class W>
+constexpr bool PAIRED = BF16_DOT && std::is_same_v<W, bf16>;
+
+// acc += products of neighbouring bf16 pairs, 2 * VL elements.
+INLINE vf dot_pairs(vf acc, const bf16* weights, const bf16* x) {
+#if defined(__AVX512BF16__)
+  __m512bh a = (__m512bh)_mm512_loadu_si512(weights), b = (__m512bh)_mm512_loadu_si512(x);
+  return (vf)_mm512_dpbf16_ps((__m512)acc, a, b);
+#else
+  vf a, b, c, d;
+  load_pair(weights, a, b);
+  load_pair(x, c, d);
+  return acc + b * d + a * c;
+#endif
+}
+
+// A token vector is kept as the dot product wants it: float in split order, or bf16 in natural order in the same place.
+template <class W>
+INLINE void put(float* x, int64_t i, int64_t n, float value) {
+  if constexpr (PAIRED<W>)
+    narrow(value, reinterpret_cast<bf16*>(x) + i);
+  else
+    x[split_index(i, n, (const W*)nullptr)] = value;
+}
+template <class W>
+INLINE float tail(const float* x, int64_t i) {
+  if constexpr (PAIRED<W>) return widen(reinterpret_cast<const bf16*>(x)[i]);
+  return x[i];
+}
+
+// out[r * out_stride + t] = dot(rows[r], x + t * x_stride), R rows by T tokens.
+template <int R, int T, class W>
+INLINE void dot_tile(const W* const* rows, const float* x, int64_t x_stride, int64_t n, float* out, int64_t out_stride) {
+  vf acc[R][T] = {};
+  int64_t k = 0;
+  for (; k + STEP <= n; k += STEP) {
+    if constexpr (PAIRED<W>) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t)
+          acc[r][t] = dot_pairs(acc[r][t], rows[r] + k, reinterpret_cast<const bf16*>(x + t * x_stride) + k);
+    } else {
+      vf xa[T], xb[T];
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) {
+        xa[t] = load(x + t * x_stride + k);
+        xb[t] = load(x + t * x_stride + k + VL);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        vf a, b;
+        load_pair(rows[r] + k, a, b);
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) {
+          acc[r][t] += a * xa[t];
+          acc[r][t] += b * xb[t];
+        }
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int t = 0; t < T; ++t) {
+      float total = sum(acc[r][t]);
+      for (int64_t i = k; i < n; ++i) total += widen(rows[r][i]) * tail<W>(x + t * x_stride, i);
+      out[r * out_stride + t] = total;
+    }
+}
+
+// The same for any number of tokens.
+template <int R, class W>
+static void dot_rows(const W* const* rows, const float* x, int64_t x_stride, int64_t tokens, int64_t n, float* out,
+                     int64_t out_stride) {
+  constexpr int T = VL == 16 ? 4 : 2;
+  int64_t t = 0;
+  for (; t + T <= tokens; t += T) dot_tile<R, T>(rows, x + t * x_stride, x_stride, n, out + t, out_stride);
+  for (; t < tokens; ++t) dot_tile<R, 1>(rows, x + t * x_stride, x_stride, n, out + t, out_stride);
+}
+
+// y[i] += sum_r h[r] * rows[r][i] for i in [from, to), from a multiple of STEP. y is in split order.
+template <int R, class W>
+INLINE void scale_rows(const W* const* rows, const float* h, int64_t from, int64_t to, float* y) {
+  vf scale[R];
+  for (int r = 0; r < R; ++r) scale[r] = splat(h[r]);
+  int64_t k = from;
+  for (; k + STEP <= to; k += STEP) {
+    vf ya = load(y + k), yb = load(y + k + VL);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      vf a, b;
+      load_pair(rows[r] + k, a, b);
+      ya += scale[r] * a;
+      yb += scale[r] * b;
+    }
+    store(y + k, ya);
+    store(y + k + VL, yb);
+  }
+  for (int r = 0; r < R; ++r)
+    for (int64_t i = k; i < to; ++i) y[i] += h[r] * widen(rows[r][i]);
+}
+
+// The same for several tokens: y[t][i] += sum_r h[t * h_stride + r] * rows[r][i].
+template <int R, class W>
+INLINE void scale_tile(const W* const* rows, const float* h, int64_t h_stride, int64_t tokens, int64_t from, int64_t to,
+                       float* const* y) {
+  int64_t k = from;
+  for (; k + STEP <= to; k += STEP) {
+    vf a[R], b[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) load_pair(rows[r] + k, a[r], b[r]);
+    for (int64_t t = 0; t < tokens; ++t) {
+      vf ya = load(y[t] + k), yb = load(y[t] + k + VL);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        vf scale = splat(h[t * h_stride + r]);
+        ya += scale * a[r];
+        yb += scale * b[r];
+      }
+      store(y[t] + k, ya);
+      store(y[t] + k + VL, yb);
+    }
+  }
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int r = 0; r < R; ++r)
+      for (int64_t i = k; i < to; ++i) y[t][i] += h[t * h_stride + r] * widen(rows[r][i]);
+}
+
+}  // namespace LTE_VARIANT
