@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from lte.families import FFNSpec, register_family
 from lte.hub import load, require_sparse
+from lte.inference import prepare_for_inference
 from lte.methods import LTEConfig
 from lte.nn import SparsityMeter, observe_routing, set_mode
 from lte.sparsify import sparsify
@@ -19,6 +20,7 @@ __all__ = [
     "SparsityMeter",
     "load",
     "observe_routing",
+    "prepare_for_inference",
     "register_family",
     "require_sparse",
     "set_mode",

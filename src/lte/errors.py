@@ -25,3 +25,7 @@ class DataError(LTEError):
 
 class NonFiniteLossError(LTEError):
     """Training produced a NaN or an infinity and was stopped."""
+
+
+class BackendError(LTEError):
+    """A kernel backend was asked for that cannot run here, or not with these tensors."""

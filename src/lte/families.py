@@ -64,6 +64,29 @@ class FFNSpec:
         return {role: path for role in roles if (path := getattr(self, role)) is not None}
 
 
+@dataclass(frozen=True)
+class DecoderSpec:
+    """Where a pre-norm decoder with rotary attention keeps its other parts; the fused decode step reads them.
+
+    Attributes:
+        qkv: the projections whose outputs, one after the other, are queries, keys and values; paths in a block.
+        output: the output projection of the attention.
+        attention_norm, ffn_norm: RMS norms before the attention and before the FFN.
+        head_norms: norms of each query and key head, where the family has them.
+        norm_offset: a norm multiplies by ``norm_offset + weight``.
+        final_norm, rotary: paths in the base model.
+    """
+
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    output: str = "self_attn.o_proj"
+    attention_norm: str = "input_layernorm"
+    ffn_norm: str = "post_attention_layernorm"
+    head_norms: tuple[str, str] | None = None
+    norm_offset: float = 0.0
+    final_norm: str = "norm"
+    rotary: str = "rotary_emb"
+
+
 _GATED_MLP = FFNSpec(blocks="layers", gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj", act="mlp.act_fn")
 _ENCODER = FFNSpec(
     blocks="encoder.layer",
@@ -95,6 +118,17 @@ FAMILIES: dict[str, FFNSpec] = {
     "roberta": _ENCODER,
 }
 """``config.model_type`` -> where that family keeps its FFNs."""
+
+
+DECODERS: dict[str, DecoderSpec] = {
+    "llama": DecoderSpec(),
+    "mistral": DecoderSpec(),
+    "qwen2": DecoderSpec(),
+    "qwen3": DecoderSpec(head_norms=("self_attn.q_norm", "self_attn.k_norm")),
+    "gemma": DecoderSpec(norm_offset=1.0),
+    "phi3": DecoderSpec(qkv=("self_attn.qkv_proj",)),
+}
+"""``config.model_type`` -> its decoder, for families whose whole decode step the CPU kernels compute."""
 
 
 def register_family(model_type: str, spec: FFNSpec) -> None:

@@ -18,6 +18,7 @@ FLOORS = [
     "accounting",
     "sparsify",
     "hub",
+    "inference",
     "methods",
     "training",
     "tasks",

@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lte.nn.linear import FastLinear
 from lte.nn.router import Routing, ThresholdRouter
-from lte.ops import FFNWeights, scale_experts
+from lte.ops import SMALL_BATCH, FFNWeights, routed_ffn, scale_experts, sparse_ffn
 
 RoutingObserver = Callable[[int, Routing], None]
+PathChooser = Callable[[int], tuple[str, float]]
+"""Number of tokens -> the ``impl`` and ``max_density`` of :func:`lte.ops.sparse_ffn`."""
+
+
+PROJECTIONS = ("gate", "up", "gate_up", "down")
+"""The roles that hold weights."""
 
 
 class Mode(StrEnum):
@@ -55,9 +63,18 @@ class SparseFFN(nn.Module):
         self.layer_index = layer_index
         self.mode = Mode.HARD
         self.observer: RoutingObserver | None = None
+        self.choose_path: PathChooser = path_unmeasured
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D], in the current mode (LTE, sections 4.1 and 4.2)."""
+        """[..., D] -> [..., D], in the current mode (LTE, sections 4.1 and 4.2).
+
+        Hard mode at inference runs the sparse operator; everything else computes the masked dense form, which has
+        gradients and lets adapters and hooks on the projections work.
+        """
+        if self.mode == Mode.HARD and self._is_inference():
+            impl, max_density = self.choose_path(x.numel() // x.shape[-1])
+            if impl != "reference":
+                return self._operate(x, impl, max_density)
         hidden = self.hidden(x)
         if self.mode != Mode.DENSE:
             routing = self.router(x)
@@ -65,6 +82,47 @@ class SparseFFN(nn.Module):
                 self.observer(self.layer_index, routing)
             hidden = scale_experts(hidden, routing.scores if self.mode == Mode.SOFT else routing.mask)
         return self.project_down(hidden)
+
+    def _operate(self, x: Tensor, impl: str, max_density: float) -> Tensor:
+        weights, router, x_TD = self.packed_weights(), self.router, x.reshape(-1, x.shape[-1])
+        if self.observer is None and type(router) is ThresholdRouter and not _has_hooks(router):
+            out = routed_ffn(
+                x_TD, router.weight, router.bias, router.threshold, weights, impl=impl, max_density=max_density
+            )
+        else:
+            routing = router(x)
+            if self.observer is not None:
+                self.observer(self.layer_index, routing)
+            out = sparse_ffn(x_TD, weights, routing.mask.flatten(0, -2), impl=impl, max_density=max_density)
+        return out.view(x.shape)
+
+    def _is_inference(self) -> bool:
+        if torch.is_grad_enabled() or self.training or torch.is_autocast_enabled(self.router.weight.device.type):
+            return False
+        return all(_is_plain(part) for part in self.projections())
+
+    def projections(self) -> list[nn.Module]:
+        return [self._part(role) for role in self.roles if role in PROJECTIONS]
+
+    def packed_weights(self) -> FFNWeights:
+        """The weights, every neuron's row contiguous; laid out so on first use, in place and without changing a value."""
+        weights = self.weights()
+        if all(w is None or w.stride(1) == 1 for w in (weights.up, weights.gate, weights.down)):
+            return weights
+        self.pack()
+        return self.weights()
+
+    @torch.no_grad()
+    def pack(self, copy: Callable[[Tensor], Tensor] = torch.Tensor.contiguous) -> None:
+        """Lay every projection out with one contiguous row per neuron; shapes and values stay as they are.
+
+        Args:
+            copy: makes the contiguous copy of a [rows, columns] view.
+        """
+        for role in self.roles:
+            if role in PROJECTIONS:
+                module = self._part(role)
+                _pack_rows(module, copy, transpose=(role == "down") != hasattr(module, "nf"))
 
     def hidden(self, x: Tensor) -> Tensor:
         """What enters the down projection: [..., D] -> [..., F]."""
@@ -113,6 +171,28 @@ class SparseFFN(nn.Module):
         return part
 
 
+def path_unmeasured(tokens: int) -> tuple[str, float]:
+    """Before anything is measured: the kernels for few tokens, dense matrix products for many."""
+    return ("auto", 1.0) if tokens <= SMALL_BATCH else ("reference", 1.0)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether calling a projection is no more than multiplying with its weight, as an operator does."""
+    known = type(module) in (nn.Linear, FastLinear, DeferredLinear) or hasattr(module, "nf")
+    return known and type(module.weight) is nn.Parameter and not _has_hooks(module)
+
+
+def _pack_rows(module: nn.Module, copy: Callable[[Tensor], Tensor], *, transpose: bool) -> None:
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    rows = copy(weight.data.T if transpose else weight.data)
+    weight.data = rows.T if transpose else rows
+
+
 class SplitSparseFFN(SparseFFN):
     """A sparse FFN for families that keep the two projections apart (OPT in the block, BERT in two modules).
 
@@ -145,6 +225,15 @@ class SplitSparseFFN(SparseFFN):
     def hidden(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., F]."""
         return self._part("act")(self._up[0].project(x))
+
+    def projections(self) -> list[nn.Module]:
+        return [self._up[0]]
+
+    @torch.no_grad()
+    def pack(self, copy: Callable[[Tensor], Tensor] = torch.Tensor.contiguous) -> None:
+        """See :meth:`SparseFFN.pack`."""
+        _pack_rows(self._up[0], copy, transpose=False)
+        _pack_rows(self, copy, transpose=True)
 
     def project_down(self, hidden: Tensor) -> Tensor:
         """[..., F] -> [..., D]."""

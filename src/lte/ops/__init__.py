@@ -1,6 +1,24 @@
 """The sparse FFN operator. Knows tensors only, nothing of models."""
 
+from lte.ops.backends import SMALL_BATCH
+from lte.ops.backends import obstacle as backend_obstacle
+from lte.ops.backends import requested as requested_backend
+from lte.ops.cpu import instruction_set as cpu_instruction_set
+from lte.ops.operator import linear, route, routed_ffn, sparse_ffn
 from lte.ops.reference import ACTIVATIONS, scale_experts, sparse_ffn_reference
 from lte.ops.weights import FFNWeights
 
-__all__ = ["ACTIVATIONS", "FFNWeights", "scale_experts", "sparse_ffn_reference"]
+__all__ = [
+    "ACTIVATIONS",
+    "SMALL_BATCH",
+    "FFNWeights",
+    "backend_obstacle",
+    "cpu_instruction_set",
+    "linear",
+    "requested_backend",
+    "route",
+    "routed_ffn",
+    "scale_experts",
+    "sparse_ffn",
+    "sparse_ffn_reference",
+]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 
 import torch
-import triton
+import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 from torch import Tensor
 
 from lte.errors import LTEError

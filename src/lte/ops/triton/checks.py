@@ -19,7 +19,9 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def check_ffn(x_TD: Tensor, weights: FFNWeights) -> None:
     """The input and the weights of the FFN."""
     if x_TD.ndim != 2 or x_TD.shape[1] != weights.d_model:
-        raise LTEError(f"x_TD has shape {list(x_TD.shape)}; give [tokens, {weights.d_model}], the width of the weights.")
+        raise LTEError(
+            f"x_TD has shape {list(x_TD.shape)}; give [tokens, {weights.d_model}], the width of the weights."
+        )
     if x_TD.device.type != "cuda" and not INTERPRETED:
         raise LTEError(f"x_TD is on {x_TD.device}; the Triton kernels need CUDA: use sparse_ffn_reference there.")
     if x_TD.dtype not in _DTYPES:

@@ -78,16 +78,16 @@ def token_bucket(n_tokens: int) -> int:
     return 16 if n_tokens <= 16 else 32 if n_tokens <= 32 else 64
 
 
-# One token streams weights through registers: enough 16-byte loads per thread, several programs per SM.
-_ONE = Config(4, 1024, 4, 1, down_rows=32, down_cols=256, down_warps=4, down_stages=1, down_programs_per_sm=4)
-# Tiles stream through shared memory, under 99 KiB of it (sm_86, sm_89). Half of the down kernel's stages hold indices.
+# All stream through asynchronous copies into shared memory, also for one token: left to itself, ptxas issues the loads
+# of a register tile one at a time, each after the arithmetic on the last. Half of the down kernel's stages are indices.
+_ONE = Config(4, 1024, 4, 3, down_rows=16, down_cols=256, down_warps=4, down_stages=5, down_programs_per_sm=2)
 _TILES = {
     16: Config(32, 128, 4, 4, down_rows=32, down_cols=128, down_warps=4, down_stages=7, down_programs_per_sm=2),
     32: Config(32, 128, 4, 3, down_rows=32, down_cols=64, down_warps=4, down_stages=7, down_programs_per_sm=2),
     64: Config(32, 64, 4, 4, down_rows=32, down_cols=64, down_warps=4, down_stages=7, down_programs_per_sm=2),
 }
-# About 10 bytes per nanosecond and SM, where an H100 has 25: fewer loads in flight and fewer splits suffice.
-_CONSUMER_ONE = replace(_ONE, down_rows=16, down_programs_per_sm=2)
+# 100 KiB of shared memory per SM: smaller programs, so that several fit.
+_CONSUMER_ONE = replace(_ONE, hidden_cols=512, hidden_stages=4)
 _DEFAULTS: dict[Capability, dict[int, Config]] = {
     (8, 0): {1: _ONE, **_TILES},
     (8, 6): {1: _CONSUMER_ONE, **_TILES},
@@ -114,12 +114,13 @@ def candidates(gpu: GPU, problem: Problem) -> list[Config]:
     base = default_config(gpu, problem)
     changes: list[dict[str, Any]]
     if problem.bucket == 1:
-        changes = [{"hidden_rows": rows, "hidden_cols": cols} for rows in (2, 4, 8) for cols in (512, 1024, 2048)]
-        changes += [{"down_cols": cols, "down_rows": rows} for cols in (128, 256, 512) for rows in (16, 32)]
-        changes += [{"hidden_stages": 3}, {"down_stages": 3}]
+        changes = [{"hidden_rows": rows, "hidden_stages": stages} for rows in (2, 4, 8) for stages in (1, 3, 4)]
+        changes += [{"hidden_cols": cols} for cols in (512, 1024, 2048)]
+        changes += [{"down_cols": cols, "down_rows": rows} for cols in (128, 256, 512) for rows in (8, 16, 32)]
     else:
         changes = [{"hidden_rows": rows, "hidden_stages": stages} for rows in (16, 32, 64) for stages in (2, 3, 4)]
         changes += [{"down_cols": cols, "down_rows": rows} for cols in (32, 64, 128) for rows in (32, 64)]
+    changes += [{"down_stages": stages} for stages in (3, 5, 7)]
     changes += [{"down_programs_per_sm": count} for count in (1, 2, 3, 4, 6)]
     if gpu.capability >= (9, 0):
         changes += [{"pdl": True}]

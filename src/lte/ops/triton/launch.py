@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
+import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 from torch import Tensor
 
 from lte.ops.triton import kernels
@@ -32,6 +32,7 @@ class Launch:
     dependent: bool = False
 
     def __call__(self) -> None:
+        """Launch on the current stream."""
         options = {"launch_pdl": True} if self.dependent else {}
         self.kernel[self.grid](*self.args, **self.constants, num_warps=self.warps, **options)
 
@@ -172,10 +173,12 @@ class _Tiles:
         self.block_t = token_bucket(n_tokens)
         self.blocks = triton.cdiv(n_tokens, self.block_t)
         smallest = 1 if self.one else 16
-        self.hidden_cols = max(smallest, min(config.hidden_cols, triton.next_power_of_2(weights.d_model)))
+        # At least two steps for one token: the loads of a loop that ends after its first are not made asynchronous.
+        widest = triton.cdiv(weights.d_model, 2) if self.one else weights.d_model
+        self.hidden_cols = max(smallest, min(config.hidden_cols, triton.next_power_of_2(widest)))
         self.down_cols = max(smallest, min(config.down_cols, triton.next_power_of_2(weights.d_model)))
         self.n_done = triton.cdiv(weights.d_model, self.down_cols)
-        wanted = triton.cdiv(config.down_programs_per_sm * sms, self.n_done)
+        wanted = config.down_programs_per_sm * sms // self.n_done
         # Several blocks of tokens fill the GPU by themselves, and their partial sums would be large.
         self.splits = 1 if self.blocks > 1 else max(1, min(wanted, triton.cdiv(weights.d_ff, config.down_rows), 64))
 
@@ -205,7 +208,7 @@ def _plan_hidden(
         "BLOCK_D": tile.hidden_cols,
         "STAGES": config.hidden_stages,
     }
-    args = (
+    args: tuple[Any, ...] = (
         *(x_TD, weights.up, gate, weights.up_bias, weights.gate_bias if gate is not None else None),
         *(expert_weights_TE, hidden_TF, *lists),
         *(weights.up.stride(0), 0 if gate is None else gate.stride(0)),
@@ -233,7 +236,15 @@ def _plan_down(
         "SPLITS": tile.splits,
         "STAGES": config.down_stages,
     }
-    args = (hidden_TF, weights.down, weights.down_bias, *lists, partial, out_TD, weights.down.stride(0))
+    args: tuple[Any, ...] = (
+        hidden_TF,
+        weights.down,
+        weights.down_bias,
+        *lists,
+        partial,
+        out_TD,
+        weights.down.stride(0),
+    )
     grid: tuple[int, ...] = (tile.n_done, tile.splits)
     if tile.one:
         constants["SUM_ROWS"] = min(16, triton.next_power_of_2(tile.splits))

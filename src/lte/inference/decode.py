@@ -1,0 +1,303 @@
+"""One decode step of a whole model as one call into the CPU kernels, in place of the model's ``forward``.
+
+A step of the stock modules costs some 20 Python-level operations per layer, and a matrix-vector product of torch
+reads memory at a fraction of its speed. Here a step is one embedding lookup in Python and one call, which computes in
+float32 between the weights. Whatever is not an ordinary step (prefill, gradients, hooks, observers, an unusual
+cache, ...) goes to the stock forward.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+from ctypes import POINTER, cast, pointer
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from lte.families import DECODERS, blocks_of
+from lte.nn import FastLinear, Mode, SparseFFN, ThresholdRouter, sparse_ffns
+from lte.ops.cpu import DTYPES, kernels
+from lte.ops.cpu.calls import describe_ffn
+from lte.ops.cpu.library import Cache, Decoder, Layer, Matrix, Step, matrix
+
+MAX_BATCH = 64
+STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
+"""Rotary embeddings whose frequencies do not change with the length; those of others are asked for at every step."""
+
+
+class DecodeStep:
+    """Takes the place of ``model.forward``; put there by :func:`lte.prepare_for_inference`.
+
+    Args:
+        model: a causal language model of a family in :data:`lte.families.DECODERS`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.stock = model.forward
+        self.__signature__ = inspect.signature(model.forward)
+        self.__doc__ = model.forward.__doc__
+        self._built: _Built | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pointers belong to one model in one process; a copy builds its own.
+        return {**self.__dict__, "_built": None}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward."""
+        if not args and not torch.is_grad_enabled() and not self.model.training and not torch.compiler.is_compiling():
+            logits = self._step(**kwargs)
+            if logits is not None:
+                return CausalLMOutputWithPast(logits=logits, past_key_values=kwargs["past_key_values"])
+        return self.stock(*args, **kwargs)
+
+    def obstacle(self) -> str:
+        """Why this model's step cannot be fused; empty where it can."""
+        model = self.model
+        if getattr(model.config, "model_type", "") not in DECODERS:
+            return f"no fused step for the family {getattr(model.config, 'model_type', '?')!r}"
+        if type(getattr(model, "lm_head", None)) not in (nn.Linear, FastLinear):
+            return f"{type(model).__name__} has no plain LM head"
+        parameters = list(model.parameters())
+        if {p.dtype for p in parameters} not in ({torch.float32}, {torch.bfloat16}):
+            return "the parameters are not all float32 or all bfloat16"
+        if {p.device.type for p in parameters} != {"cpu"}:
+            return "the parameters are not all on the CPU"
+        for name, module in _decoder_linears(model):
+            if type(module) not in (nn.Linear, FastLinear) or type(module.weight) is not nn.Parameter:
+                return f"{name} is a {type(module).__name__}, not a plain linear layer"
+        if any(type(ffn.router) is not ThresholdRouter for ffn in sparse_ffns(model)):
+            return "a router is not a threshold router"
+        return ""
+
+    def _step(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        cache_position: Tensor | None = None,
+        **others: Any,
+    ) -> Tensor | None:
+        """Logits [B, 1, V], or None where this is no step for the kernels."""
+        if input_ids is None or input_ids.dim() != 2 or input_ids.shape[1] != 1 or len(input_ids) > MAX_BATCH:
+            return None
+        if use_cache is False or return_dict is False or isinstance(logits_to_keep, Tensor):
+            return None
+        if any(value is not None and value is not False for value in others.values()):
+            return None
+        if type(past_key_values) is not DynamicCache or not past_key_values.layers:
+            return None
+        built = self._current()
+        if built is None:
+            return None
+        batch, position = len(input_ids), past_key_values.get_seq_length()
+        if attention_mask is not None and (
+            attention_mask.dim() != 2
+            or attention_mask.shape != (batch, position + 1)
+            or attention_mask.dtype != torch.int64
+        ):
+            return None
+        caches = built.caches(past_key_values, batch, position)
+        if caches is None:
+            return None
+        if position_ids is None:
+            position_ids = input_ids.new_full((batch, 1), position)
+        elif position_ids.shape != (batch, 1):
+            if position_ids.numel() != 1:
+                return None
+            position_ids = position_ids.expand(batch, 1)
+        return built.run(input_ids, position, position_ids, attention_mask, caches)
+
+    def _current(self) -> _Built | None:
+        """What the kernels read of the model, built again where a parameter has moved; None where hooks watch."""
+        if any(module._forward_hooks or module._forward_pre_hooks for module in self._modules()):
+            return None
+        if any(ffn.observer is not None or ffn.mode == Mode.SOFT for ffn in sparse_ffns_of(self._modules())):
+            return None
+        if self._built is None or not self._built.holds():
+            self._built = None if self.obstacle() else _Built(self.model)
+        return self._built
+
+    def _modules(self) -> list[nn.Module]:
+        if self._built is not None:
+            return self._built.modules
+        return list(self.model.modules())
+
+
+def sparse_ffns_of(modules: list[nn.Module]) -> list[SparseFFN]:
+    """The sparse FFNs in a list of modules."""
+    return [module for module in modules if isinstance(module, SparseFFN)]
+
+
+class _Built:
+    """The C structs of one model, with the tensors they point to."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.modules = [module for module in model.modules() if module is not model]
+        config, spec = model.config, DECODERS[model.config.model_type]
+        self.parameters = list(model.parameters())
+        self.modes = [ffn.mode for ffn in sparse_ffns(model)]
+        blocks = blocks_of(model)
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.n_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self.layers = (Layer * len(blocks))(
+            *(self._layer(block, ffn, spec) for block, ffn in zip(blocks, sparse_ffns(model), strict=True))
+        )
+        base = model.base_model
+        norm = base.get_submodule(spec.final_norm)
+        self.rotary = base.get_submodule(spec.rotary)
+        self.static_rope = getattr(self.rotary, "rope_type", "") in STATIC_ROPE
+        self.embedding = model.get_input_embeddings()
+        self.head = model.lm_head
+        self.dtype = self.head.weight.dtype
+        cos, sin = self._rotations(torch.arange(256)[None])
+        self.cos_sin = (cos[0], sin[0])
+        self.decoder = Decoder(
+            layers=cast(self.layers, POINTER(Layer)),
+            final_norm=norm.weight.data_ptr(),
+            head=matrix(self.head.weight, self.head.bias),
+            n_layers=len(blocks),
+            d_model=config.hidden_size,
+            n_heads=config.num_attention_heads,
+            n_kv_heads=self.n_kv_heads,
+            head_dim=self.head_dim,
+            rotary_dim=self.cos_sin[0].shape[-1],
+            norm_eps=getattr(norm, "variance_epsilon", None) or norm.eps,
+            norm_offset=spec.norm_offset,
+            scaling=blocks[0].get_submodule(spec.output.rpartition(".")[0]).scaling,
+            dtype=DTYPES[self.dtype],
+        )
+        # Held so that what the structs point to lives; compared so that a model that was moved is read again.
+        self.pointers = [parameter.data_ptr() for parameter in self.parameters]
+
+    def holds(self) -> bool:
+        """Whether the structs still describe the model."""
+        return [p.data_ptr() for p in self.parameters] == self.pointers and [
+            ffn.mode for ffn in sparse_ffns_of(self.modules)
+        ] == self.modes
+
+    def _layer(self, block: nn.Module, ffn: SparseFFN, spec: Any) -> Layer:
+        def weight(path: str) -> int:
+            return block.get_submodule(path).get_parameter("weight").data_ptr()
+
+        projections = [block.get_submodule(path) for path in spec.qkv]
+        qkv = [matrix(p.weight, p.bias) for p in projections]  # type: ignore[arg-type]
+        output = block.get_submodule(spec.output)
+        router = ffn.router
+        return Layer(
+            attention_norm=weight(spec.attention_norm),
+            ffn_norm=weight(spec.ffn_norm),
+            q_norm=weight(spec.head_norms[0]) if spec.head_norms else None,
+            k_norm=weight(spec.head_norms[1]) if spec.head_norms else None,
+            qkv=(Matrix * 3)(*qkv, *(Matrix() for _ in range(3 - len(qkv)))),
+            output=matrix(output.weight, output.bias),  # type: ignore[arg-type]
+            ffn=describe_ffn(
+                ffn.packed_weights(), router.weight.shape[0], router.weight, router.bias, router.threshold
+            ),
+            all_experts=int(ffn.mode == Mode.DENSE),
+        )
+
+    def caches(self, cache: DynamicCache, batch: int, position: int) -> Any:
+        """Room for one more token in every layer's cache, as C structs; None where the cache is of another kind."""
+        if position == 0 or len(cache.layers) != len(self.layers):
+            return None
+        for layer in cache.layers:
+            sliding = type(layer) is DynamicSlidingWindowLayer
+            if not (type(layer) is DynamicLayer or sliding) or not layer.is_initialized:
+                return None
+            if sliding and (layer.record_past or layer.cumulative_length + 1 >= layer.sliding_window):
+                return None
+            if layer.keys.dtype != self.dtype or layer.keys.shape != (batch, self.n_kv_heads, position, self.head_dim):
+                return None
+            if layer.values.shape != layer.keys.shape:
+                return None
+        structs = (Cache * len(cache.layers))()
+        for struct, layer in zip(structs, cache.layers, strict=True):
+            keys, values = _room(layer, position)
+            layer.keys, layer.values = keys[:, :, : position + 1], values[:, :, : position + 1]
+            if type(layer) is DynamicSlidingWindowLayer:
+                layer.cumulative_length += 1
+            struct.keys, struct.values = keys.data_ptr(), values.data_ptr()
+            struct.batch_stride, struct.head_stride, struct.token_stride = keys.stride()[:3]
+        return structs
+
+    def run(
+        self, input_ids: Tensor, position: int, position_ids: Tensor, attention_mask: Tensor | None, caches: Any
+    ) -> Tensor:
+        """Logits [B, 1, V] in the dtype of the model."""
+        batch = len(input_ids)
+        hidden = self.embedding(input_ids).contiguous()
+        cos, sin = self._cos_sin(position_ids)
+        mask = None if attention_mask is None else attention_mask.contiguous()
+        logits = torch.empty(batch, 1, len(self.head.weight), dtype=self.dtype)
+        step = Step(
+            batch=batch,
+            position=position,
+            hidden=hidden.data_ptr(),
+            cos=cos.data_ptr(),
+            sin=sin.data_ptr(),
+            mask=None if mask is None else mask.data_ptr(),
+            mask_stride=position + 1,
+            caches=cast(caches, POINTER(Cache)),
+            logits=logits.data_ptr(),
+            active=None,
+        )
+        kernels().lte_decode(ctypes.byref(self.decoder), pointer(step), torch.get_num_threads())
+        return logits
+
+    def _cos_sin(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotations [B, rotary_dim] in float32."""
+        if not self.static_rope:
+            cos, sin = self._rotations(position_ids)
+            return cos.flatten(0, 1), sin.flatten(0, 1)
+        largest = int(position_ids.max())
+        if largest >= len(self.cos_sin[0]):
+            cos, sin = self._rotations(torch.arange(2 * largest + 256)[None])
+            self.cos_sin = cos[0], sin[0]
+        rows = position_ids[:, 0]
+        return self.cos_sin[0][rows], self.cos_sin[1][rows]
+
+    @torch.no_grad()
+    def _rotations(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = self.rotary(torch.zeros(1, dtype=torch.float32), position_ids)
+        return cos.contiguous(), sin.contiguous()
+
+
+def _room(layer: Any, position: int) -> tuple[Tensor, Tensor]:
+    """The buffers behind a cache layer's keys and values, with room for one token more.
+
+    The cache of transformers grows by copying itself at every token. Here it becomes a view of a larger buffer that is
+    written in place; whatever else replaces its tensors (beam search, cropping, ...) is noticed, and copied once.
+    """
+    buffers = layer.__dict__.get("_lte_buffers")
+    if buffers is not None:
+        keys, values = buffers
+        same = layer.keys.data_ptr() == keys.data_ptr() and layer.values.data_ptr() == values.data_ptr()
+        if same and layer.keys.stride() == keys.stride() and position < keys.shape[2]:
+            return keys, values
+    grown = []
+    for old in (layer.keys, layer.values):
+        batch, heads, length, dim = old.shape
+        new = old.new_empty(batch, heads, length + max(256, length // 2), dim)
+        new[:, :, :length] = old
+        grown.append(new)
+    layer._lte_buffers = (grown[0], grown[1])
+    return grown[0], grown[1]
+
+
+def _decoder_linears(model: Any) -> list[tuple[str, nn.Module]]:
+    spec = DECODERS[model.config.model_type]
+    found = []
+    for index, (block, ffn) in enumerate(zip(blocks_of(model), sparse_ffns(model), strict=True)):
+        found += [(f"layer {index}: {path}", block.get_submodule(path)) for path in (*spec.qkv, spec.output)]
+        found += [(f"layer {index}: FFN", module) for module in ffn.projections()]
+    return found

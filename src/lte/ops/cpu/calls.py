@@ -1,0 +1,90 @@
+"""Tensors in, tensors out: the kernels' calling side. What they cannot take is refused in ``lte.ops.backends``."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+
+import torch
+from torch import Tensor
+
+from lte.ops.cpu.library import ACTIVATION_CODES, DTYPES, FFN, kernels, matrix
+from lte.ops.weights import FFNWeights
+
+
+def describe_ffn(
+    weights: FFNWeights,
+    n_experts: int,
+    router_weight: Tensor | None = None,
+    router_bias: Tensor | None = None,
+    threshold: float = 0.5,
+) -> FFN:
+    """The C struct of an FFN. It holds pointers: keep the tensors alive."""
+    return FFN(
+        gate=matrix(weights.gate, weights.gate_bias),
+        up=matrix(weights.up, weights.up_bias),
+        down=matrix(weights.down, weights.down_bias),
+        router=matrix(router_weight, router_bias),
+        d_model=weights.d_model,
+        d_ff=weights.d_ff,
+        n_experts=n_experts,
+        threshold=threshold,
+        dtype=DTYPES[weights.up.dtype],
+        activation=ACTIVATION_CODES[weights.activation],
+    )
+
+
+def sparse_ffn(
+    x_TD: Tensor,
+    weights: FFNWeights,
+    expert_weights_TE: Tensor | None = None,
+    router: tuple[Tensor, Tensor | None, float] | None = None,
+) -> Tensor:
+    """The FFN over the experts of a mask, of float weights, or of a router (weight, bias, threshold)."""
+    n_experts = 1
+    if expert_weights_TE is not None:
+        n_experts = expert_weights_TE.shape[1]
+    elif router is not None:
+        n_experts = router[0].shape[0]
+    mask = scale = None
+    if expert_weights_TE is not None and expert_weights_TE.dtype == torch.bool:
+        mask = expert_weights_TE.contiguous()
+    elif expert_weights_TE is not None:
+        scale = expert_weights_TE.float().contiguous()
+    ffn = describe_ffn(weights, n_experts, *(router or ()))
+    x_TD = x_TD.contiguous()
+    y_TD = torch.empty_like(x_TD)
+    if len(x_TD):
+        kernels().lte_sparse_ffn(
+            ctypes.byref(ffn),
+            x_TD.data_ptr(),
+            len(x_TD),
+            None if mask is None else mask.data_ptr(),
+            None if scale is None else scale.data_ptr(),
+            y_TD.data_ptr(),
+            torch.get_num_threads(),
+        )
+    return y_TD
+
+
+def linear(x_TD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """[T, D] by [N, D] to [T, N]."""
+    x_TD = x_TD.contiguous()
+    y_TN = x_TD.new_empty(len(x_TD), len(weight))
+    if len(x_TD):
+        kernels().lte_linear(
+            ctypes.byref(matrix(weight, bias)),
+            DTYPES[weight.dtype],
+            x_TD.data_ptr(),
+            len(x_TD),
+            y_TN.data_ptr(),
+            torch.get_num_threads(),
+        )
+    return y_TN
+
+
+def read_seconds(tensor: Tensor) -> float:
+    """Seconds a plain read of the tensor's bytes takes, with torch's number of threads: the limit of this machine."""
+    started = time.perf_counter()
+    kernels().lte_read(tensor.data_ptr(), tensor.numel() * tensor.element_size(), torch.get_num_threads())
+    return time.perf_counter() - started

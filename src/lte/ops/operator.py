@@ -1,0 +1,214 @@
+"""``lte::sparse_ffn`` and its companions, registered with torch.library: one schema, several backends.
+
+Registered operators are what ``torch.compile`` sees: opaque, with a fake kernel for shapes. They are for inference
+and have no derivative; training computes the masked dense form (:func:`lte.ops.sparse_ffn_reference`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lte.errors import ConfigError
+from lte.ops import backends, cpu
+from lte.ops.reference import ACTIVATIONS, sparse_ffn_reference
+from lte.ops.weights import FFNWeights
+
+_WEIGHTS = (
+    "Tensor up, Tensor down, Tensor? gate, Tensor? up_bias, Tensor? gate_bias, Tensor? down_bias, str activation, str impl, "
+    "float max_density"
+)
+_library = torch.library.Library("lte", "DEF")
+_library.define(f"sparse_ffn(Tensor x, Tensor? expert_weights, {_WEIGHTS}) -> Tensor")
+_library.define(f"routed_ffn(Tensor x, Tensor router_weight, Tensor? router_bias, float threshold, {_WEIGHTS}) -> Tensor")
+_library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+
+
+def sparse_ffn(
+    x_TD: Tensor,
+    weights: FFNWeights,
+    expert_weights_TE: Tensor | None = None,
+    *,
+    impl: str = "auto",
+    max_density: float = 1.0,
+) -> Tensor:
+    """``sum_e w[t, e] * E_e(x[t]) + down_bias``, reading only the experts some token uses.
+
+    Args:
+        x_TD: [T, D] inputs, any T.
+        weights: the FFN; neurons of an expert are contiguous. The kernels want every neuron's row contiguous, which
+            is how :func:`lte.prepare_for_inference` lays the weights out.
+        expert_weights_TE: [T, E]; a boolean mask (hard mode), float weights (an expert of weight 0 is not computed),
+            or None for the dense FFN.
+        impl: ``auto``, ``reference``, ``cpu`` or ``triton``. ``auto`` picks what runs on the device of ``x_TD`` and
+            goes through dense matrix products above 64 tokens.
+        max_density: on the CPU, dense matrix products also run where more than this share of (token, expert) pairs is
+            active: the measured point from which they are faster.
+
+    Returns:
+        [T, D] in the dtype of ``x_TD``; sums are float32.
+
+    Raises:
+        ConfigError: shapes do not fit.
+        BackendError: ``impl`` cannot run here.
+    """
+    _check(x_TD, weights)
+    if expert_weights_TE is not None:
+        if expert_weights_TE.dim() != 2 or len(expert_weights_TE) != len(x_TD):
+            raise ConfigError(
+                f"expert_weights has shape {list(expert_weights_TE.shape)}; wanted [{len(x_TD)}, number of experts]"
+            )
+        _check_experts(expert_weights_TE.shape[1], weights)
+    return torch.ops.lte.sparse_ffn(x_TD, expert_weights_TE, *_flat(weights), impl, max_density)  # type: ignore[no-any-return]
+
+
+def routed_ffn(
+    x_TD: Tensor,
+    router_weight_ED: Tensor,
+    router_bias_E: Tensor | None,
+    threshold: float,
+    weights: FFNWeights,
+    *,
+    impl: str = "auto",
+    max_density: float = 1.0,
+) -> Tensor:
+    """Router, threshold and sparse FFN in one operator: experts run where ``sigmoid(x W^T + b) > threshold``.
+
+    Args:
+        x_TD: [T, D] inputs.
+        router_weight_ED: [E, D]; scores are summed in float32 whatever the dtype.
+        router_bias_E: [E] or None.
+        threshold: in (0, 1).
+        weights: see :func:`sparse_ffn`.
+        impl, max_density: see :func:`sparse_ffn`.
+
+    Returns:
+        [T, D].
+    """
+    _check(x_TD, weights)
+    _check_experts(router_weight_ED.shape[0], weights)
+    return torch.ops.lte.routed_ffn(  # type: ignore[no-any-return]
+        x_TD, router_weight_ED, router_bias_E, threshold, *_flat(weights), impl, max_density
+    )
+
+
+def linear(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """``x W^T + b`` for few tokens at the speed the weights can be read; [T, D] to [T, N], CPU, float32 or bfloat16."""
+    return torch.ops.lte.linear(x_TD, weight_ND, bias_N)  # type: ignore[no-any-return]
+
+
+def _flat(weights: FFNWeights) -> tuple[Tensor | str | None, ...]:
+    return (
+        weights.up,
+        weights.down,
+        weights.gate,
+        weights.up_bias,
+        weights.gate_bias,
+        weights.down_bias,
+        weights.activation,
+    )
+
+
+def _check(x_TD: Tensor, weights: FFNWeights) -> None:
+    if x_TD.dim() != 2 or x_TD.shape[1] != weights.d_model:
+        raise ConfigError(f"x has shape {list(x_TD.shape)}; wanted [tokens, {weights.d_model}]")
+    if weights.activation not in ACTIVATIONS:
+        raise ConfigError(f"activation {weights.activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
+
+
+def _check_experts(n_experts: int, weights: FFNWeights) -> None:
+    if n_experts < 1 or weights.d_ff % n_experts:
+        raise ConfigError(f"{n_experts} experts do not divide d_ff={weights.d_ff}")
+
+
+def _sparse_ffn(
+    x: Tensor,
+    expert_weights: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    gate: Tensor | None,
+    up_bias: Tensor | None,
+    gate_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    impl: str,
+    max_density: float,
+) -> Tensor:
+    weights = FFNWeights(up, down, gate, up_bias, gate_bias, down_bias, activation)
+    chosen = backends.choose(impl, x, weights)
+    if chosen == "cpu" and not _too_dense(expert_weights, max_density):
+        return cpu.sparse_ffn(x, weights, expert_weights)
+    if chosen == "triton":
+        from lte.ops import triton
+
+        return triton.sparse_ffn(x, weights, expert_weights)
+    return sparse_ffn_reference(x, weights, expert_weights)
+
+
+def _routed_ffn(
+    x: Tensor,
+    router_weight: Tensor,
+    router_bias: Tensor | None,
+    threshold: float,
+    up: Tensor,
+    down: Tensor,
+    gate: Tensor | None,
+    up_bias: Tensor | None,
+    gate_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    impl: str,
+    max_density: float,
+) -> Tensor:
+    weights = FFNWeights(up, down, gate, up_bias, gate_bias, down_bias, activation)
+    chosen = backends.choose(impl, x, weights)
+    fusible = router_weight.dtype == x.dtype and router_weight.stride(1) == 1
+    if chosen == "cpu" and fusible and max_density >= 1:
+        return cpu.sparse_ffn(x, weights, None, (router_weight, router_bias, threshold))
+    if chosen == "triton":
+        from lte.ops import triton
+
+        return triton.routed_ffn(x, router_weight, router_bias, threshold, weights)
+    mask = route(x, router_weight, router_bias) > threshold
+    if chosen == "cpu" and not _too_dense(mask, max_density):
+        return cpu.sparse_ffn(x, weights, mask)
+    return sparse_ffn_reference(x, weights, mask)
+
+
+def _too_dense(expert_weights: Tensor | None, max_density: float) -> bool:
+    if max_density >= 1:
+        return False
+    return expert_weights is None or bool((expert_weights != 0).float().mean() > max_density)
+
+
+def route(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Scores ``sigmoid(x W^T + b)`` in float32: [..., D] to [..., E]."""
+    return torch.sigmoid(torch.nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float()))
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    reason = backends.obstacle("cpu", x.dtype, x.device)
+    if reason or weight.dtype != x.dtype or weight.stride(1) != 1:
+        return torch.nn.functional.linear(x, weight, bias)
+    return cpu.linear(x, weight, bias)
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("sparse_ffn", _sparse_ffn, _device)
+    _library.impl("routed_ffn", _routed_ffn, _device)
+    _library.impl("linear", _linear, _device)
+
+
+@torch.library.register_fake("lte::sparse_ffn")
+def _(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("lte::routed_ffn")
+def _(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("lte::linear")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])

@@ -1,0 +1,122 @@
+"""The kernels as launched on an A100, a 3090 and an H100, compiled without a GPU: no spills, shared memory in bounds.
+
+Compiled in a process of its own, since another test may have imported Triton as an interpreter.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("compiling the Triton kernels needs the triton package", allow_module_level=True)
+
+# Capability, SMs, and the shared memory one program may use (CUDA programming guide, table of compute capabilities).
+ARCHITECTURES = {80: (108, 163 * 1024), 86: (82, 99 * 1024), 90: (132, 227 * 1024)}
+LLAMA, TINY, OPT = (4096, 11008, 32), (2048, 5632, 32), (768, 3072, 24)
+CASES = [
+    # shape, dtype, gated, activation, tokens, float expert weights
+    (LLAMA, "bfloat16", True, "silu", 1, False),
+    (LLAMA, "bfloat16", True, "silu", 16, False),
+    (LLAMA, "bfloat16", True, "silu", 64, False),
+    (TINY, "float32", True, "silu", 1, False),
+    (TINY, "float32", True, "silu", 64, True),
+    (OPT, "float16", False, "relu", 1, True),
+    (OPT, "float16", False, "gelu", 16, False),
+]
+POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "uint8": "*u8", "int32": "*i32"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+def test_compiles_without_spills(capability):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", __file__, str(capability)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr[-4000:]
+    usage = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(usage) == 3 * len(CASES)
+    limit = ARCHITECTURES[capability][1]
+    assert [row for row in usage if row["stack"] or row["local"] or row["shared"] > limit] == []
+
+
+def compile_launch(launch: Any, capability: int) -> Any:
+    """Compile what ``launch`` would run, as Triton would specialise it for these arguments."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    names = launch.kernel.arg_names
+    types, constants, attributes = dict.fromkeys(launch.constants, "constexpr"), dict(launch.constants), {}
+    runtime = [name for name in names if name not in launch.constants]
+    for name, value in zip(runtime, launch.args, strict=True):
+        aligned = isinstance(value, torch.Tensor)
+        if value is None:
+            types[name], constants[name] = "constexpr", None
+        elif isinstance(value, torch.Tensor):
+            types[name] = POINTERS[str(value.dtype).removeprefix("torch.")]
+        elif isinstance(value, float):
+            types[name] = "fp32"
+        else:
+            types[name] = "i32"
+            aligned = name != "n_tokens" and value % 16 == 0
+        if aligned:
+            attributes[(names.index(name),)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, {name: types[name] for name in names}, constants, attributes)
+    options = {"num_warps": launch.warps} | ({"launch_pdl": True} if launch.dependent else {})
+    return compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def resources(compiled: Any) -> dict[str, int]:
+    """Registers per thread, and bytes of stack and local memory, which are where spilled registers go."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        text = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    found = {name.lower(): int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return {name: found[name] for name in ("reg", "stack", "local")}
+
+
+def planned(capability: int) -> Any:
+    """Yield every case and its three launches, on tensors without memory."""
+    from lte.ops import FFNWeights
+    from lte.ops.triton import configs, launch
+
+    gpu = configs.GPU("compiled for", (capability // 10, capability % 10), ARCHITECTURES[capability][0])
+    for (d, f, n), dtype_name, gated, activation, n_tokens, scaled in CASES:
+        dtype = getattr(torch, dtype_name)
+
+        def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        weights = FFNWeights(
+            up=tensor(f, d), down=tensor(f, d), gate=tensor(f, d) if gated else None,
+            up_bias=None if gated else tensor(f), down_bias=None if gated else tensor(d), activation=activation,
+        )  # fmt: skip
+        x, mask = tensor(n_tokens, d), tensor(n_tokens, f // n, dtype=torch.uint8)
+        config = configs.default_config(gpu, launch.problem_of(x, weights, mask))
+        router_weight, router_bias = tensor(f // n, d, dtype=torch.float32), tensor(f // n, dtype=torch.float32)
+        router = launch.plan_router(x, router_weight, router_bias, 0.5, mask, config)
+        scales = tensor(n_tokens, f // n, dtype=torch.float32) if scaled else mask
+        _, ffn = launch.plan_ffn(x, weights, scales, config, gpu.sms, after_router=True)
+        for one in (router, *ffn):
+            yield f"{dtype_name} {activation} T={n_tokens}", one
+
+
+if __name__ == "__main__":
+    for case, one in planned(int(sys.argv[1])):
+        compiled = compile_launch(one, int(sys.argv[1]))
+        name = one.kernel.__name__
+        print(json.dumps({"case": case, "kernel": name, "shared": compiled.metadata.shared, **resources(compiled)}))
