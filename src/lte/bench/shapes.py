@@ -1,0 +1,154 @@
+"""Shapes of well-known models, and models of these shapes with random weights: speed depends on nothing else."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lte.errors import ConfigError
+from lte.hub import read_config
+from lte.inference.packing import streaming_copy
+from lte.methods import LTEConfig
+from lte.nn import SparseFFN, sparse_ffns
+from lte.sparsify import install_sparse_ffns
+
+Shape = dict[str, Any]
+
+
+def _llama(d_model: int, d_ff: int, layers: int, heads: int, kv_heads: int | None = None, vocab: int = 32000) -> Shape:
+    return {
+        "model_type": "llama",
+        "hidden_size": d_model,
+        "intermediate_size": d_ff,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads or heads,
+        "vocab_size": vocab,
+        "max_position_embeddings": 4096,
+    }
+
+
+SHAPES: dict[str, Shape] = {
+    "llama-1.2b": _llama(2048, 5632, 22, 32),
+    "llama-2-7b": _llama(4096, 11008, 32, 32),
+    "llama-2-13b": _llama(5120, 13824, 40, 40),
+    "llama-2-70b": _llama(8192, 28672, 80, 64, 8),
+    "llama-3-8b": _llama(4096, 14336, 32, 32, 8, 128256),
+    "mistral-7b": {**_llama(4096, 14336, 32, 32, 8), "model_type": "mistral"},
+    "qwen2.5-0.5b": {
+        **_llama(896, 4864, 24, 14, 2, 151936),
+        "model_type": "qwen2",
+        "tie_word_embeddings": True,
+    },
+    "qwen2.5-7b": {**_llama(3584, 18944, 28, 28, 4, 152064), "model_type": "qwen2"},
+    "qwen3-8b": {**_llama(4096, 12288, 36, 32, 8, 151936), "model_type": "qwen3", "head_dim": 128},
+    "gpt2": {"model_type": "gpt2"},
+    "gpt2-xl": {"model_type": "gpt2", "n_embd": 1600, "n_layer": 48, "n_head": 25},
+    "opt-6.7b": {
+        "model_type": "opt",
+        "hidden_size": 4096,
+        "ffn_dim": 16384,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "word_embed_proj_dim": 4096,
+    },
+}
+"""Name -> transformers config, after each model's published ``config.json``. ``llama-1.2b`` is TinyLlama's shape with
+full attention heads."""
+
+
+def model_config(name: str | None, folder: str | None = None) -> Any:
+    """The transformers config of a shape of :data:`SHAPES`, of a JSON file, or of a model folder or hub id."""
+    if folder is not None:
+        return read_config(folder)
+    if name in SHAPES:
+        values = dict(SHAPES[str(name)])
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+    if name is not None and Path(name).is_file():
+        return AutoConfig.from_pretrained(name)
+    raise ConfigError(f"shape {name!r} is unknown; choose one of {', '.join(SHAPES)}, or give --model DIR")
+
+
+def meta_model(config: Any) -> Any:
+    """A causal language model without storage, for counting."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def random_model(config: Any, dtype: torch.dtype, device: torch.device, *, expert_size: int, seed: int = 0) -> Any:
+    """A sparse model of a shape, in hard mode, its weights drawn at random and never held twice."""
+    model = meta_model(config)
+    model.config.dtype = dtype
+    install_sparse_ffns(model, LTEConfig(expert_size=expert_size))
+    model = model.to(dtype)
+    fresh = AutoModelForCausalLM.from_config(_one_layer(config))
+    generator = torch.Generator(device=device).manual_seed(seed)
+    pattern = torch.randn(1 << 20, generator=generator, device=device).to(dtype)
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            scale = 1.0 if "norm" in f"{module_name}.{name}" or name == "bias" else parameter.shape[-1] ** -0.5
+            value = _tile(pattern, parameter.shape) * scale
+            if "norm" in module_name or "ln_" in module_name:
+                value = torch.ones_like(value) if name == "weight" else torch.zeros_like(value)
+            elif name == "bias" and not module_name.endswith("router"):
+                value = torch.zeros_like(value)
+            setattr(module, name, nn.Parameter(streaming_copy(value), requires_grad=False))
+    for name, buffer in fresh.named_buffers():
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner).register_buffer(leaf, buffer.to(device), persistent=False)
+    model.tie_weights()
+    return model.eval()
+
+
+def _one_layer(config: Any) -> Any:
+    """The same config with as little to allocate as can be: only buffers (rotary frequencies) are taken from it."""
+    values = config.to_dict()
+    for name in ("num_hidden_layers", "n_layer"):
+        if name in values:
+            values[name] = 1
+    for name in ("layer_types",):
+        values.pop(name, None)
+    values["vocab_size"] = 8
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        values[name] = None
+    return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+def _tile(pattern: Tensor, shape: torch.Size) -> Tensor:
+    n = shape.numel()
+    return pattern.repeat(-(-n // len(pattern)))[:n].view(shape)
+
+
+@torch.no_grad()
+def set_sparsity(model: Any, sparsity: float, ids_BS: Tensor) -> None:
+    """Move the biases of random routers so that each uses this share of its experts on these tokens; 0: all of them."""
+    for ffn in sparse_ffns(model):
+        ffn.router.bias.zero_()  # type: ignore[union-attr]
+    if sparsity <= 0:
+        for ffn in sparse_ffns(model):
+            ffn.router.bias.fill_(1e4)  # type: ignore[union-attr]
+        return
+    # Layer by layer from the front: what a router sees depends on those before it.
+    with _quantile_hooks(sparse_ffns(model), sparsity):
+        model(ids_BS, use_cache=False)
+
+
+@contextmanager
+def _quantile_hooks(ffns: list[SparseFFN], sparsity: float) -> Iterator[None]:
+    def before(ffn: SparseFFN, args: tuple[Tensor, ...]) -> None:
+        ffn.router.bias.zero_()  # type: ignore[union-attr]
+        logits = torch.logit(ffn.router(args[0]).scores.double().flatten(), eps=1e-12)
+        ffn.router.bias.fill_(-float(logits.kthvalue(max(1, round(sparsity * len(logits)))).values))  # type: ignore[union-attr]
+
+    handles = [ffn.register_forward_pre_hook(before) for ffn in ffns]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
