@@ -114,6 +114,9 @@ static void linear_phase(Team& team, const lte_matrix* matrices, int n_matrices,
 
 // ---- feed-forward network -------------------------------------------------------------------------------------
 
+constexpr int64_t FEW = 4;     // tokens up to which the down projection is read row by row
+constexpr int64_t PARTS = 16;  // partial sums it then makes
+
 // What the threads share while one FFN runs.
 struct FfnWork {
   Buffer<float> scale;      // [tokens, n_experts], 0 where the expert does not run
@@ -152,7 +155,7 @@ static void list_active(const lte_ffn& ffn, int64_t tokens, FfnWork& work) {
   work.n_active = active;
   work.out_stride = (ffn.d_model + STEP - 1) / STEP * STEP;
   work.hidden.get(found * (ffn.d_ff / E) + VL);
-  work.out.get(tokens * work.out_stride);
+  work.out.get((tokens <= FEW ? PARTS : 1) * tokens * work.out_stride);
 }
 
 // gate and up of some neurons of one expert, for its tokens: hidden[t][row].
@@ -197,6 +200,82 @@ static void hidden_unit(const lte_ffn& ffn, int64_t neuron, int64_t count, const
   activate_all(ffn.activation, gate, up, count * tokens);
 }
 
+// Rows first .. first + count of one expert's down projection, added to the outputs of its tokens.
+template <class W>
+static void add_rows(const lte_ffn& ffn, int64_t neuron, int64_t count, const float* h, int64_t h_stride, int64_t tokens,
+                     int64_t from, int64_t to, float* const* y) {
+  const W* first = static_cast<const W*>(ffn.down.weight) + neuron * ffn.down.stride;
+  const W* rows[ROWS];
+  int64_t r = 0;
+  auto point = [&](int64_t block) {
+    for (int64_t i = 0; i < block; ++i) rows[i] = first + (r + i) * ffn.down.stride;
+  };
+  if (tokens == 1)
+    for (; r + ROWS <= count; r += ROWS) point(ROWS), scale_rows<ROWS>(rows, h + r, from, to, y[0]);
+  constexpr int64_t R = ROWS / 2;
+  for (; r + R <= count; r += R) point(R), scale_tile<R>(rows, h + r, h_stride, tokens, from, to, y);
+  for (; r < count; ++r) point(1), scale_tile<1>(rows, h + r, h_stride, tokens, from, to, y);
+}
+
+// Few tokens: whole rows are read, in order, into one of PARTS partial sums, which are then added up in order. The
+// parts do not depend on the number of threads, so neither does the result.
+template <class W, class Emit>
+static void down_by_rows(Team& team, const lte_ffn& ffn, int64_t tokens, FfnWork& work, Emit&& emit) {
+  const int64_t n = ffn.d_ff / ffn.n_experts, D = ffn.d_model, stride = work.out_stride, size = tokens * stride;
+  const int32_t *begin = work.begin.data, *list = work.tokens.data;
+  const int64_t blocks = (n + ROWS - 1) / ROWS, total = work.n_active * blocks;
+  {
+    Queue& queue = team.begin();
+    for (int64_t part; queue.take(PARTS, part);) {
+      float* out = work.out.data + part * size;
+      std::fill(out, out + size, 0.0f);
+      for (int64_t unit = part * total / PARTS; unit < (part + 1) * total / PARTS; ++unit) {
+        const int64_t a = unit / blocks, first = unit % blocks * ROWS, its = begin[a + 1] - begin[a];
+        float* y[FEW];
+        for (int64_t i = 0; i < its; ++i) y[i] = out + list[begin[a] + i] * stride;
+        add_rows<W>(ffn, work.experts.data[a] * n + first, std::min(ROWS, n - first),
+                    work.hidden.data + begin[a] * n + first, n, its, 0, D, y);
+      }
+    }
+    team.end();
+  }
+  Queue& queue = team.begin();
+  const int64_t width = ((D + team.size - 1) / team.size + STEP - 1) / STEP * STEP;
+  for (int64_t slice; queue.take((D + width - 1) / width, slice);) {
+    const int64_t from = slice * width, to = std::min(D, from + width);
+    for (int64_t t = 0; t < tokens; ++t) {
+      float* out = work.out.data + t * stride;
+      for (int64_t part = 1; part < PARTS; ++part)
+        for (int64_t i = from; i < to; ++i) out[i] += out[part * size + i];
+      emit(t, from, to, out);
+    }
+  }
+  team.end();
+}
+
+// More tokens: every thread owns columns of the output.
+template <class W, class Emit>
+static void down_by_columns(Team& team, const lte_ffn& ffn, int64_t tokens, FfnWork& work, Emit&& emit) {
+  const int64_t n = ffn.d_ff / ffn.n_experts, D = ffn.d_model, stride = work.out_stride;
+  const int32_t *begin = work.begin.data, *list = work.tokens.data;
+  Queue& queue = team.begin();
+  const int64_t slices = std::max<int64_t>(1, std::min<int64_t>(team.size, D / 256));
+  const int64_t width = ((D + slices - 1) / slices + STEP - 1) / STEP * STEP;
+  float** y = thread_scratch().rows.get(tokens);
+  for (int64_t slice; queue.take((D + width - 1) / width, slice);) {
+    const int64_t from = slice * width, to = std::min(D, from + width);
+    float* out = work.out.data;
+    for (int64_t t = 0; t < tokens; ++t) std::fill(out + t * stride + from, out + t * stride + to, 0.0f);
+    for (int64_t a = 0; a < work.n_active; ++a) {
+      const int64_t its = begin[a + 1] - begin[a];
+      for (int64_t i = 0; i < its; ++i) y[i] = out + list[begin[a] + i] * stride;
+      add_rows<W>(ffn, work.experts.data[a] * n, n, work.hidden.data + begin[a] * n, n, its, from, to, y);
+    }
+    for (int64_t t = 0; t < tokens; ++t) emit(t, from, to, out + t * stride);
+  }
+  team.end();
+}
+
 // Tokens xs (split order) through the active experts; emit(t, from, to, y) hands out columns of y, split order, biases
 // not yet added. work.scale is filled by the caller, behind a barrier.
 template <class W, class Emit>
@@ -234,43 +313,10 @@ static void ffn_phases(Team& team, const lte_ffn& ffn, const float* xs, int64_t 
     team.end();
   }
 
-  // Every thread owns columns of the output, so that each sum has one order whatever the number of threads.
-  Queue& queue = team.begin();
-  const int64_t slices = std::max<int64_t>(1, std::min<int64_t>(team.size, D / 256));
-  const int64_t width = ((D + slices - 1) / slices + STEP - 1) / STEP * STEP;
-  const W* down = static_cast<const W*>(ffn.down.weight);
-  float* out = work.out.data;
-  float** y = mine.rows.get(tokens);
-  for (int64_t slice; queue.take((D + width - 1) / width, slice);) {
-    const int64_t from = slice * width, to = std::min(D, from + width);
-    for (int64_t t = 0; t < tokens; ++t) std::fill(out + t * work.out_stride + from, out + t * work.out_stride + to, 0.0f);
-    for (int64_t a = 0; a < work.n_active; ++a) {
-      const int64_t its = begin[a + 1] - begin[a];
-      for (int64_t i = 0; i < its; ++i) y[i] = out + list[begin[a] + i] * work.out_stride;
-      const float* h = hidden + begin[a] * n;
-      const W* first = down + work.experts.data[a] * n * ffn.down.stride;
-      constexpr int64_t R = 4;
-      int64_t r = 0;
-      if (its == 1)
-        for (; r + ROWS <= n; r += ROWS) {
-          const W* rows[ROWS];
-          for (int64_t i = 0; i < ROWS; ++i) rows[i] = first + (r + i) * ffn.down.stride;
-          scale_rows<ROWS>(rows, h + r, from, to, y[0]);
-        }
-      for (; r < n;) {
-        const W* rows[R];
-        int64_t block = n - r >= R ? R : 1;
-        for (int64_t i = 0; i < block; ++i) rows[i] = first + (r + i) * ffn.down.stride;
-        if (block == R)
-          scale_tile<R>(rows, h + r, n, its, from, to, y);
-        else
-          scale_tile<1>(rows, h + r, n, its, from, to, y);
-        r += block;
-      }
-    }
-    for (int64_t t = 0; t < tokens; ++t) emit(t, from, to, out + t * work.out_stride);
-  }
-  team.end();
+  if (tokens <= FEW)
+    down_by_rows<W>(team, ffn, tokens, work, emit);
+  else
+    down_by_columns<W>(team, ffn, tokens, work, emit);
 }
 
 template <class W>

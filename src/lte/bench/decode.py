@@ -1,13 +1,354 @@
-"""Decoding speed of models side by side."""
+"""Decoding speed of whole models through the ordinary ``generate``, side by side in one run."""
 
 from __future__ import annotations
 
+import copy
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+from transformers.generation.configuration_utils import CompileConfig
+
+from lte.bench import llama_cpp
+from lte.bench.ffn import DTYPES
+from lte.bench.limit import DecodeBytes, decode_bytes
+from lte.bench.machine import copy_gbytes_per_s, read_gbytes_per_s
+from lte.bench.rows import Row
+from lte.bench.shapes import meta_model, model_config, random_model, set_sparsity
+from lte.errors import ConfigError
+from lte.evaluate import versions
+from lte.hub import load
+from lte.inference import Crossover, prepare_for_inference
+from lte.inference.packing import streaming_copy
+from lte.nn import Mode, SparsityMeter, observe_routing, set_mode, sparse_ffns
+
+PROMPT_TOKENS = 16
+LOGITS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+"""Largest error of the fast path's logits against the masked dense path, relative to the largest logit. In bf16 both
+round, at different places, and a score near its threshold may fall on the other side."""
+
+
+@dataclass
+class Engine:
+    """One way to decode.
+
+    Attributes:
+        row: what is known of it before it runs.
+        seconds: runs it once, for a number of new tokens; seconds per token.
+        prepare: called before every turn.
+        n_bytes: bytes a step reads.
+        times: seconds per token, one entry per round.
+    """
+
+    row: Row
+    seconds: Callable[[int], float]
+    n_bytes: float
+    prepare: Callable[[], object] = lambda: None
+    times: list[float] = field(default_factory=list)
+
+
+@torch.no_grad()
+def bench_decode(
+    *,
+    config_name: str | None = "llama-1.2b",
+    model_folder: str | None = None,
+    dtype: str = "bf16",
+    sparsities: Sequence[float] = (0.0, 0.5, 0.8),
+    batch: int = 1,
+    new_tokens: int = 32,
+    rounds: int = 3,
+    expert_size: int = 32,
+    compiled: bool = True,
+    with_llama_cpp: bool = True,
+    device: torch.device | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> tuple[list[Row], Crossover | None]:
+    """ms per token of transformers, transformers compiled, this package at each sparsity, and llama.cpp.
+
+    All engines hold weights of one shape and take turns; a time is the median over the rounds of
+    ``generate(n) - generate(1)`` per token, so that the prompt is left out.
+
+    Args:
+        config_name: a shape of :data:`lte.bench.shapes.SHAPES`, with random weights and routers set to each sparsity.
+        model_folder: a trained sparse model instead, at the sparsity it has.
+        dtype: ``fp32``, ``bf16`` or ``fp16``.
+        sparsities: FFN sparsities; rows report the one reached on the decoded tokens.
+        batch: sequences decoded together.
+        new_tokens, rounds: tokens per turn, turns per engine.
+        expert_size: neurons per expert of a random model.
+        compiled: whether to measure ``torch.compile`` too, which takes a minute or more to compile.
+        with_llama_cpp: whether to measure llama.cpp, where ``llama-cpp-python`` and ``gguf`` are installed.
+        device: CPU by default.
+        progress: told what is being done.
+    """
+    device = device or torch.device("cpu")
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+    if batch < 1 or new_tokens < 2 or rounds < 1:
+        raise ConfigError(f"batch={batch}, new_tokens={new_tokens}, rounds={rounds}: at least 1, 2 and 1")
+    progress("building the model")
+    if model_folder is None:
+        model = random_model(model_config(config_name), DTYPES[dtype], device, expert_size=expert_size)
+    else:
+        model = load(model_folder, dtype=DTYPES[dtype]).to(device).eval()
+        sparsities = (-1.0,)
+    progress("measuring where dense wins")
+    prepare_for_inference(model)
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.vocab_size
+    ids = torch.randint(1, vocabulary, (batch, PROMPT_TOKENS), generator=generator).to(device)
+    calibration = torch.randint(1, vocabulary, (1, 256), generator=generator).to(device)
+    count = decode_bytes(
+        model.config,
+        expert_size=sparse_ffns(model)[0].weights().d_ff // sparse_ffns(model)[0].router.weight.shape[0],
+        weight_bytes=model.dtype.itemsize,
+        context=batch * (PROMPT_TOKENS + new_tokens // 2),
+    )
+    bench = _Bench(model, ids, count, new_tokens)
+    with ExitStack() as stack:
+        engines = bench.dense_engines(compiled, progress)
+        engines += [bench.sparse_engine(sparsity, calibration, progress) for sparsity in sparsities]
+        for engine in engines:
+            engine.row["limit_speedup"] = count.dense / engine.n_bytes
+        engines += _llama_cpp_engines(bench, model, dtype, with_llama_cpp and batch == 1, stack, progress)
+        limits = _take_turns(engines, model, new_tokens, rounds, progress)
+    return _finish(engines, limits), getattr(model, "lte_crossover", None)
+
+
+class _Bench:
+    def __init__(self, model: Any, ids: Tensor, count: DecodeBytes, new_tokens: int) -> None:
+        self.model, self.ids, self.count, self.new_tokens = model, ids, count, new_tokens
+        weights = sparse_ffns(model)[0].weights()
+        self.common = {
+            "d_model": weights.d_model,
+            "d_ff": weights.d_ff,
+            "dtype": {v: k for k, v in DTYPES.items()}[model.dtype],
+            "tokens": len(ids),
+            "threads": torch.get_num_threads(),
+            "status": "ok",
+            "max_error": None,
+        }
+
+    def dense_engines(self, compiled: bool, progress: Callable[[str], None]) -> list[Engine]:
+        """transformers, eager and compiled, on the same weights in their stock layout."""
+        progress("building the dense baseline")
+        dense = _dense_twin(self.model)
+        name = f"transformers {versions()['transformers']}, torch {versions()['torch']}"
+        common = {**self.common, "sparsity": 0.0, "version": name}
+        engines = [
+            Engine(
+                {"engine": "transformers", **common, "backend": "torch eager"},
+                lambda n: _generate_seconds(dense, self.ids, n),
+                self.count.dense,
+            )
+        ]
+        if compiled:
+            row = {"engine": "transformers-compiled", **common, "backend": "torch.compile, static cache"}
+            engine = Engine(row, lambda n: _generate_seconds(dense, self.ids, n, static=True), self.count.dense)
+            progress("torch.compile of the dense baseline")
+            try:
+                engine.seconds(self.new_tokens)
+            except Exception as error:  # noqa: BLE001 - whatever the compiler lacks, the row says so
+                engine.row["status"] = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
+            engines.append(engine)
+        return engines
+
+    def sparse_engine(self, sparsity: float, calibration: Tensor, progress: Callable[[str], None]) -> Engine:
+        """The prepared model at one sparsity; below 0: as it was trained."""
+        progress("setting the routers" if sparsity < 0 else f"setting the routers to sparsity {sparsity:g}")
+        model = self.model
+        if sparsity >= 0:
+            set_sparsity(model, sparsity, calibration)
+        biases = [_bias(ffn.router) for ffn in sparse_ffns(model)]
+
+        def prepare() -> None:
+            for ffn, bias in zip(sparse_ffns(model), biases, strict=True):
+                if bias is not None:
+                    ffn.router.bias.copy_(bias)  # type: ignore[union-attr]
+
+        prepare()
+        reached, error = _check(model, self.ids, self.new_tokens)
+        tolerance = LOGITS_TOLERANCE[model.dtype]
+        path = sparse_ffns(model)[0].choose_path(len(self.ids))[0]
+        fused = type(model.__dict__.get("forward")).__name__ == "DecodeStep"
+        row: Row = {
+            "engine": "lte",
+            **self.common,
+            "sparsity": reached,
+            "backend": path + (", fused decode step" if fused else ""),
+            "max_error": error,
+            "tolerance": tolerance,
+            "version": f"lte {versions()['lte']}",
+        }
+        if error > tolerance:
+            row["status"] = f"failed: logits differ by {error:.2g}, above {tolerance:.2g}"
+        static = model.device.type == "cuda"
+        return Engine(
+            row,
+            lambda n: _generate_seconds(model, self.ids, n, static=static),
+            self.count.sparse(reached),
+            prepare,
+        )
+
+
+def _bias(router: nn.Module) -> Tensor | None:
+    bias = router.bias
+    return bias.detach().clone() if isinstance(bias, Tensor) else None
+
+
+def _dense_twin(model: Any) -> Any:
+    """The stock dense model on the same memory, but for the down projections, which it gets in their stock layout."""
+    twin = meta_model(_dense_config(model))
+    twin = twin.to(model.dtype)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, _ in list(twin.named_parameters(remove_duplicate=False)):
+        owner, _, leaf = name.rpartition(".")
+        weight = parameters[name].data
+        if not weight.is_contiguous():
+            weight = streaming_copy(weight)
+        setattr(twin.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
+    for name, buffer in model.named_buffers():
+        owner, _, leaf = name.rpartition(".")
+        twin.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
+    return twin.eval()
+
+
+def _dense_config(model: Any) -> Any:
+    config = copy.deepcopy(model.config)
+    config.__dict__.pop("quantization_config", None)
+    return config
+
+
+def _generate_seconds(model: Any, ids_BS: Tensor, new_tokens: int, *, static: bool = False) -> float:
+    """Seconds per token of ``generate``, the prompt and the first token left out."""
+    options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "use_cache": True, "eos_token_id": None}
+    if static:
+        compile_config = CompileConfig(mode="default" if ids_BS.device.type == "cpu" else "reduce-overhead")
+        compile_config._compile_all_devices = True
+        options |= {"cache_implementation": "static", "compile_config": compile_config}
+
+    def run(n: int) -> float:
+        config = GenerationConfig(max_new_tokens=n, min_new_tokens=n, **options)
+        started = time.perf_counter()
+        model.generate(ids_BS, attention_mask=torch.ones_like(ids_BS), generation_config=config)
+        if ids_BS.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    short = run(1)
+    return (run(1 + new_tokens) - short) / new_tokens
+
+
+def _check(model: Any, ids_BS: Tensor, new_tokens: int) -> tuple[float, float]:
+    """The sparsity on decoded tokens, and the error of the fast path's logits against the masked dense path."""
+    steps = min(8, new_tokens)
+    output = model.generate(
+        ids_BS,
+        attention_mask=torch.ones_like(ids_BS),
+        max_new_tokens=steps,
+        min_new_tokens=steps,
+        do_sample=False,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    meter = SparsityMeter(len(sparse_ffns(model)))
+    tokens = torch.zeros_like(output.sequences, dtype=torch.bool)
+    tokens[:, ids_BS.shape[1] :] = True
+    meter.set_token_mask(tokens)
+    choosers = [ffn.choose_path for ffn in sparse_ffns(model)]
+    for ffn in sparse_ffns(model):
+        ffn.choose_path = lambda tokens: ("reference", 1.0)
+    with observe_routing(model, meter):
+        wanted = model(output.sequences[:, :-1], use_cache=False).logits[:, ids_BS.shape[1] - 1 :].float()
+        meter.set_token_mask(None)
+    for ffn, chooser in zip(sparse_ffns(model), choosers, strict=True):
+        ffn.choose_path = chooser
+    got = torch.stack([logits.float() for logits in output.logits], dim=1)
+    return meter.overall, float((got - wanted).abs().max() / wanted.abs().max())
+
+
+def _llama_cpp_engines(
+    bench: _Bench, model: Any, dtype: str, wanted: bool, stack: ExitStack, progress: Callable[[str], None]
+) -> list[Engine]:
+    if not wanted or bench.ids.device.type != "cpu":
+        return []
+    row: Row = {"engine": "llama.cpp", **bench.common, "sparsity": 0.0, "backend": "ggml"}
+    reason = llama_cpp.missing()
+    if not reason and (model.config.model_type not in ("llama", "mistral") or dtype == "fp16"):
+        reason = f"no file is written for {model.config.model_type} in {dtype}"
+    if not reason and _available_bytes() < 1.3 * bench.count.dense:
+        reason = "too little memory for another copy of the weights"
+    row["version"] = llama_cpp.description() if not reason else reason
+    if reason:
+        row["status"] = f"left out: {reason}"
+        return [Engine(row, lambda n: 0.0, bench.count.dense)]
+    progress("writing the model for llama.cpp")
+    engine = stack.enter_context(llama_cpp.LlamaCpp(model.config, DTYPES[dtype], 512))
+    return [Engine(row, lambda n: engine.seconds_per_token(PROMPT_TOKENS, n), bench.count.dense)]
+
+
+def _available_bytes() -> int:
+    if not hasattr(os, "sysconf") or "SC_AVPHYS_PAGES" not in os.sysconf_names:
+        return 1 << 62
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _take_turns(
+    engines: list[Engine], model: Any, new_tokens: int, rounds: int, progress: Callable[[str], None]
+) -> list[float]:
+    """Fill ``times`` of every engine; return the read (copy) bandwidth measured in each round."""
+    limits = []
+    large = [p.data for p in model.parameters() if p.numel() >= 1 << 20] or [p.data for p in model.parameters()]
+    cpu = model.device.type == "cpu"
+    for number in range(rounds + 1):
+        for engine in engines:
+            if engine.row["status"] != "ok":
+                continue
+            progress(f"round {number} of {rounds}: {engine.row['engine']}")
+            engine.prepare()
+            seconds = engine.seconds(new_tokens if number else 2)
+            if number:
+                engine.times.append(seconds)
+        limits.append(read_gbytes_per_s(large) if cpu else copy_gbytes_per_s(model.device))
+    return limits[1:]
+
+
+def _finish(engines: list[Engine], limits: list[float]) -> list[Row]:
+    medians = {id(engine): median(engine.times) for engine in engines if engine.times}
+
+    def of(name: str) -> float | None:
+        return next((medians[id(e)] for e in engines if e.row["engine"] == name and id(e) in medians), None)
+
+    eager, compiled, llama = of("transformers"), of("transformers-compiled"), of("llama.cpp")
+    limit = median(limits)
+    rows = []
+    for engine in engines:
+        row = dict(engine.row)
+        seconds = medians.get(id(engine))
+        if seconds is not None:
+            row |= {
+                "ms_per_token": seconds * 1e3,
+                "dense_ms": None if eager is None else eager * 1e3,
+                "sparse_ms": seconds * 1e3 if row["engine"] == "lte" else None,
+                "speedup": None if eager is None else eager / seconds,
+                "speedup_over_compiled": None if compiled is None else compiled / seconds,
+                "speedup_over_llama_cpp": None if llama is None else llama / seconds,
+                "bytes_moved": int(engine.n_bytes),
+                "gbytes_per_s": engine.n_bytes / seconds / 1e9,
+                "limit_gbytes_per_s": limit,
+                "share_of_limit": engine.n_bytes / seconds / 1e9 / limit,
+                "ms_per_token_rounds": [t * 1e3 for t in engine.times],
+            }
+        rows.append(row)
+    return rows
 
 
 @torch.no_grad()

@@ -47,8 +47,8 @@ class Crossover:
 
     def choose(self, tokens: int) -> tuple[str, float]:
         """``impl`` and ``max_density`` for a call with so many tokens; a :data:`lte.nn.ffn.PathChooser`."""
-        above = [t for t in sorted(self.max_density) if t >= tokens]
-        density = self.max_density[above[0]] if above else 0.0
+        measured = sorted(self.max_density)
+        density = self.max_density[next((t for t in measured if t >= tokens), measured[-1])]
         if density <= 0 or (self.backend != "cpu" and density < self.expected_density):
             return "reference", 0.0
         return self.backend, density if self.backend == "cpu" else 1.0
@@ -63,7 +63,7 @@ class Crossover:
                 parts.append(f"{tokens}: dense")
             else:
                 parts.append(f"{tokens}: sparse above {100 * (1 - density):.0f} % sparsity")
-        return f"{self.backend} on {self.machine}, {self.shape}; tokens: {', '.join(parts)}, more: dense"
+        return f"{self.backend} on {self.machine}, {self.shape}; tokens: {', '.join(parts)}, more: the same"
 
     def save(self, folder: str | Path) -> None:
         """Write the table beside a saved model."""
@@ -103,7 +103,7 @@ def measure(ffn: SparseFFN, backend: str, *, expected_density: float = 0.5, budg
         ffn: a packed FFN of the model; those of its other layers are taken to be alike.
         backend: ``cpu`` or ``triton``.
         expected_density: see :class:`Crossover`.
-        budget_seconds: larger numbers of tokens are not measured, and go dense, once this is spent.
+        budget_seconds: larger numbers of tokens are not measured, and taken to be as the last, once this is spent.
     """
     weights = ffn.weights()
     device, n_experts = weights.up.device, ffn.router.weight.shape[0]

@@ -118,23 +118,9 @@ class DecodeStep:
 
     def _current(self) -> _Built | None:
         """What the kernels read of the model, built again where a parameter has moved; None where hooks watch."""
-        if any(module._forward_hooks or module._forward_pre_hooks for module in self._modules()):
-            return None
-        if any(ffn.observer is not None or ffn.mode == Mode.SOFT for ffn in sparse_ffns_of(self._modules())):
-            return None
         if self._built is None or not self._built.holds():
             self._built = None if self.obstacle() else _Built(self.model)
-        return self._built
-
-    def _modules(self) -> list[nn.Module]:
-        if self._built is not None:
-            return self._built.modules
-        return list(self.model.modules())
-
-
-def sparse_ffns_of(modules: list[nn.Module]) -> list[SparseFFN]:
-    """The sparse FFNs in a list of modules."""
-    return [module for module in modules if isinstance(module, SparseFFN)]
+        return None if self._built is None or self._built.is_watched() else self._built
 
 
 class _Built:
@@ -145,7 +131,10 @@ class _Built:
         self.modules = [module for module in model.modules() if module is not model]
         config, spec = model.config, DECODERS[model.config.model_type]
         self.parameters = list(model.parameters())
-        self.modes = [ffn.mode for ffn in sparse_ffns(model)]
+        self.ffns = sparse_ffns(model)
+        self.modes = [ffn.mode for ffn in self.ffns]
+        # The dictionaries themselves: looking at them is all that a step can afford.
+        self.hooks = [h for m in self.modules for h in (m._forward_hooks, m._forward_pre_hooks)]
         blocks = blocks_of(model)
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.n_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -181,9 +170,13 @@ class _Built:
 
     def holds(self) -> bool:
         """Whether the structs still describe the model."""
-        return [p.data_ptr() for p in self.parameters] == self.pointers and [
-            ffn.mode for ffn in sparse_ffns_of(self.modules)
-        ] == self.modes
+        if [ffn.mode for ffn in self.ffns] != self.modes:
+            return False
+        return [p.data_ptr() for p in self.parameters] == self.pointers
+
+    def is_watched(self) -> bool:
+        """Whether hooks or observers want to see the modules run, or soft mode is on: the stock forward then does."""
+        return any(self.hooks) or any(ffn.observer is not None or ffn.mode == Mode.SOFT for ffn in self.ffns)
 
     def _layer(self, block: nn.Module, ffn: SparseFFN, spec: Any) -> Layer:
         def weight(path: str) -> int:

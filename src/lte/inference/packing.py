@@ -18,20 +18,16 @@ def streaming_copy(tensor: Tensor) -> Tensor:
     """A contiguous copy; on the CPU in huge pages, where the system gives them.
 
     Decoding reads gigabytes per token, and with 4 KiB pages the processor spends part of that time on page tables.
+    The memory is mapped for the tensor alone: what malloc hands out may have been touched, in small pages, before.
     """
-    if tensor.device.type != "cpu" or tensor.numel() * tensor.element_size() < HUGE_PAGE or not _can_advise():
+    n_bytes = tensor.numel() * tensor.element_size()
+    if tensor.device.type != "cpu" or n_bytes < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return tensor.clone(memory_format=torch.contiguous_format)
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype)
-    begin = -(-copy.data_ptr() // HUGE_PAGE) * HUGE_PAGE
-    end = (copy.data_ptr() + copy.numel() * copy.element_size()) // HUGE_PAGE * HUGE_PAGE
-    if end > begin:
-        # Advice only: where it is not taken, the copy is an ordinary one.
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_HUGEPAGE)
-    return copy.copy_(tensor)
-
-
-def _can_advise() -> bool:
-    return hasattr(mmap, "MADV_HUGEPAGE")
+    memory = mmap.mmap(-1, n_bytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    offset = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % HUGE_PAGE
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
+    return copy.view(tensor.shape).copy_(tensor)
 
 
 @torch.no_grad()

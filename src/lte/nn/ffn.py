@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lte.nn.linear import FastLinear
 from lte.nn.router import Routing, ThresholdRouter
-from lte.ops import SMALL_BATCH, FFNWeights, routed_ffn, scale_experts, sparse_ffn
+from lte.ops import SMALL_BATCH, FFNWeights, project_down, routed_ffn, scale_experts, sparse_ffn
 
 RoutingObserver = Callable[[int, Routing], None]
 PathChooser = Callable[[int], tuple[str, float]]
@@ -64,6 +64,7 @@ class SparseFFN(nn.Module):
         self.mode = Mode.HARD
         self.observer: RoutingObserver | None = None
         self.choose_path: PathChooser = path_unmeasured
+        self._packed: tuple[list[int], FFNWeights] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D], in the current mode (LTE, sections 4.1 and 4.2).
@@ -102,15 +103,23 @@ class SparseFFN(nn.Module):
         return all(_is_plain(part) for part in self.projections())
 
     def projections(self) -> list[nn.Module]:
+        """The modules that hold the matrices."""
         return [self._part(role) for role in self.roles if role in PROJECTIONS]
 
     def packed_weights(self) -> FFNWeights:
         """The weights, every neuron's row contiguous; laid out so on first use, in place and without changing a value."""
-        weights = self.weights()
-        if all(w is None or w.stride(1) == 1 for w in (weights.up, weights.gate, weights.down)):
-            return weights
-        self.pack()
-        return self.weights()
+        pointers = [p.data_ptr() for p in self._ffn_parameters()]
+        if self._packed is None or self._packed[0] != pointers:
+            weights = self.weights()
+            if not all(w is None or w.stride(1) == 1 for w in (weights.up, weights.gate, weights.down)):
+                self.pack()
+                weights = self.weights()
+                pointers = [p.data_ptr() for p in self._ffn_parameters()]
+            self._packed = pointers, weights
+        return self._packed[1]
+
+    def _ffn_parameters(self) -> list[nn.Parameter]:
+        return [p for module in self.projections() for p in module._parameters.values() if p is not None]
 
     @torch.no_grad()
     def pack(self, copy: Callable[[Tensor], Tensor] = torch.Tensor.contiguous) -> None:
@@ -136,7 +145,11 @@ class SparseFFN(nn.Module):
 
     def project_down(self, hidden: Tensor) -> Tensor:
         """[..., F] -> [..., D], with the family's output dropout where it has one."""
-        out = self._part("down")(hidden)
+        down = self._part("down")
+        if type(down) is nn.Linear and not down.weight.is_contiguous() and not _has_hooks(down):
+            out = project_down(hidden, down.weight, down.bias)
+        else:
+            out = down(hidden)
         return self._part("dropout")(out) if "dropout" in self.roles else out
 
     def weights(self) -> FFNWeights:
@@ -227,7 +240,12 @@ class SplitSparseFFN(SparseFFN):
         return self._part("act")(self._up[0].project(x))
 
     def projections(self) -> list[nn.Module]:
+        """The up projection; the down projection is this module itself."""
         return [self._up[0]]
+
+    def _ffn_parameters(self) -> list[nn.Parameter]:
+        own = [self.weight] if self.bias is None else [self.weight, self.bias]
+        return super()._ffn_parameters() + own
 
     @torch.no_grad()
     def pack(self, copy: Callable[[Tensor], Tensor] = torch.Tensor.contiguous) -> None:
@@ -237,7 +255,7 @@ class SplitSparseFFN(SparseFFN):
 
     def project_down(self, hidden: Tensor) -> Tensor:
         """[..., F] -> [..., D]."""
-        return F.linear(hidden, self.weight, self.bias)
+        return project_down(hidden, self.weight, self.bias)
 
     def weights(self) -> FFNWeights:
         """The parameters as views in one layout; writing to them writes to the model."""

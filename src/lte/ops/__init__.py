@@ -5,7 +5,7 @@ from lte.ops.backends import obstacle as backend_obstacle
 from lte.ops.backends import requested as requested_backend
 from lte.ops.cpu import instruction_set as cpu_instruction_set
 from lte.ops.operator import linear, route, routed_ffn, sparse_ffn
-from lte.ops.reference import ACTIVATIONS, scale_experts, sparse_ffn_reference
+from lte.ops.reference import ACTIVATIONS, project_down, scale_experts, sparse_ffn_reference
 from lte.ops.weights import FFNWeights
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "backend_obstacle",
     "cpu_instruction_set",
     "linear",
+    "project_down",
     "requested_backend",
     "route",
     "routed_ffn",

@@ -59,6 +59,7 @@ def requested(impl: str) -> str:
     return impl
 
 
+@cache
 def obstacle(impl: str, dtype: torch.dtype, device: torch.device) -> str:
     """Why a backend cannot run with a dtype on a device; empty where it can."""
     if impl == "cpu":
@@ -76,8 +77,7 @@ def obstacle(impl: str, dtype: torch.dtype, device: torch.device) -> str:
 
 def layout_obstacle(x_TD: Tensor, weights: FFNWeights) -> str:
     """Why the kernels cannot read these weights; empty where they can."""
-    tensors = {"gate": weights.gate, "up": weights.up, "down": weights.down}
-    for name, tensor in tensors.items():
+    for name, tensor in (("gate", weights.gate), ("up", weights.up), ("down", weights.down)):
         if tensor is None:
             continue
         if tensor.stride(1) != 1:

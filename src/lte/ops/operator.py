@@ -59,6 +59,8 @@ def sparse_ffn(
                 f"expert_weights has shape {list(expert_weights_TE.shape)}; wanted [{len(x_TD)}, number of experts]"
             )
         _check_experts(expert_weights_TE.shape[1], weights)
+    if _is_eager_cpu(x_TD):
+        return _run_sparse(x_TD, expert_weights_TE, weights, impl, max_density)
     return torch.ops.lte.sparse_ffn(x_TD, expert_weights_TE, *_flat(weights), impl, max_density)  # type: ignore[no-any-return]
 
 
@@ -87,6 +89,8 @@ def routed_ffn(
     """
     _check(x_TD, weights)
     _check_experts(router_weight_ED.shape[0], weights)
+    if _is_eager_cpu(x_TD):
+        return _run_routed(x_TD, router_weight_ED, router_bias_E, threshold, weights, impl, max_density)
     return torch.ops.lte.routed_ffn(  # type: ignore[no-any-return]
         x_TD, router_weight_ED, router_bias_E, threshold, *_flat(weights), impl, max_density
     )
@@ -135,6 +139,12 @@ def _sparse_ffn(
     max_density: float,
 ) -> Tensor:
     weights = FFNWeights(up, down, gate, up_bias, gate_bias, down_bias, activation)
+    return _run_sparse(x, expert_weights, weights, impl, max_density)
+
+
+def _run_sparse(
+    x: Tensor, expert_weights: Tensor | None, weights: FFNWeights, impl: str, max_density: float
+) -> Tensor:
     chosen = backends.choose(impl, x, weights)
     if chosen == "cpu" and not _too_dense(expert_weights, max_density):
         return cpu.sparse_ffn(x, weights, expert_weights)
@@ -161,6 +171,18 @@ def _routed_ffn(
     max_density: float,
 ) -> Tensor:
     weights = FFNWeights(up, down, gate, up_bias, gate_bias, down_bias, activation)
+    return _run_routed(x, router_weight, router_bias, threshold, weights, impl, max_density)
+
+
+def _run_routed(
+    x: Tensor,
+    router_weight: Tensor,
+    router_bias: Tensor | None,
+    threshold: float,
+    weights: FFNWeights,
+    impl: str,
+    max_density: float,
+) -> Tensor:
     chosen = backends.choose(impl, x, weights)
     fusible = router_weight.dtype == x.dtype and router_weight.stride(1) == 1
     if chosen == "cpu" and fusible and max_density >= 1:
@@ -173,6 +195,11 @@ def _routed_ffn(
     if chosen == "cpu" and not _too_dense(mask, max_density):
         return cpu.sparse_ffn(x, weights, mask)
     return sparse_ffn_reference(x, weights, mask)
+
+
+def _is_eager_cpu(x: Tensor) -> bool:
+    """Whether the dispatcher can be left out: on the CPU it costs more than a small FFN does."""
+    return type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _too_dense(expert_weights: Tensor | None, max_density: float) -> bool:

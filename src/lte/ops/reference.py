@@ -38,7 +38,18 @@ def sparse_ffn_reference(x_TD: Tensor, weights: FFNWeights, expert_weights_TE: T
         hidden_TF = act(F.linear(x_TD, weights.gate, weights.gate_bias)) * hidden_TF
     if expert_weights_TE is not None:
         hidden_TF = scale_experts(hidden_TF, expert_weights_TE)
-    return F.linear(hidden_TF, weights.down.T, weights.down_bias)
+    return project_down(hidden_TF, weights.down.T, weights.down_bias)
+
+
+def project_down(hidden: Tensor, weight_DF: Tensor, bias_D: Tensor | None) -> Tensor:
+    """``F.linear``, for a weight that may be packed, which is to say stored transposed.
+
+    For bf16 on processors without AVX-512, torch multiplies with a transposed weight tens of times slower than it
+    copies it.
+    """
+    if weight_DF.dtype == torch.bfloat16 and weight_DF.device.type == "cpu":
+        weight_DF = weight_DF.contiguous()
+    return F.linear(hidden, weight_DF, bias_D)
 
 
 def scale_experts(hidden: Tensor, expert_weights: Tensor) -> Tensor:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import time
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from lte.ops.cpu.library import ACTIVATION_CODES, DTYPES, FFN, kernels, matrix
+from lte.ops.cpu.library import ACTIVATION_CODES, DTYPES, FFN, Matrix, kernels, matrix
 from lte.ops.weights import FFNWeights
 
 
@@ -20,18 +21,46 @@ def describe_ffn(
     threshold: float = 0.5,
 ) -> FFN:
     """The C struct of an FFN. It holds pointers: keep the tensors alive."""
-    return FFN(
-        gate=matrix(weights.gate, weights.gate_bias),
-        up=matrix(weights.up, weights.up_bias),
-        down=matrix(weights.down, weights.down_bias),
-        router=matrix(router_weight, router_bias),
-        d_model=weights.d_model,
-        d_ff=weights.d_ff,
-        n_experts=n_experts,
-        threshold=threshold,
-        dtype=DTYPES[weights.up.dtype],
-        activation=ACTIVATION_CODES[weights.activation],
+    matrices = (
+        (weights.gate, weights.gate_bias),
+        (weights.up, weights.up_bias),
+        (weights.down, weights.down_bias),
+        (router_weight, router_bias),
     )
+    return _ffn_struct(
+        tuple(_matrix_key(*pair) for pair in matrices),
+        weights.d_model,
+        weights.d_ff,
+        n_experts,
+        threshold,
+        DTYPES[weights.up.dtype],
+        ACTIVATION_CODES[weights.activation],
+    )
+
+
+MatrixKey = tuple[int | None, int | None, int, int, int]
+
+
+def _matrix_key(weight: Tensor | None, bias: Tensor | None) -> MatrixKey:
+    pointer = None if bias is None else bias.data_ptr()
+    if weight is None:
+        return (None, pointer, 0, 0, 0)
+    return (weight.data_ptr(), pointer, *weight.shape, weight.stride(0))  # type: ignore[return-value]
+
+
+@lru_cache(maxsize=4096)
+def _ffn_struct(
+    matrices: tuple[MatrixKey, ...],
+    d_model: int,
+    d_ff: int,
+    n_experts: int,
+    threshold: float,
+    dtype: int,
+    activation: int,
+) -> FFN:
+    """Building the struct costs more than a small FFN; a decode loop asks for the same ones again and again."""
+    gate, up, down, router = (Matrix(*key) for key in matrices)
+    return FFN(gate, up, down, router, d_model, d_ff, n_experts, threshold, dtype, activation)
 
 
 def sparse_ffn(
@@ -54,11 +83,12 @@ def sparse_ffn(
     ffn = describe_ffn(weights, n_experts, *(router or ()))
     x_TD = x_TD.contiguous()
     y_TD = torch.empty_like(x_TD)
-    if len(x_TD):
+    tokens = x_TD.shape[0]
+    if tokens:
         kernels().lte_sparse_ffn(
             ctypes.byref(ffn),
             x_TD.data_ptr(),
-            len(x_TD),
+            tokens,
             None if mask is None else mask.data_ptr(),
             None if scale is None else scale.data_ptr(),
             y_TD.data_ptr(),
