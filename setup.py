@@ -47,7 +47,7 @@ class BuildKernels(build_ext):
                     extra_postargs=[*FLAGS, *flags],
                     depends=ext.depends,
                 )
-            except Exception as error:  # noqa: BLE001 - an older compiler lacks the newer instruction sets
+            except Exception as error:
                 if not flags:
                     raise
                 print(f"lte: no {name} kernels: {error}", file=sys.stderr)

@@ -383,7 +383,7 @@ static void run_decode(const lte_decoder* decoder, const lte_step* step, int32_t
   (decoder->dtype == LTE_BF16 ? decode<bf16> : decode<float>)(*decoder, *step, threads);
 }
 static float run_read(const void* data, int64_t bytes, int32_t threads) {
-  constexpr int64_t block = 1 << 20;
+  constexpr int64_t block = 256 << 10;
   std::atomic<float> total{0};
   with_team(threads, [&](Team& team) {
     Queue& queue = team.begin();

@@ -8,7 +8,7 @@
 #include <immintrin.h>
 #endif
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(LTE_EMULATE_AVX512)
 #define VL 16
 #elif defined(__AVX2__)
 #define VL 8

@@ -8,7 +8,7 @@
 
 namespace LTE_VARIANT {
 
-#if defined(__AVX512BF16__) || defined(LTE_EMULATE_BF16_DOT)
+#if defined(__AVX512BF16__) || defined(LTE_EMULATE_AVX512)
 constexpr bool BF16_DOT = true;  // the instruction multiplies 32 pairs of bf16 at once
 #else
 constexpr bool BF16_DOT = false;

@@ -4,10 +4,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,20 +16,19 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
+from lte.bench_commands import bench_app
 from lte.errors import ConfigError, LTEError
+from lte.terminal import JsonFile, check_json_target, command_line, console, write_json
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-bench_app = typer.Typer(help="Measure speed.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
-console = Console(soft_wrap=True)
 
 RecipeFile = Annotated[Path | None, typer.Argument(help="YAML recipe; flags and --set win over it.")]
 Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, e.g. training.eta=2.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")]
 Model = Annotated[str | None, typer.Option(help="Dense model: folder or hub id.")]
 Data = Annotated[str | None, typer.Option(help="Training data: file, folder or hub name.")]
 TaskName = Annotated[str | None, typer.Option(help="lm (text, prompt -> target, chat) or classify.")]
@@ -203,7 +201,7 @@ def evaluate(
         "split": split,
         "limit": limit,
     }
-    _check_json_target(json_file)
+    check_json_target(json_file)
     flags = {key: value for key, value in given.items() if value is not None}
     built = build_task(TaskConfig(**{**trained_task(model, task), **flags}))
     loaded, tokenizer = module.load_for_evaluation(model, built, dense=dense)
@@ -212,9 +210,9 @@ def evaluate(
             loaded, tokenizer, built, data, dense=dense, batch_size=batch_size, seed=seed, progress=progress
         )
     result["model"] = model
-    result["command"] = _command()
+    result["command"] = command_line()
     _print_evaluation(result)
-    _write_json(json_file, result)
+    write_json(json_file, result)
 
 
 @app.command()
@@ -239,7 +237,7 @@ def inspect(
     from lte.inspect import inspect_checkpoint
 
     result = inspect_checkpoint(model)
-    _write_json(json_file, result)
+    write_json(json_file, result)
     _print_inspection(result)
 
 
@@ -255,169 +253,6 @@ def quickstart(
     run(out, overwrite=overwrite, seed=seed, console=console)
 
 
-@bench_app.command("grouping")
-def bench_grouping(json_file: JsonFile = None) -> None:
-    """Time balanced k-means and compare its cost with k-means-constrained."""
-    from lte.bench.grouping import bench_grouping as run
-
-    rows = run()
-    _write_json(json_file, {"rows": rows, "command": _command()})
-    table = Table(*rows[0].keys())
-    for row in rows:
-        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
-    console.print(table)
-
-
-FFN_COLUMNS = {
-    "tokens": "tokens",
-    "sparsity": "sparsity",
-    "backend": "backend",
-    "dense_ms": "dense ms",
-    "sparse_ms": "sparse ms",
-    "speedup": "speed-up",
-    "gbytes_per_s": "GB/s",
-    "limit_gbytes_per_s": "limit GB/s",
-    "share_of_limit": "share",
-    "max_error": "error",
-    "status": "status",
-}
-DECODE_COLUMNS = {
-    "engine": "engine",
-    "sparsity": "sparsity",
-    "ms_per_token": "ms/token",
-    "speedup": "x transformers",
-    "speedup_over_compiled": "x compiled",
-    "speedup_over_llama_cpp": "x llama.cpp",
-    "limit_speedup": "limit x dense",
-    "gbytes_per_s": "GB/s",
-    "limit_gbytes_per_s": "limit GB/s",
-    "max_error": "error",
-    "status": "status",
-}
-LIMIT_COLUMNS = {
-    "config": "model",
-    "sparsity": "FFN sparsity",
-    "gbytes_per_token": "dense GB/token",
-    "sparse_gbytes_per_token": "sparse GB/token",
-    "ffn_share": "FFN share",
-    "router_share": "router share",
-    "limit_speedup": "best speed-up",
-    "limit_speedup_without_router": "without router",
-}
-Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
-Sparsities = Annotated[str, typer.Option("--sparsity", help="FFN sparsities, separated by commas.")]
-ExpertSize = Annotated[int, typer.Option(help="Neurons per expert.")]
-Threads = Annotated[int | None, typer.Option(help="Threads; torch's number by default.")]
-
-
-@bench_app.command("ffn")
-def bench_ffn(
-    d_model: Annotated[int, typer.Option(help="Width of the residual stream.")] = 4096,
-    d_ff: Annotated[int, typer.Option(help="Neurons.")] = 11008,
-    dtype: Dtype = "bf16",
-    sparsity: Sparsities = "0,0.5,0.75,0.9",
-    tokens: Annotated[str, typer.Option(help="Tokens per call, separated by commas.")] = "1",
-    expert_size: ExpertSize = 32,
-    impl: Annotated[str, typer.Option(help="auto, reference, cpu or triton.")] = "auto",
-    threads: Threads = None,
-    json_file: JsonFile = None,
-) -> None:
-    """Time one FFN, dense against sparse, router included, and say how close it comes to the memory's limit."""
-    from lte.bench.ffn import bench_ffn as run
-    from lte.hub import default_device
-
-    _set_threads(threads)
-    device = default_device()
-    with _status() as progress:
-        rows, crossover = run(
-            d_model=d_model,
-            d_ff=d_ff,
-            dtype=dtype,
-            sparsities=_numbers(sparsity, "sparsity"),
-            tokens=[int(n) for n in _numbers(tokens, "tokens")],
-            expert_size=expert_size,
-            impl=impl,
-            device=device,
-            progress=progress,
-        )
-    _print_rows(rows, FFN_COLUMNS, f"{d_model} x {d_ff}, {dtype}; dense: {rows[0]['baseline']}", json_file, crossover)
-
-
-@bench_app.command("decode")
-def bench_decode(
-    config: Annotated[str, typer.Option(help="Shape with random weights; see `lte bench limit` for names.")] = "llama-1.2b",
-    model: Annotated[str | None, typer.Option(help="A trained sparse model instead, at the sparsity it has.")] = None,
-    dtype: Dtype = "bf16",
-    sparsity: Sparsities = "0,0.5,0.8",
-    batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = 1,
-    new_tokens: Annotated[int, typer.Option(help="Tokens per turn.")] = 32,
-    rounds: Annotated[int, typer.Option(help="Turns per engine.")] = 3,
-    expert_size: ExpertSize = 32,
-    compile_: Annotated[bool, typer.Option("--compile/--no-compile", help="Also torch.compile (takes minutes).")] = True,
-    llama_cpp: Annotated[bool, typer.Option("--llama-cpp/--no-llama-cpp", help="Also llama.cpp, if installed.")] = True,
-    threads: Threads = None,
-    json_file: JsonFile = None,
-) -> None:
-    """Time `generate`: transformers, transformers compiled, lte at each sparsity, and llama.cpp, side by side."""
-    from lte.bench.decode import bench_decode as run
-    from lte.hub import default_device
-
-    _set_threads(threads)
-    with _status() as progress:
-        rows, crossover = run(
-            config_name=config,
-            model_folder=model,
-            dtype=dtype,
-            sparsities=_numbers(sparsity, "sparsity"),
-            batch=batch,
-            new_tokens=new_tokens,
-            rounds=rounds,
-            expert_size=expert_size,
-            compiled=compile_,
-            with_llama_cpp=llama_cpp,
-            device=default_device(),
-            progress=progress,
-        )
-    _print_rows(rows, DECODE_COLUMNS, f"{model or config}, {dtype}, batch {batch}", json_file, crossover)
-
-
-@bench_app.command("limit")
-def bench_limit(
-    config: Annotated[str | None, typer.Option(help="One shape; all known ones by default.")] = None,
-    sparsity: Sparsities = "0.5,0.8,0.9",
-    expert_size: ExpertSize = 32,
-    context: Annotated[int, typer.Option(help="Tokens in the KV cache.")] = 0,
-    json_file: JsonFile = None,
-) -> None:
-    """Predict the best possible decode speed-up from the bytes a token needs: why the gain is bounded, and where."""
-    from lte.bench.limit import bench_limit as run
-    from lte.bench.shapes import SHAPES
-
-    rows = run(
-        [config] if config else list(SHAPES),
-        _numbers(sparsity, "sparsity"),
-        expert_size=expert_size,
-        context=context,
-    )
-    _print_rows(rows, LIMIT_COLUMNS, f"batch 1, bf16, {expert_size} neurons per expert", json_file)
-
-
-@bench_app.command("gpu")
-def bench_gpu(
-    json_file: JsonFile = None,
-    quick: Annotated[bool, typer.Option(help="Correctness and one FFN shape only.")] = False,
-) -> None:
-    """Everything a GPU should answer, in under eight minutes: correctness first, then FFN and whole-model speed."""
-    from lte.bench.gpu import bench_gpu as run
-
-    with _status() as progress:
-        result = run(quick=quick, progress=progress)
-    _write_json(json_file, {"command": _command(), **result})
-    _print_table(result["correctness"], {"case": "case", "max_error": "error", "tolerance": "tolerance", "status": "status"})
-    _print_table(result["ffn"], {"dtype": "dtype", **FFN_COLUMNS}, "LLaMA-2-7B FFN, CUDA graph")
-    _print_table(result["decode"], {"tokens": "batch", **DECODE_COLUMNS}, "whole model, CUDA graph")
-
-
 def main() -> None:
     """Entry point: a user's error is one line on stderr and exit code 2."""
     try:
@@ -425,53 +260,6 @@ def main() -> None:
     except LTEError as error:
         typer.echo("error: " + " ".join(str(error).split()), err=True)
         sys.exit(2)
-
-
-def _set_threads(threads: int | None) -> None:
-    if threads is not None:
-        if threads < 1:
-            raise ConfigError(f"threads={threads} is out of range; it is at least 1")
-        import torch
-
-        torch.set_num_threads(threads)
-
-
-def _numbers(text: str, name: str) -> list[float]:
-    """``0,0.5`` -> [0.0, 0.5]."""
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"--{name} {text!r} is no list of numbers; write it like 0,0.5,0.8") from None
-
-
-@contextmanager
-def _status() -> Iterator[Callable[[str], None]]:
-    """A line that says what is going on; lasting lines where the output is no terminal."""
-    if not console.is_terminal:
-        yield lambda line: typer.echo(line, err=True)
-        return
-    with console.status("") as status:
-        yield status.update
-
-
-def _print_rows(
-    rows: list[dict[str, Any]], columns: dict[str, str], title: str, json_file: Path | None, crossover: Any = None
-) -> None:
-    """Table, what was measured about the crossover, and the JSON."""
-    from lte.bench.rows import report
-    from lte.hub import default_device
-
-    _print_table(rows, columns, title)
-    if crossover is not None:
-        console.print(crossover.describe())
-    more = {} if crossover is None else {"crossover": crossover.describe()}
-    _write_json(json_file, report(rows, _command(), default_device(), **more))
-
-
-def _print_table(rows: list[dict[str, Any]], columns: dict[str, str], title: str = "") -> None:
-    from lte.bench.rows import table
-
-    console.print(table(rows, columns, title))
 
 
 @contextmanager
@@ -504,23 +292,6 @@ def _common_flags(values: dict[str, Any]) -> dict[str, Any]:
         "training.learning_rate": values["learning_rate"],
         "training.per_device_train_batch_size": values["batch_size"],
     }
-
-
-def _command() -> str:
-    import shlex
-
-    return shlex.join(["lte", *sys.argv[1:]])
-
-
-def _check_json_target(path: Path | None) -> None:
-    if path is not None and path.is_dir():
-        raise ConfigError(f"--json {str(path)!r} is a folder; name a file")
-
-
-def _write_json(path: Path | None, result: dict[str, Any]) -> None:
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 class _progress:

@@ -9,6 +9,7 @@ import torch
 from lte.errors import ConfigError
 from lte.evaluate import load_tokenizer
 from lte.hub import default_device, load
+from lte.inference import prepare_for_inference
 from lte.tasks import model_positions
 
 
@@ -18,7 +19,7 @@ def generate_text(path: str, prompt: str, *, max_new_tokens: int = 100, temperat
     if not model.can_generate():
         raise ConfigError(f"{path} is a {type(model).__name__}, which does not generate text")
     return continue_text(
-        model.to(default_device()),
+        prepare_for_inference(model.to(default_device())),
         load_tokenizer(path),
         prompt,
         max_new_tokens=max_new_tokens,

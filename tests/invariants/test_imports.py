@@ -31,6 +31,8 @@ FLOORS = [
     "bench",
     "report",
     "quickstart",
+    "terminal",
+    "bench_commands",
     "cli",
 ]
 """Ground floor first. ``lte/__init__.py`` is the front door and may import all."""

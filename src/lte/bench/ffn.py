@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lte.bench.machine import copy_gbytes_per_s, read_gbytes_per_s
 from lte.bench.rows import TOLERANCE, Row
+from lte.bench.shapes import bias_for
 from lte.errors import ConfigError
 from lte.grouping import check_divisible
 from lte.inference import Crossover
@@ -21,7 +22,15 @@ from lte.inference.crossover import measure
 from lte.inference.packing import streaming_copy
 from lte.nn import SparseFFN, ThresholdRouter
 from lte.nn.ffn import PathChooser
-from lte.ops import FFNWeights, backend_obstacle, cpu_instruction_set, requested_backend, route, routed_ffn, sparse_ffn_reference
+from lte.ops import (
+    FFNWeights,
+    backend_obstacle,
+    cpu_instruction_set,
+    requested_backend,
+    route,
+    routed_ffn,
+    sparse_ffn_reference,
+)
 
 DISTINCT_BYTES = 512 << 20
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -212,7 +221,7 @@ def _set_sparsity(case: Case, inputs: list[Tensor], sparsity: float) -> None:
             ffn.router.bias.fill_(1e4)
             continue
         logits = torch.cat([F.linear(x.float(), ffn.router.weight.float()).flatten() for x in inputs])
-        ffn.router.bias.fill_(-float(logits.kthvalue(max(1, round(sparsity * len(logits)))).values))
+        ffn.router.bias.fill_(bias_for(logits, sparsity))
 
 
 def _mask(ffn: SparseFFN, x_TD: Tensor) -> Tensor:
@@ -227,10 +236,7 @@ def _used(ffn: SparseFFN, x_TD: Tensor) -> tuple[float, float]:
 
 def _error(case: Case, layer: int, x_TD: Tensor) -> float:
     ffn = case.ffns[layer]
-    weights = ffn.weights()
-    assert weights.gate is not None
-    exact = FFNWeights(weights.up.float(), weights.down.float(), weights.gate.float(), activation=weights.activation)
-    wanted = sparse_ffn_reference(x_TD.float(), exact, _mask(ffn, x_TD))
+    wanted = sparse_ffn_reference(x_TD.float(), case.weights[layer].float(), _mask(ffn, x_TD))
     return float((case.sparse(layer, x_TD).float() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-9))
 
 

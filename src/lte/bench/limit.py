@@ -94,9 +94,7 @@ def bench_limit(
     """One row per model and sparsity; see :class:`DecodeBytes`."""
     rows = []
     for name in names:
-        count = decode_bytes(
-            model_config(name), expert_size=expert_size, weight_bytes=weight_bytes, context=context
-        )
+        count = decode_bytes(model_config(name), expert_size=expert_size, weight_bytes=weight_bytes, context=context)
         rows += [
             {
                 "config": name,

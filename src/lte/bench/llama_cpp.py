@@ -53,9 +53,7 @@ class LlamaCpp:
         path = Path(self._folder.name) / "model.gguf"
         _write(path, self._config, self._dtype)
         threads = torch.get_num_threads()
-        self._model = Llama(
-            str(path), n_ctx=self._context, n_threads=threads, n_threads_batch=threads, verbose=False
-        )
+        self._model = Llama(str(path), n_ctx=self._context, n_threads=threads, n_threads_batch=threads, verbose=False)
         return self
 
     def __exit__(

@@ -22,7 +22,11 @@ def report(rows: Sequence[Mapping[str, Any]], command: str, device: torch.device
     """The JSON of a benchmark."""
     return {
         "command": command,
-        "machine": {"device": machine_name(device), "processor": _processor(), "torch_threads": torch.get_num_threads()},
+        "machine": {
+            "device": machine_name(device),
+            "processor": _processor(),
+            "torch_threads": torch.get_num_threads(),
+        },
         "versions": versions(),
         **more,
         "rows": list(rows),
@@ -30,10 +34,10 @@ def report(rows: Sequence[Mapping[str, Any]], command: str, device: torch.device
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], title: str = "") -> Table:
-    """A rich table of some columns: key -> heading. A failed row says so in place of its times."""
+    """A rich table of some columns: key -> heading; of a longer status (``failed: why``) the JSON holds the rest."""
     made = Table(title=title or None)
     for heading in columns.values():
-        made.add_column(heading, justify="right")
+        made.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         made.add_row(*(_cell(row.get(key)) for key in columns))
     return made
@@ -43,8 +47,8 @@ def _cell(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
-        return f"{value:.3g}" if abs(value) < 10 else f"{value:.1f}"
-    return str(value)
+        return f"{value:.2g}" if abs(value) < 0.01 else f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}"
+    return str(value).partition(":")[0]
 
 
 def _processor() -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ def random_model(config: Any, dtype: torch.dtype, device: torch.device, *, exper
     """A sparse model of a shape, in hard mode, its weights drawn at random and never held twice."""
     model = meta_model(config)
     model.config.dtype = dtype
-    install_sparse_ffns(model, LTEConfig(expert_size=expert_size))
+    install_sparse_ffns(model, LTEConfig.model_validate({"expert_size": expert_size}))
     model = model.to(dtype)
     fresh = AutoModelForCausalLM.from_config(_one_layer(config))
     generator = torch.Generator(device=device).manual_seed(seed)
@@ -120,6 +120,13 @@ def _one_layer(config: Any) -> Any:
     return AutoConfig.for_model(values.pop("model_type"), **values)
 
 
+def bias_for(logits: Tensor, sparsity: float) -> float:
+    """The router bias that leaves this share of the logits below a score of one half; between two, so that none ties."""
+    values = logits.flatten().sort().values
+    below = min(len(values) - 1, max(1, round(sparsity * len(values))))
+    return -float(values[below - 1] + values[below]) / 2
+
+
 def _tile(pattern: Tensor, shape: torch.Size) -> Tensor:
     n = shape.numel()
     return pattern.repeat(-(-n // len(pattern)))[:n].view(shape)
@@ -144,7 +151,7 @@ def _quantile_hooks(ffns: list[SparseFFN], sparsity: float) -> Iterator[None]:
     def before(ffn: SparseFFN, args: tuple[Tensor, ...]) -> None:
         ffn.router.bias.zero_()  # type: ignore[union-attr]
         logits = torch.logit(ffn.router(args[0]).scores.double().flatten(), eps=1e-12)
-        ffn.router.bias.fill_(-float(logits.kthvalue(max(1, round(sparsity * len(logits)))).values))  # type: ignore[union-attr]
+        ffn.router.bias.fill_(bias_for(logits, sparsity))  # type: ignore[union-attr]
 
     handles = [ffn.register_forward_pre_hook(before) for ffn in ffns]
     try:

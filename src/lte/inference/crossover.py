@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from lte.errors import CheckpointError
 from lte.nn import SparseFFN
-from lte.ops import cpu_instruction_set, sparse_ffn, sparse_ffn_reference
+from lte.ops import cpu_instruction_set, linear, sparse_ffn, sparse_ffn_reference
 
 logger = logging.getLogger(__name__)
 
@@ -117,9 +118,9 @@ def measure(ffn: SparseFFN, backend: str, *, expected_density: float = 0.5, budg
         masks = {
             density: (torch.rand(tokens, n_experts, generator=generator) < density).to(device) for density in (1.0, 0.3)
         }
-        dense = seconds(lambda x=x_TD: sparse_ffn_reference(x, weights), device)
+        dense = seconds(partial(sparse_ffn_reference, x_TD, weights), device)
         sparse = {
-            density: seconds(lambda x=x_TD, m=mask: sparse_ffn(x, weights, m, impl=backend), device)
+            density: seconds(partial(sparse_ffn, x_TD, weights, mask, impl=backend), device)
             for density, mask in masks.items()
         }
         table[tokens] = _crossing(dense, sparse)
@@ -143,8 +144,9 @@ def _linear_tokens(weight: Tensor, generator: torch.Generator) -> int:
     best = 0
     for tokens in TOKENS[:4]:
         x_TD = torch.randn(tokens, weight.shape[1], generator=generator).to(weight.dtype)
-        ours = seconds(lambda x=x_TD: torch.ops.lte.linear(x, weight, None), weight.device)
-        if ours > seconds(lambda x=x_TD: F.linear(x, weight), weight.device):
+        if seconds(partial(linear, x_TD, weight), weight.device) > seconds(
+            partial(F.linear, x_TD, weight), weight.device
+        ):
             break
         best = tokens
     return best

@@ -130,7 +130,8 @@ class _Built:
         self.model = model
         self.modules = [module for module in model.modules() if module is not model]
         config, spec = model.config, DECODERS[model.config.model_type]
-        self.parameters = list(model.parameters())
+        # Where parameters are looked up, not the parameters: one that was replaced has to be noticed too.
+        self.slots = [(m._parameters, name) for m in self.modules for name, p in m._parameters.items() if p is not None]
         self.ffns = sparse_ffns(model)
         self.modes = [ffn.mode for ffn in self.ffns]
         # The dictionaries themselves: looking at them is all that a step can afford.
@@ -165,14 +166,16 @@ class _Built:
             scaling=blocks[0].get_submodule(spec.output.rpartition(".")[0]).scaling,
             dtype=DTYPES[self.dtype],
         )
-        # Held so that what the structs point to lives; compared so that a model that was moved is read again.
-        self.pointers = [parameter.data_ptr() for parameter in self.parameters]
+        self.pointers = self._current_pointers()
 
     def holds(self) -> bool:
         """Whether the structs still describe the model."""
         if [ffn.mode for ffn in self.ffns] != self.modes:
             return False
-        return [p.data_ptr() for p in self.parameters] == self.pointers
+        return self._current_pointers() == self.pointers
+
+    def _current_pointers(self) -> list[int]:
+        return [parameters[name].data_ptr() for parameters, name in self.slots]
 
     def is_watched(self) -> bool:
         """Whether hooks or observers want to see the modules run, or soft mode is on: the stock forward then does."""

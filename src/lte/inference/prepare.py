@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from lte.errors import BackendError
@@ -15,7 +14,7 @@ from lte.inference.crossover import Crossover, machine_name, measure, shape_name
 from lte.inference.decode import DecodeStep
 from lte.inference.packing import pack_linears, streaming_copy
 from lte.nn import FastLinear, SparseFFN, sparse_ffns
-from lte.nn.ffn import PathChooser
+from lte.nn.ffn import PathChooser, path_unmeasured
 from lte.ops import backend_obstacle, requested_backend
 
 logger = logging.getLogger(__name__)
@@ -83,11 +82,11 @@ def restore(model: nn.Module) -> None:
     """Undo what :func:`prepare_for_inference` did, but for the layout of the weights."""
     for module in model.modules():
         if isinstance(module, FastLinear):
-            module.__class__ = nn.Linear
+            module.release()
     if isinstance(model.__dict__.get("forward"), DecodeStep):
         del model.__dict__["forward"]
     for ffn in sparse_ffns(model):
-        ffn.__dict__.pop("choose_path", None)
+        ffn.choose_path = path_unmeasured
     model.__dict__.pop("lte_crossover", None)
 
 

@@ -107,7 +107,7 @@ class SparseFFN(nn.Module):
         return [self._part(role) for role in self.roles if role in PROJECTIONS]
 
     def packed_weights(self) -> FFNWeights:
-        """The weights, every neuron's row contiguous; laid out so on first use, in place and without changing a value."""
+        """The weights, every neuron's row contiguous; laid out so on first use, in place, no value changed."""
         pointers = [p.data_ptr() for p in self._ffn_parameters()]
         if self._packed is None or self._packed[0] != pointers:
             weights = self.weights()
@@ -244,8 +244,7 @@ class SplitSparseFFN(SparseFFN):
         return [self._up[0]]
 
     def _ffn_parameters(self) -> list[nn.Parameter]:
-        own = [self.weight] if self.bias is None else [self.weight, self.bias]
-        return super()._ffn_parameters() + own
+        return super()._ffn_parameters() + [p for p in self._parameters.values() if p is not None]
 
     @torch.no_grad()
     def pack(self, copy: Callable[[Tensor], Tensor] = torch.Tensor.contiguous) -> None:

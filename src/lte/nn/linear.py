@@ -23,6 +23,11 @@ class FastLinear(nn.Linear):
         assert isinstance(module, FastLinear)
         module.max_tokens = max_tokens
 
+    def release(self) -> None:
+        """Turn back into a plain ``nn.Linear``."""
+        del self.max_tokens
+        self.__class__ = nn.Linear  # type: ignore[assignment]
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., N]."""
         tokens = x.numel() // max(1, x.shape[-1])

@@ -15,12 +15,14 @@ from lte.ops.reference import ACTIVATIONS, sparse_ffn_reference
 from lte.ops.weights import FFNWeights
 
 _WEIGHTS = (
-    "Tensor up, Tensor down, Tensor? gate, Tensor? up_bias, Tensor? gate_bias, Tensor? down_bias, str activation, str impl, "
-    "float max_density"
+    "Tensor up, Tensor down, Tensor? gate, Tensor? up_bias, Tensor? gate_bias, Tensor? down_bias, "
+    "str activation, str impl, float max_density"
 )
 _library = torch.library.Library("lte", "DEF")
 _library.define(f"sparse_ffn(Tensor x, Tensor? expert_weights, {_WEIGHTS}) -> Tensor")
-_library.define(f"routed_ffn(Tensor x, Tensor router_weight, Tensor? router_bias, float threshold, {_WEIGHTS}) -> Tensor")
+_library.define(
+    f"routed_ffn(Tensor x, Tensor router_weight, Tensor? router_bias, float threshold, {_WEIGHTS}) -> Tensor"
+)
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 
@@ -61,7 +63,7 @@ def sparse_ffn(
         _check_experts(expert_weights_TE.shape[1], weights)
     if _is_eager_cpu(x_TD):
         return _run_sparse(x_TD, expert_weights_TE, weights, impl, max_density)
-    return torch.ops.lte.sparse_ffn(x_TD, expert_weights_TE, *_flat(weights), impl, max_density)  # type: ignore[no-any-return]
+    return torch.ops.lte.sparse_ffn(x_TD, expert_weights_TE, *_flat(weights), impl, max_density)
 
 
 def routed_ffn(
@@ -91,14 +93,14 @@ def routed_ffn(
     _check_experts(router_weight_ED.shape[0], weights)
     if _is_eager_cpu(x_TD):
         return _run_routed(x_TD, router_weight_ED, router_bias_E, threshold, weights, impl, max_density)
-    return torch.ops.lte.routed_ffn(  # type: ignore[no-any-return]
+    return torch.ops.lte.routed_ffn(
         x_TD, router_weight_ED, router_bias_E, threshold, *_flat(weights), impl, max_density
     )
 
 
 def linear(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """``x W^T + b`` for few tokens at the speed the weights can be read; [T, D] to [T, N], CPU, float32 or bfloat16."""
-    return torch.ops.lte.linear(x_TD, weight_ND, bias_N)  # type: ignore[no-any-return]
+    return torch.ops.lte.linear(x_TD, weight_ND, bias_N)
 
 
 def _flat(weights: FFNWeights) -> tuple[Tensor | str | None, ...]:
@@ -142,9 +144,7 @@ def _sparse_ffn(
     return _run_sparse(x, expert_weights, weights, impl, max_density)
 
 
-def _run_sparse(
-    x: Tensor, expert_weights: Tensor | None, weights: FFNWeights, impl: str, max_density: float
-) -> Tensor:
+def _run_sparse(x: Tensor, expert_weights: Tensor | None, weights: FFNWeights, impl: str, max_density: float) -> Tensor:
     chosen = backends.choose(impl, x, weights)
     if chosen == "cpu" and not _too_dense(expert_weights, max_density):
         return cpu.sparse_ffn(x, weights, expert_weights)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -44,6 +44,11 @@ class FFNWeights:
     def input_matrix(self) -> Tensor:
         """The matrix under the activation function: the gate of a gated FFN, ``W_1`` of a plain one; [F, D]."""
         return self.up if self.gate is None else self.gate
+
+    def float(self) -> FFNWeights:
+        """The same in float32, for the oracle."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return replace(self, **{name: tensor.float() for name, tensor in tensors.items()})
 
     @torch.no_grad()
     def permute_(self, permutation: Tensor) -> None:

@@ -45,7 +45,7 @@ def _matrix_key(weight: Tensor | None, bias: Tensor | None) -> MatrixKey:
     pointer = None if bias is None else bias.data_ptr()
     if weight is None:
         return (None, pointer, 0, 0, 0)
-    return (weight.data_ptr(), pointer, *weight.shape, weight.stride(0))  # type: ignore[return-value]
+    return (weight.data_ptr(), pointer, *weight.shape, weight.stride(0))
 
 
 @lru_cache(maxsize=4096)

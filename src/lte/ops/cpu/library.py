@@ -115,8 +115,13 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
     found = sorted(Path(__file__).parent.glob("_kernels.*"))
     if not found:
         return None, "the C++ kernels were not built (install with a C++ compiler present)"
+    return open_library(found[0])
+
+
+def open_library(path: Path) -> tuple[ctypes.CDLL | None, str]:
+    """The library at a path, its functions typed; or None and the reason."""
     try:
-        library = ctypes.CDLL(str(found[0]))
+        library = ctypes.CDLL(str(path))
     except OSError as error:
         return None, f"the C++ kernels do not load: {error}"
     library.lte_isa.restype = c_char_p

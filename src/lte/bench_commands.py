@@ -1,0 +1,238 @@
+"""``lte bench``: the commands that measure speed. Parse, call, print."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lte.errors import ConfigError
+from lte.terminal import JsonFile, check_json_target, command_line, console, write_json
+
+bench_app = typer.Typer(help="Measure speed.", no_args_is_help=True)
+
+FFN_COLUMNS = {
+    "tokens": "tokens",
+    "sparsity": "sparsity",
+    "backend": "backend",
+    "dense_ms": "dense ms",
+    "sparse_ms": "sparse ms",
+    "speedup": "speed-up",
+    "gbytes_per_s": "GB/s",
+    "limit_gbytes_per_s": "limit",
+    "max_error": "error",
+    "status": "status",
+}
+DECODE_COLUMNS = {
+    "engine": "engine",
+    "sparsity": "sparsity",
+    "ms_per_token": "ms/token",
+    "speedup": "vs eager",
+    "speedup_over_compiled": "vs compiled",
+    "speedup_over_llama_cpp": "vs llama.cpp",
+    "gbytes_per_s": "GB/s",
+    "limit_gbytes_per_s": "limit",
+    "max_error": "error",
+    "status": "status",
+}
+LIMIT_COLUMNS = {
+    "config": "model",
+    "sparsity": "FFN sparsity",
+    "gbytes_per_token": "dense GB/token",
+    "sparse_gbytes_per_token": "sparse GB/token",
+    "ffn_share": "FFN share",
+    "router_share": "router share",
+    "limit_speedup": "best speed-up",
+    "limit_speedup_without_router": "without router",
+}
+Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
+Sparsities = Annotated[str, typer.Option("--sparsity", help="FFN sparsities, separated by commas.")]
+ExpertSize = Annotated[int, typer.Option(help="Neurons per expert.")]
+Threads = Annotated[int | None, typer.Option(help="Threads; torch's number by default.")]
+
+
+@bench_app.command("grouping")
+def bench_grouping(json_file: JsonFile = None) -> None:
+    """Time balanced k-means and compare its cost with k-means-constrained."""
+    from lte.bench.grouping import bench_grouping as run
+
+    rows = run()
+    write_json(json_file, {"rows": rows, "command": command_line()})
+    table = Table(*rows[0].keys())
+    for row in rows:
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+    console.print(table)
+
+
+@bench_app.command("ffn")
+def bench_ffn(
+    d_model: Annotated[int, typer.Option(help="Width of the residual stream.")] = 4096,
+    d_ff: Annotated[int, typer.Option(help="Neurons.")] = 11008,
+    dtype: Dtype = "bf16",
+    sparsity: Sparsities = "0,0.5,0.75,0.9",
+    tokens: Annotated[str, typer.Option(help="Tokens per call, separated by commas.")] = "1",
+    expert_size: ExpertSize = 32,
+    impl: Annotated[str, typer.Option(help="auto, reference, cpu or triton.")] = "auto",
+    threads: Threads = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Time one FFN, dense against sparse, router included, and say how close it comes to the memory's limit."""
+    from lte.bench.ffn import bench_ffn as run
+    from lte.hub import default_device
+
+    check_json_target(json_file)
+    _set_threads(threads)
+    device = default_device()
+    with _status() as progress:
+        rows, crossover = run(
+            d_model=d_model,
+            d_ff=d_ff,
+            dtype=dtype,
+            sparsities=_numbers(sparsity, "sparsity"),
+            tokens=[int(n) for n in _numbers(tokens, "tokens")],
+            expert_size=expert_size,
+            impl=impl,
+            device=device,
+            progress=progress,
+        )
+    _print_rows(rows, FFN_COLUMNS, f"{d_model} x {d_ff}, {dtype}; dense: {rows[0]['baseline']}", json_file, crossover)
+
+
+@bench_app.command("decode")
+def bench_decode(
+    config: Annotated[
+        str, typer.Option(help="Shape with random weights; see `lte bench limit` for names.")
+    ] = "llama-1.2b",
+    model: Annotated[str | None, typer.Option(help="A trained sparse model instead, at the sparsity it has.")] = None,
+    dtype: Dtype = "bf16",
+    sparsity: Sparsities = "0,0.5,0.8",
+    batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = 1,
+    new_tokens: Annotated[int, typer.Option(help="Tokens per turn.")] = 32,
+    rounds: Annotated[int, typer.Option(help="Turns per engine.")] = 3,
+    expert_size: ExpertSize = 32,
+    compile_: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Also torch.compile (takes minutes).")
+    ] = True,
+    llama_cpp: Annotated[bool, typer.Option("--llama-cpp/--no-llama-cpp", help="Also llama.cpp, if installed.")] = True,
+    threads: Threads = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Time `generate`: transformers, transformers compiled, lte at each sparsity, and llama.cpp, side by side."""
+    from lte.bench.decode import bench_decode as run
+    from lte.hub import default_device
+
+    check_json_target(json_file)
+    _set_threads(threads)
+    with _status() as progress:
+        rows, crossover = run(
+            config_name=config,
+            model_folder=model,
+            dtype=dtype,
+            sparsities=_numbers(sparsity, "sparsity"),
+            batch=batch,
+            new_tokens=new_tokens,
+            rounds=rounds,
+            expert_size=expert_size,
+            compiled=compile_,
+            with_llama_cpp=llama_cpp,
+            device=default_device(),
+            progress=progress,
+        )
+    _print_rows(rows, DECODE_COLUMNS, f"{model or config}, {dtype}, batch {batch}", json_file, crossover)
+
+
+@bench_app.command("limit")
+def bench_limit(
+    config: Annotated[str | None, typer.Option(help="One shape; all known ones by default.")] = None,
+    sparsity: Sparsities = "0.5,0.8,0.9",
+    expert_size: ExpertSize = 32,
+    context: Annotated[int, typer.Option(help="Tokens in the KV cache.")] = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """Predict the best possible decode speed-up from the bytes a token needs: why the gain is bounded, and where."""
+    from lte.bench.limit import bench_limit as run
+    from lte.bench.shapes import SHAPES
+
+    rows = run(
+        [config] if config else list(SHAPES),
+        _numbers(sparsity, "sparsity"),
+        expert_size=expert_size,
+        context=context,
+    )
+    _print_rows(rows, LIMIT_COLUMNS, f"batch 1, bf16, {expert_size} neurons per expert", json_file)
+
+
+@bench_app.command("gpu")
+def bench_gpu(
+    json_file: JsonFile = None,
+    quick: Annotated[bool, typer.Option(help="Correctness and one FFN shape only.")] = False,
+) -> None:
+    """Everything a GPU should answer, in under eight minutes: correctness first, then FFN and whole-model speed."""
+    from lte.bench.gpu import bench_gpu as run
+
+    check_json_target(json_file)
+    with _status() as progress:
+        result = run(quick=quick, progress=progress)
+    write_json(json_file, {"command": command_line(), **result})
+    _print_table(
+        result["correctness"], {"case": "case", "max_error": "error", "tolerance": "tolerance", "status": "status"}
+    )
+    _print_table(result["ffn"], {"dtype": "dtype", **FFN_COLUMNS}, "LLaMA-2-7B FFN, CUDA graph")
+    _print_table(result["decode"], {"tokens": "batch", **DECODE_COLUMNS}, "whole model, CUDA graph")
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        if threads < 1:
+            raise ConfigError(f"threads={threads} is out of range; it is at least 1")
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _numbers(text: str, name: str) -> list[float]:
+    """``0,0.5`` -> [0.0, 0.5]."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--{name} {text!r} is no list of numbers; write it like 0,0.5,0.8") from None
+
+
+@contextmanager
+def _status() -> Iterator[Callable[[str], None]]:
+    """A line that says what is going on; lasting lines where the output is no terminal."""
+    if not console.is_terminal:
+        yield lambda line: typer.echo(line, err=True)
+        return
+    with console.status("") as status:
+        yield status.update
+
+
+def _print_rows(
+    rows: list[dict[str, Any]], columns: dict[str, str], title: str, json_file: Path | None, crossover: Any = None
+) -> None:
+    """Table, what was measured about the crossover, and the JSON."""
+    from lte.bench.rows import report
+    from lte.hub import default_device
+
+    _print_table(rows, columns, title)
+    if crossover is not None:
+        console.print(crossover.describe())
+    more = {} if crossover is None else {"crossover": crossover.describe()}
+    write_json(json_file, report(rows, command_line(), default_device(), **more))
+
+
+def _print_table(rows: list[dict[str, Any]], columns: dict[str, str], title: str = "") -> None:
+    from lte.bench.rows import table
+
+    # A pipe or a log has no width to fit.
+    wide = console if console.is_terminal else Console(width=160, soft_wrap=True)
+    wide.print(table(rows, columns, title))
+    for row in rows:
+        if row.get("status", "ok") != "ok":
+            wide.print(f"{row.get('engine') or row.get('case') or row.get('backend')}: {row['status']}")

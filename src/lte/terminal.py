@@ -1,0 +1,35 @@
+"""What the commands share: the console, the JSON file, and the command line as it was typed."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from lte.errors import ConfigError
+
+console = Console(soft_wrap=True)
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")]
+
+
+def command_line() -> str:
+    """The command as it was typed, for the record in a result."""
+    return shlex.join(["lte", *sys.argv[1:]])
+
+
+def check_json_target(path: Path | None) -> None:
+    """Refuse a folder before a long run rather than after it."""
+    if path is not None and path.is_dir():
+        raise ConfigError(f"--json {str(path)!r} is a folder; name a file")
+
+
+def write_json(path: Path | None, result: dict[str, Any]) -> None:
+    """Write a result, where a file was asked for."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=2) + "\n")

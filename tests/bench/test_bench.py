@@ -1,0 +1,170 @@
+"""Benchmarks: what their rows hold, that a wrong result has no time, and the speed model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from lte.bench.decode import bench_decode
+from lte.bench.ffn import bench_ffn
+from lte.bench.limit import bench_limit, decode_bytes
+from lte.bench.shapes import SHAPES, model_config, random_model, set_sparsity
+from lte.cli import app
+from lte.errors import ConfigError
+from lte.nn import SparsityMeter, observe_routing, sparse_ffns
+from lte.ops import cpu
+
+KEYS = {
+    "d_model",
+    "d_ff",
+    "dtype",
+    "tokens",
+    "sparsity",
+    "dense_ms",
+    "sparse_ms",
+    "speedup",
+    "gbytes_per_s",
+    "limit_gbytes_per_s",
+    "max_error",
+    "backend",
+    "threads",
+}
+TINY = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "max_position_embeddings": 256,
+}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr("lte.bench.ffn.DISTINCT_BYTES", 1 << 18)
+    return {"d_model": 64, "d_ff": 128, "rounds": 3}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_ffn_rows(small, dtype):
+    rows, crossover = bench_ffn(dtype=dtype, sparsities=(0, 0.5), tokens=(1, 3), **small)
+    assert len(rows) == 4
+    for row in rows:
+        assert set(row) >= KEYS | {"bytes_moved", "share_of_limit", "baseline", "status"}
+        assert row["status"] == "ok"
+        assert row["speedup"] == pytest.approx(row["dense_ms"] / row["sparse_ms"], rel=1e-6)
+        assert row["gbytes_per_s"] == pytest.approx(row["bytes_moved"] / row["sparse_ms"] / 1e6, rel=1e-3)
+    assert rows[0]["sparsity"] == 0
+    assert 0.4 < rows[1]["sparsity"] < 0.6
+    assert (crossover is None) == bool(cpu.unavailable())
+
+
+@pytest.mark.skipif(bool(cpu.unavailable()), reason="the kernels are not built")
+def test_a_wrong_result_is_reported_as_failed_and_has_no_time(small, monkeypatch):
+    monkeypatch.setattr("lte.ops.operator.cpu.sparse_ffn", lambda x, *_: x)
+    rows, _ = bench_ffn(dtype="fp32", sparsities=(0.5,), impl="cpu", **small)
+    assert rows[0]["status"].startswith("failed: error")
+    assert not {"dense_ms", "sparse_ms", "speedup"} & set(rows[0])
+
+
+def test_decode_rows(tmp_path):
+    config = tmp_path / "tiny.json"
+    config.write_text(json.dumps(TINY))
+    rows, _ = bench_decode(
+        config_name=str(config),
+        dtype="fp32",
+        sparsities=(0.0, 0.5),
+        new_tokens=4,
+        rounds=1,
+        compiled=False,
+        with_llama_cpp=False,
+    )
+    assert [row["engine"] for row in rows] == ["transformers", "lte", "lte"]
+    for row in rows:
+        assert row["status"] == "ok", row
+        assert set(row) >= KEYS | {"engine", "ms_per_token", "version"}
+    assert rows[2]["max_error"] < 1e-5
+    assert rows[1]["sparsity"] == 0
+
+
+def test_llama_cpp_is_left_out_in_words(tmp_path, monkeypatch):
+    config = tmp_path / "tiny.json"
+    config.write_text(json.dumps(TINY))
+    monkeypatch.setattr("lte.bench.llama_cpp.find_spec", lambda name: None)
+    rows, _ = bench_decode(
+        config_name=str(config), dtype="fp32", sparsities=(0.5,), new_tokens=2, rounds=1, compiled=False
+    )
+    assert rows[-1]["engine"] == "llama.cpp"
+    assert rows[-1]["status"] == "left out: not installed: pip install llama-cpp-python gguf"
+    assert "ms_per_token" not in rows[-1]
+
+
+@pytest.mark.parametrize("sparsity", [0.25, 0.8])
+def test_random_routers_reach_the_sparsity_asked_for(tmp_path, sparsity):
+    config = tmp_path / "tiny.json"
+    config.write_text(json.dumps(TINY))
+    model = random_model(model_config(str(config)), torch.float32, torch.device("cpu"), expert_size=8)
+    ids = torch.randint(1, 96, (1, 200))
+    with torch.no_grad():
+        set_sparsity(model, sparsity, ids)
+        meter = SparsityMeter(len(sparse_ffns(model)))
+        meter.set_token_mask(torch.ones_like(ids, dtype=torch.bool))
+        with observe_routing(model, meter):
+            model(ids)
+    assert meter.overall == pytest.approx(sparsity, abs=0.01)
+
+
+def test_the_speed_model_knows_the_published_ceiling():
+    """LLaMA-2-7B: 6.61 G weights are read per token, 4.33 G of them the FFN's; half of those left out gives 1.49x."""
+    count = decode_bytes(model_config("llama-2-7b"))
+    assert count.dense == 2 * (32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32000 * 4096)
+    assert count.speedup(0.5, router=False) == pytest.approx(1.487, abs=0.001)
+    assert count.speedup(0.5) == pytest.approx(1.472, abs=0.001)
+    assert count.speedup(0.0) < 1
+    longer = decode_bytes(model_config("llama-2-7b"), context=4096)
+    assert longer.cache == 2 * 32 * 2 * 4096 * 4096
+    assert longer.speedup(0.8) < count.speedup(0.8)
+
+
+def test_every_known_shape_can_be_counted():
+    rows = bench_limit()
+    assert {row["config"] for row in rows} == set(SHAPES)
+    assert all(1 < row["limit_speedup"] < row["limit_speedup_without_router"] < 5 for row in rows)
+    assert all(
+        row["limit_speedup_without_router"] <= 1 / (1 - row["ffn_share"] * row["sparsity"]) + 1e-9 for row in rows
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sparsities": (1.0,)}, "sparsity=1.0 is out of range"),
+        ({"dtype": "int8"}, "dtype 'int8' is unknown; choose one of fp32, bf16, fp16"),
+        ({"d_ff": 100}, "d_ff=100 is not divisible by expert_size=32"),
+        ({"tokens": (0,)}, "tokens=0 is out of range"),
+    ],
+)
+def test_bad_input(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        bench_ffn(**arguments)
+
+
+def test_the_command_line(tmp_path):
+    runner = CliRunner()
+    file = tmp_path / "limit.json"
+    result = runner.invoke(
+        app, ["bench", "limit", "--config", "llama-2-7b", "--sparsity", "0.5,0.8", "--json", str(file)]
+    )
+    assert result.exit_code == 0, result.output
+    assert "llama-2-7b" in result.output
+    assert [row["sparsity"] for row in json.loads(file.read_text())["rows"]] == [0.5, 0.8]
+    result = runner.invoke(app, ["bench", "limit", "--config", "llama-9"])
+    assert isinstance(result.exception, ConfigError)
+    assert "llama-1.2b" in str(result.exception)
+    result = runner.invoke(app, ["bench", "ffn", "--sparsity", "half"])
+    assert "is no list of numbers" in str(result.exception)

@@ -1,0 +1,301 @@
+"""A prepared model says what the masked dense model says, faster, and stays an ordinary model."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import lte
+from lte.errors import BackendError, CheckpointError, LTEError
+from lte.families import DECODERS
+from lte.inference import Crossover, restore
+from lte.inference.decode import DecodeStep
+from lte.nn import FastLinear, SparsityMeter, observe_routing, set_mode, sparse_ffns
+from lte.ops import cpu
+from tests import models
+
+DECODING = [name for name in models.CONFIGS if name not in models.ENCODERS]
+FUSED = [name for name in DECODING if models.CONFIGS[name].model_type in DECODERS]
+STORIES = Path(__file__).parents[3] / "shared" / "data" / "models" / "stories-3m"
+
+pytestmark = pytest.mark.skipif(bool(cpu.unavailable()), reason=cpu.unavailable() or "kernels built")
+
+
+def sparse(name: str, dtype: torch.dtype = torch.float32):
+    model = lte.sparsify(models.build(name), lte.LTEConfig(expert_size=8, grouping="random"))
+    models.spread_routers(model)
+    return model.to(dtype)
+
+
+def pair(name: str, dtype: torch.dtype = torch.float32, **kwargs):
+    """The masked dense model and the same one prepared, its kernels forced."""
+    plain = sparse(name, dtype)
+    for ffn in sparse_ffns(plain):
+        ffn.choose_path = lambda tokens: ("reference", 1.0)
+    return plain, lte.prepare_for_inference(sparse(name, dtype), **{"impl": "cpu", **kwargs})
+
+
+def padded(batch: int, length: int = 9) -> dict[str, torch.Tensor]:
+    """Prompts with padding on the left, each row with more of it."""
+    given = models.inputs(batch, length)
+    for row in range(1, batch):
+        given["input_ids"][row, :row] = 0
+        given["attention_mask"][row, :row] = 0
+    return given
+
+
+def generate(model, inputs, **options):
+    options = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "pad_token_id": 0, **options}
+    return model.generate(**inputs, **options)
+
+
+@pytest.fixture
+def fused_steps(monkeypatch):
+    """Counts the decode steps that the fused kernel took."""
+    count = []
+    real = DecodeStep._step
+
+    def counted(self, **kwargs):
+        logits = real(self, **kwargs)
+        if logits is not None:
+            count.append(1)
+        return logits
+
+    monkeypatch.setattr(DecodeStep, "_step", counted)
+    return count
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("name", DECODING)
+def test_greedy_generation_is_the_same_token_for_token(name, batch, fused_steps):
+    plain, fast = pair(name)
+    inputs = padded(batch)
+    assert torch.equal(generate(plain, inputs), generate(fast, inputs))
+    assert len(fused_steps) == (23 if name in FUSED else 0)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "phi3"])
+def test_logits_in_bf16(name):
+    """Both round to bf16, at different places: within 3 % of the largest logit at every step."""
+    plain, fast = pair(name, torch.bfloat16)
+    options = {"output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 4, "min_new_tokens": 4}
+    ours, theirs = (generate(m, padded(2), **options).logits for m in (fast, plain))
+    for a, b in zip(ours[:2], theirs[:2], strict=True):
+        assert (a.float() - b.float()).abs().max() < 0.03 * b.float().abs().max()
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3}, {"do_sample": True, "top_k": 5}, {"num_return_sequences": 2, "num_beams": 2}]
+)
+def test_other_ways_to_generate(options, fused_steps):
+    plain, fast = pair("llama")
+    torch.manual_seed(0)
+    wanted = generate(plain, padded(2), **options)
+    torch.manual_seed(0)
+    assert torch.equal(generate(fast, padded(2), **options), wanted)
+    assert fused_steps
+
+
+def test_a_cache_goes_on_being_an_ordinary_cache(fused_steps):
+    plain, fast = pair("llama")
+    inputs = models.inputs(1, 6)
+
+    def talk(model):
+        first = generate(model, inputs, return_dict_in_generate=True)
+        cache, text = first.past_key_values, first.sequences
+        cache.crop(-5)
+        longer = {"input_ids": torch.cat([text, text[:, :4]], 1)}
+        longer["attention_mask"] = torch.ones_like(longer["input_ids"])
+        return generate(model, longer, past_key_values=cache)
+
+    with torch.no_grad():
+        assert torch.equal(talk(plain), talk(fast))
+    assert fused_steps
+
+
+def test_a_long_generation_outgrows_the_buffers(fused_steps):
+    config = copy.deepcopy(models.CONFIGS["llama"])
+    config.max_position_embeddings = 1024
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    lte.sparsify(model, lte.LTEConfig(expert_size=8, grouping="random"))
+    models.spread_routers(model)
+    plain = copy.deepcopy(model)
+    lte.prepare_for_inference(model, impl="cpu")
+    inputs = models.inputs(1, 5)
+    assert torch.equal(
+        generate(model, inputs, max_new_tokens=600, min_new_tokens=600),
+        generate(plain, inputs, max_new_tokens=600, min_new_tokens=600),
+    )
+    assert len(fused_steps) == 599
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_saving_and_training_go_on_as_before(name, tmp_path):
+    plain, fast = pair(name)
+    fast.save_pretrained(tmp_path / "fast")
+    inputs = models.inputs()
+    with torch.no_grad():
+        torch.testing.assert_close(lte.load(tmp_path / "fast")(**inputs).logits, plain(**inputs).logits)
+    for model in (plain, fast):
+        model.train()
+        torch.manual_seed(0)  # of dropout
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    wanted = dict(plain.named_parameters())
+    for key, parameter in fast.named_parameters():
+        if wanted[key].grad is not None:
+            torch.testing.assert_close(parameter.grad, wanted[key].grad, rtol=1e-4, atol=1e-6)
+
+
+def test_weights_that_change_are_read_again():
+    plain, fast = pair("llama")
+    generate(fast, models.inputs(1))
+    with torch.no_grad():
+        for model in (plain, fast):
+            model.model.layers[0].self_attn.q_proj.weight.mul_(-1.5)
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight * -0.5)
+    assert torch.equal(generate(plain, models.inputs(1)), generate(fast, models.inputs(1)))
+
+
+def test_a_copy_is_a_model_of_its_own():
+    _, fast = pair("llama")
+    before = generate(fast, models.inputs(1))
+    twin = copy.deepcopy(fast)
+    with torch.no_grad():
+        for parameter in fast.parameters():
+            parameter.zero_()
+    assert torch.equal(generate(twin, models.inputs(1)), before)
+
+
+def test_hooks_and_observers_still_see_everything(fused_steps):
+    _, fast = pair("llama")
+    seen = []
+    handle = fast.model.layers[1].self_attn.o_proj.register_forward_hook(lambda *args: seen.append(1))
+    generate(fast, models.inputs(1))
+    assert len(seen) == 24
+    assert not fused_steps
+    handle.remove()
+    meter = SparsityMeter(models.LAYERS)
+    meter.set_token_mask(torch.ones(1, 1, dtype=torch.bool))
+    with observe_routing(fast, lambda layer, routing: meter(layer, routing) if routing.mask.shape[1] == 1 else None):
+        generate(fast, models.inputs(1))
+    assert 0.2 < meter.overall < 0.8
+    assert not fused_steps
+
+
+def test_dense_mode_runs_dense(fused_steps):
+    plain, fast = pair("llama")
+    for model in (plain, fast):
+        set_mode(model, "dense")
+    assert torch.equal(generate(plain, models.inputs(1)), generate(fast, models.inputs(1)))
+    assert fused_steps
+
+
+def test_preparing_twice_and_restoring():
+    plain, fast = pair("llama")
+    lte.prepare_for_inference(fast)
+    assert isinstance(fast.forward, DecodeStep)
+    restore(fast)
+    assert not isinstance(fast.forward, DecodeStep)
+    assert not any(isinstance(module, FastLinear) for module in fast.modules())
+    assert torch.equal(generate(plain, models.inputs(1)), generate(fast, models.inputs(1)))
+
+
+def test_a_model_nobody_prepared_runs_the_operator_too(monkeypatch):
+    model = sparse("gpt2")
+    wanted = generate(pair("gpt2")[0], models.inputs(1))
+    called = []
+    real = cpu.sparse_ffn
+    monkeypatch.setattr("lte.ops.operator.cpu.sparse_ffn", lambda *args: called.append(1) or real(*args))
+    assert torch.equal(generate(model, models.inputs(1)), wanted)
+    assert len(called) == 24 * models.LAYERS
+
+
+def test_what_was_measured_is_logged_saved_and_used_again(tmp_path, caplog):
+    model = sparse("llama")
+    with caplog.at_level(logging.INFO, logger="lte"):
+        lte.prepare_for_inference(model)
+        assert "measured in" in caplog.text
+        model.lte_crossover.save(tmp_path)
+        caplog.clear()
+        lte.prepare_for_inference(sparse("llama"), crossover=tmp_path)
+        assert "measured before" in caplog.text
+        assert "measured in" not in caplog.text
+        caplog.clear()
+        lte.prepare_for_inference(sparse("gpt2").to(torch.bfloat16), crossover=tmp_path)
+        assert "measuring again" in caplog.text
+    (tmp_path / "lte_crossover.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no table of measured speeds"):
+        lte.prepare_for_inference(model, crossover=tmp_path)
+
+
+def test_the_table_decides():
+    table = Crossover("here", "shape", "cpu", {1: 1.0, 4: 0.4, 16: 0.0})
+    assert table.choose(1) == ("cpu", 1.0)
+    assert table.choose(3) == ("cpu", 0.4)
+    assert table.choose(5) == table.choose(500) == ("reference", 0.0)
+    gpu = Crossover("here", "shape", "triton", {1: 1.0, 4: 0.4}, expected_density=0.5)
+    assert gpu.choose(1) == ("triton", 1.0)
+    assert gpu.choose(4)[0] == "reference"
+    assert "4: sparse above 60 % sparsity" in table.describe()
+
+
+def test_the_reference_can_be_asked_for(monkeypatch, fused_steps):
+    plain, _ = pair("llama")
+    for prepare in (lambda m: lte.prepare_for_inference(m, impl="reference"), lte.prepare_for_inference):
+        model = prepare(sparse("llama"))
+        assert torch.equal(generate(model, models.inputs(1)), generate(plain, models.inputs(1)))
+        assert not fused_steps
+        monkeypatch.setenv("LTE_BACKEND", "reference")
+
+
+def test_without_the_kernels_the_reference_runs_and_says_so(monkeypatch, caplog):
+    from lte.ops import backends
+    from lte.ops.cpu import library
+
+    plain, _ = pair("llama")
+    backends.obstacle.cache_clear()
+    monkeypatch.setattr(library, "_open", lambda: (None, "the C++ kernels were not built"))
+    try:
+        with caplog.at_level(logging.WARNING, logger="lte"):
+            model = lte.prepare_for_inference(sparse("llama"))
+        assert "the C++ kernels were not built" in caplog.text
+        assert torch.equal(generate(model, models.inputs(1)), generate(plain, models.inputs(1)))
+        with pytest.raises(BackendError, match="not built"):
+            lte.prepare_for_inference(sparse("llama"), impl="cpu")
+    finally:
+        backends.obstacle.cache_clear()
+
+
+def test_a_dense_model_is_refused():
+    with pytest.raises(CheckpointError, match="dense"):
+        lte.prepare_for_inference(models.build("llama"))
+    with pytest.raises(LTEError, match="tensors are on cpu"):
+        lte.prepare_for_inference(sparse("llama"), impl="triton")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not STORIES.is_dir(), reason="the development model is not here")
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_real_model_for_200_tokens(batch, fused_steps):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(STORIES, padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32).eval()
+    lte.sparsify(model, lte.LTEConfig(router_init_score=0.5, router_init_std=2.0))
+    plain = copy.deepcopy(model)
+    for ffn in sparse_ffns(plain):
+        ffn.choose_path = lambda tokens: ("reference", 1.0)
+    lte.prepare_for_inference(model)
+    prompts = ["Once upon a time", "The little dog was very happy because", "Lily", "One day, a big bird"][:batch]
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True)
+    inputs.pop("token_type_ids", None)
+    options = {"max_new_tokens": 200, "min_new_tokens": 200, "pad_token_id": tokenizer.pad_token_id}
+    assert torch.equal(generate(plain, inputs, **options), generate(model, inputs, **options))
+    assert len(fused_steps) == 199
