@@ -1,4 +1,4 @@
-# Needs Python 3.11+, pip and make; nothing else. Everything is installed into .venv.
+# Needs Python 3.11+, pip and make; a C++ compiler for the fast kernels. Everything is installed into .venv.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -21,12 +21,14 @@ types: $(VENV)/.dev
 
 check: lint types test
 
-$(VENV)/.quickstart: pyproject.toml constraints.txt
+KERNELS := setup.py $(wildcard csrc/*)
+
+$(VENV)/.quickstart: pyproject.toml constraints.txt $(KERNELS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
 	touch $@
 
-$(VENV)/.dev: pyproject.toml constraints.txt
+$(VENV)/.dev: pyproject.toml constraints.txt $(KERNELS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@ $(VENV)/.quickstart

@@ -60,7 +60,7 @@ def test_ffn_rows(small, dtype):
         assert row["speedup"] == pytest.approx(row["dense_ms"] / row["sparse_ms"], rel=1e-6)
         assert row["gbytes_per_s"] == pytest.approx(row["bytes_moved"] / row["sparse_ms"] / 1e6, rel=1e-3)
     assert rows[0]["sparsity"] == 0
-    assert 0.4 < rows[1]["sparsity"] < 0.6
+    assert 0.2 < rows[1]["sparsity"] < 0.8
     assert (crossover is None) == bool(cpu.unavailable())
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, StaticCache
 
 import lte
 from lte.errors import BackendError, CheckpointError, LTEError
@@ -299,3 +299,19 @@ def test_a_real_model_for_200_tokens(batch, fused_steps):
     options = {"max_new_tokens": 200, "min_new_tokens": 200, "pad_token_id": tokenizer.pad_token_id}
     assert torch.equal(generate(plain, inputs, **options), generate(model, inputs, **options))
     assert len(fused_steps) == 199
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_compiled_decode_step_has_no_graph_break(name):
+    plain, fast = pair(name)
+    ids = models.inputs(2, 8)["input_ids"]
+
+    def step(model, compiled):
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        with torch.no_grad():
+            model(ids, past_key_values=cache, use_cache=True)
+            call = torch.compile(model, fullgraph=True) if compiled else model
+            return call(ids[:, :1], past_key_values=cache, use_cache=True).logits
+
+    torch.testing.assert_close(step(fast, True), step(plain, False), rtol=1e-4, atol=1e-5)

@@ -121,7 +121,7 @@ def _one_layer(config: Any) -> Any:
 
 
 def bias_for(logits: Tensor, sparsity: float) -> float:
-    """The router bias that leaves this share of the logits below a score of one half; between two, so that none ties."""
+    """The router bias that leaves this share of the logits below a score of one half; between two, so none ties."""
     values = logits.flatten().sort().values
     below = min(len(values) - 1, max(1, round(sparsity * len(values))))
     return -float(values[below - 1] + values[below]) / 2

@@ -108,6 +108,8 @@ class SparseFFN(nn.Module):
 
     def packed_weights(self) -> FFNWeights:
         """The weights, every neuron's row contiguous; laid out so on first use, in place, no value changed."""
+        if torch.compiler.is_compiling():  # a graph has no pointers; it is made of a model that is packed
+            return self.weights()
         pointers = [p.data_ptr() for p in self._ffn_parameters()]
         if self._packed is None or self._packed[0] != pointers:
             weights = self.weights()

@@ -21,7 +21,14 @@ METRICS = {"perplexity": "perplexity", "rougeL": "ROUGE-L", "accuracy": "accurac
 
 def fill(text: str, results: Path) -> str:
     """The text with every block ``<!-- results:NAME --> ... <!-- end -->`` written anew."""
-    blocks: dict[str, Callable[[Path], str]] = {"quickstart": _quickstart, "table": _table, "choices": _choices}
+    blocks: dict[str, Callable[[Path], str]] = {
+        "quickstart": _quickstart,
+        "table": _table,
+        "choices": _choices,
+        "ffn": _ffn,
+        "decode": _decode,
+        "limit": _limit,
+    }
     for name, make in blocks.items():
         pattern = re.compile(rf"(<!-- results:{name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if pattern.search(text):
@@ -74,6 +81,74 @@ def _choices(results: Path) -> str:
         for name, record in _read(results / "choices").items()
     ]
     return _markdown(["run", "FFN sparsity", "per layer", "validation loss", "against dense"], rows)
+
+
+def _ffn(results: Path) -> str:
+    parts = []
+    for record in _read(results / "speed").values():
+        if "bench ffn" not in record["command"]:
+            continue
+        first = record["rows"][0]
+        rows = [
+            [
+                str(row["tokens"]),
+                f"{row['sparsity']:.0%}",
+                *(_number(row.get(key), form) for key, form in _SPEED_COLUMNS.items()),
+            ]
+            for row in record["rows"]
+        ]
+        head = ["tokens", "sparsity", "dense ms", "sparse ms", "speed-up", "GB/s", "limit GB/s"]
+        title = f"**{first['d_model']} x {first['d_ff']}, {first['dtype']}** against {first['baseline']}"
+        parts.append(f"{title}\n\n{_markdown(head, rows)}")
+    return "\n".join(parts) + _where(results)
+
+
+_SPEED_COLUMNS = {"dense_ms": ".2f", "sparse_ms": ".2f", "speedup": ".2f", "gbytes_per_s": ".1f", "limit_gbytes_per_s": ".1f"}
+
+
+def _decode(results: Path) -> str:
+    parts = []
+    for name, record in _read(results / "speed").items():
+        if "bench decode" not in record["command"]:
+            continue
+        rows = [
+            [
+                f"{row['engine']} ({row['version']})",
+                f"{row['sparsity']:.0%}",
+                _number(row.get("ms_per_token"), ".1f"),
+                _number(row.get("speedup"), ".2f"),
+                _number(row.get("speedup_over_llama_cpp"), ".2f"),
+                _number(row.get("limit_speedup"), ".2f"),
+            ]
+            for row in record["rows"]
+        ]
+        head = ["engine", "FFN sparsity", "ms/token", "vs transformers", "vs llama.cpp", "bytes allow, vs dense"]
+        parts.append(f"**{name}**\n\n{_markdown(head, rows)}")
+    return "\n".join(parts) + _where(results)
+
+
+def _where(results: Path) -> str:
+    record = next(iter(_read(results / "speed").values()))
+    machine = record["machine"]
+    return (
+        f"\nMeasured on {machine['processor']}, {machine['torch_threads']} threads ({machine['device']}), "
+        f"torch {record['versions']['torch']}; read from `results/speed/`, where each file names its command.\n"
+    )
+
+
+def _limit(results: Path) -> str:
+    rows: dict[str, list[str]] = {}
+    record = json.loads((results / "speed" / "limit.json").read_text())
+    for row in record["rows"]:
+        name = row["config"]
+        rows.setdefault(name, [name, f"{row['gbytes_per_token']:.2f}", f"{row['ffn_share']:.0%}"])
+        rows[name].append(f"{row['limit_speedup']:.2f}")
+    sparsities = [f"{row['sparsity']:.0%}" for row in record["rows"] if row["config"] == record["rows"][0]["config"]]
+    return _markdown(["model", "GB per token (bf16)", "FFN share", *sparsities], rows.values())
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _read(folder: Path) -> dict[str, dict[str, Any]]:
