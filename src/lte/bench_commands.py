@@ -53,6 +53,7 @@ LIMIT_COLUMNS = {
 Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
 Sparsities = Annotated[str, typer.Option("--sparsity", help="FFN sparsities, separated by commas.")]
 ExpertSize = Annotated[int, typer.Option(help="Neurons per expert.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; the GPU where there is one.")]
 Threads = Annotated[int | None, typer.Option(help="Threads; torch's number by default.")]
 
 
@@ -79,15 +80,15 @@ def bench_ffn(
     expert_size: ExpertSize = 32,
     impl: Annotated[str, typer.Option(help="auto, reference, cpu or triton.")] = "auto",
     threads: Threads = None,
+    device: Device = None,
     json_file: JsonFile = None,
 ) -> None:
     """Time one FFN, dense against sparse, router included, and say how close it comes to the memory's limit."""
     from lte.bench.ffn import bench_ffn as run
-    from lte.hub import default_device
 
     check_json_target(json_file)
     _set_threads(threads)
-    device = default_device()
+    where = _device(device)
     with _status() as progress:
         rows, crossover = run(
             d_model=d_model,
@@ -97,10 +98,12 @@ def bench_ffn(
             tokens=[int(n) for n in _numbers(tokens, "tokens")],
             expert_size=expert_size,
             impl=impl,
-            device=device,
+            device=where,
             progress=progress,
         )
-    _print_rows(rows, FFN_COLUMNS, f"{d_model} x {d_ff}, {dtype}; dense: {rows[0]['baseline']}", json_file, crossover)
+    _print_rows(
+        rows, FFN_COLUMNS, f"{d_model} x {d_ff}, {dtype}; dense: {rows[0]['baseline']}", json_file, where, crossover
+    )
 
 
 @bench_app.command("decode")
@@ -120,14 +123,15 @@ def bench_decode(
     ] = True,
     llama_cpp: Annotated[bool, typer.Option("--llama-cpp/--no-llama-cpp", help="Also llama.cpp, if installed.")] = True,
     threads: Threads = None,
+    device: Device = None,
     json_file: JsonFile = None,
 ) -> None:
     """Time `generate`: transformers, transformers compiled, lte at each sparsity, and llama.cpp, side by side."""
     from lte.bench.decode import bench_decode as run
-    from lte.hub import default_device
 
     check_json_target(json_file)
     _set_threads(threads)
+    where = _device(device)
     with _status() as progress:
         rows, crossover = run(
             config_name=config,
@@ -140,10 +144,10 @@ def bench_decode(
             expert_size=expert_size,
             compiled=compile_,
             with_llama_cpp=llama_cpp,
-            device=default_device(),
+            device=where,
             progress=progress,
         )
-    _print_rows(rows, DECODE_COLUMNS, f"{model or config}, {dtype}, batch {batch}", json_file, crossover)
+    _print_rows(rows, DECODE_COLUMNS, f"{model or config}, {dtype}, batch {batch}", json_file, where, crossover)
 
 
 @bench_app.command("limit")
@@ -164,7 +168,7 @@ def bench_limit(
         expert_size=expert_size,
         context=context,
     )
-    _print_rows(rows, LIMIT_COLUMNS, f"batch 1, bf16, {expert_size} neurons per expert", json_file)
+    _print_rows(rows, LIMIT_COLUMNS, f"batch 1, bf16, {expert_size} neurons per expert", json_file, _device("cpu"))
 
 
 @bench_app.command("gpu")
@@ -195,6 +199,21 @@ def _set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
+def _device(name: str | None) -> Any:
+    """The torch device of a name; by default the GPU where there is one."""
+    import torch
+
+    from lte.hub import default_device
+
+    if name is None:
+        return default_device()
+    if name not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {name!r} is unknown; choose cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: no GPU is visible to torch; choose cpu")
+    return torch.device(name)
+
+
 def _numbers(text: str, name: str) -> list[float]:
     """``0,0.5`` -> [0.0, 0.5]."""
     try:
@@ -214,17 +233,21 @@ def _status() -> Iterator[Callable[[str], None]]:
 
 
 def _print_rows(
-    rows: list[dict[str, Any]], columns: dict[str, str], title: str, json_file: Path | None, crossover: Any = None
+    rows: list[dict[str, Any]],
+    columns: dict[str, str],
+    title: str,
+    json_file: Path | None,
+    device: Any,
+    crossover: Any = None,
 ) -> None:
     """Table, what was measured about the crossover, and the JSON."""
     from lte.bench.rows import report
-    from lte.hub import default_device
 
     _print_table(rows, columns, title)
     if crossover is not None:
         console.print(crossover.describe())
     more = {} if crossover is None else {"crossover": crossover.describe()}
-    write_json(json_file, report(rows, command_line(), default_device(), **more))
+    write_json(json_file, report(rows, command_line(), device, **more))
 
 
 def _print_table(rows: list[dict[str, Any]], columns: dict[str, str], title: str = "") -> None:

@@ -118,6 +118,8 @@ def _flat(weights: FFNWeights) -> tuple[Tensor | str | None, ...]:
 def _check(x_TD: Tensor, weights: FFNWeights) -> None:
     if x_TD.dim() != 2 or x_TD.shape[1] != weights.d_model:
         raise ConfigError(f"x has shape {list(x_TD.shape)}; wanted [tokens, {weights.d_model}]")
+    if weights.format != "plain":
+        raise ConfigError(f"weights of format {weights.format!r} are unknown; the operator reads 'plain' ones")
     if weights.activation not in ACTIVATIONS:
         raise ConfigError(f"activation {weights.activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
 

@@ -20,6 +20,7 @@ class FFNWeights:
         gate: [F, D], or None for a plain FFN.
         up_bias, gate_bias: [F] or None.  down_bias: [D] or None.
         activation: one of ``relu``, ``gelu``, ``gelu_tanh``, ``silu``.
+        format: how the matrices are stored; ``plain`` is one floating-point number per weight, and the only one so far.
     """
 
     up: Tensor
@@ -29,6 +30,7 @@ class FFNWeights:
     gate_bias: Tensor | None = None
     down_bias: Tensor | None = None
     activation: str = "silu"
+    format: str = "plain"
 
     @property
     def d_ff(self) -> int:

@@ -103,7 +103,13 @@ def _ffn(results: Path) -> str:
     return "\n".join(parts) + _where(results)
 
 
-_SPEED_COLUMNS = {"dense_ms": ".2f", "sparse_ms": ".2f", "speedup": ".2f", "gbytes_per_s": ".1f", "limit_gbytes_per_s": ".1f"}
+_SPEED_COLUMNS = {
+    "dense_ms": ".2f",
+    "sparse_ms": ".2f",
+    "speedup": ".2f",
+    "gbytes_per_s": ".1f",
+    "limit_gbytes_per_s": ".1f",
+}
 
 
 def _decode(results: Path) -> str:
