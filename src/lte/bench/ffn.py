@@ -21,7 +21,7 @@ from lte.inference import Crossover
 from lte.inference.crossover import measure
 from lte.inference.packing import streaming_copy
 from lte.nn import SparseFFN, ThresholdRouter
-from lte.nn.ffn import PathChooser
+from lte.nn.ffn import PathChooser, path_unmeasured
 from lte.ops import (
     FFNWeights,
     backend_obstacle,
@@ -43,10 +43,13 @@ class Case:
     ffns: list[SparseFFN]
     dense_down: list[Tensor]
     device: torch.device
+    choose_path: PathChooser = path_unmeasured
     weights: list[FFNWeights] = field(init=False)
+    routers: list[tuple[Tensor, Tensor | None, float]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.weights = [ffn.packed_weights() for ffn in self.ffns]
+        self.routers = [(ffn.router.weight, ffn.router.bias, ffn.router.threshold) for ffn in self.ffns]
 
     def dense(self, layer: int, x_TD: Tensor) -> Tensor:
         """torch's dense FFN: three matrix products on weights in the stock layout."""
@@ -56,12 +59,9 @@ class Case:
 
     def sparse(self, layer: int, x_TD: Tensor) -> Tensor:
         """The operator, router included, on the path a prepared model takes."""
-        ffn = self.ffns[layer]
-        impl, max_density = ffn.choose_path(len(x_TD))
-        router, weights = ffn.router, self.weights[layer]
-        return routed_ffn(
-            x_TD, router.weight, router.bias, router.threshold, weights, impl=impl, max_density=max_density
-        )
+        weight, bias, threshold = self.routers[layer]
+        impl, max_density = self.choose_path(x_TD.shape[0])
+        return routed_ffn(x_TD, weight, bias, threshold, self.weights[layer], impl=impl, max_density=max_density)
 
     @property
     def layer_bytes(self) -> int:
@@ -107,8 +107,7 @@ def bench_ffn(
         progress("measuring where dense wins")
         crossover = measure(case.ffns[0], backend)
     choose: PathChooser = crossover.choose if crossover else (lambda tokens: (backend, 1.0))
-    for ffn in case.ffns:
-        ffn.choose_path = choose
+    case.choose_path = choose
     rows = []
     for n_tokens in tokens:
         for sparsity in sparsities:

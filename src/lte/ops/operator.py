@@ -89,9 +89,13 @@ def routed_ffn(
     Returns:
         [T, D].
     """
+    eager = _is_eager_cpu(x_TD)
+    plan = weights.plans.get("cpu") if eager and impl == "cpu" and max_density >= 1 else None
+    if plan is not None and plan.fits(x_TD, router_weight_ED, router_bias_E, threshold):
+        return plan(x_TD)
     _check(x_TD, weights)
     _check_experts(router_weight_ED.shape[0], weights)
-    if _is_eager_cpu(x_TD):
+    if eager:
         return _run_routed(x_TD, router_weight_ED, router_bias_E, threshold, weights, impl, max_density)
     return torch.ops.lte.routed_ffn(
         x_TD, router_weight_ED, router_bias_E, threshold, *_flat(weights), impl, max_density
@@ -188,6 +192,7 @@ def _run_routed(
     chosen = backends.choose(impl, x, weights)
     fusible = router_weight.dtype == x.dtype and router_weight.stride(1) == 1
     if chosen == "cpu" and fusible and max_density >= 1:
+        weights.plans["cpu"] = cpu.Plan(weights, router_weight, router_bias, threshold)
         return cpu.sparse_ffn(x, weights, None, (router_weight, router_bias, threshold))
     if chosen == "triton":
         from lte.ops import triton

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ class FFNWeights:
     down_bias: Tensor | None = None
     activation: str = "silu"
     format: str = "plain"
+    plans: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What backends remember of these weights between calls; see ``lte.ops.cpu.calls.Plan``."""
 
     @property
     def d_ff(self) -> int:
@@ -55,7 +58,7 @@ class FFNWeights:
     @torch.no_grad()
     def permute_(self, permutation: Tensor) -> None:
         """Reorder the neurons in place: neuron ``permutation[i]`` moves to position ``i``. [F] long."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor) and field.name != "down_bias":
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, Tensor) and each.name != "down_bias":
                 value.copy_(value[permutation.to(value.device)])

@@ -97,6 +97,46 @@ def sparse_ffn(
     return y_TD
 
 
+class Plan:
+    """A routed FFN that was checked and described once, for calls that follow.
+
+    Between two tokens the caches are full of weights, and every line of Python is fetched from memory: checking and
+    describing a call anew then takes a tenth of a millisecond, a fifth of what a small sparse FFN does.
+
+    Args:
+        weights, router_weight, router_bias, threshold: of the call that was made the long way.
+    """
+
+    def __init__(
+        self, weights: FFNWeights, router_weight: Tensor, router_bias: Tensor | None, threshold: float
+    ) -> None:
+        self._struct = describe_ffn(weights, router_weight.shape[0], router_weight, router_bias, threshold)
+        self._reference = ctypes.byref(self._struct)
+        self._router = router_weight, router_bias, threshold
+        self._tensors = [t for t in vars(weights).values() if isinstance(t, Tensor)]
+        self._tensors += [t for t in (router_weight, router_bias) if t is not None]
+        self._pointers = [t.data_ptr() for t in self._tensors]
+        self._dtype, self._d_model = weights.up.dtype, weights.d_model
+        self._run = kernels().lte_sparse_ffn
+
+    def fits(self, x_TD: Tensor, router_weight: Tensor, router_bias: Tensor | None, threshold: float) -> bool:
+        """Whether a call is the one planned, on the memory planned."""
+        weight, bias, limit = self._router
+        if weight is not router_weight or bias is not router_bias or limit != threshold or x_TD.dtype != self._dtype:
+            return False
+        if x_TD.dim() != 2 or not x_TD.is_contiguous() or x_TD.shape[1] != self._d_model:
+            return False
+        return [t.data_ptr() for t in self._tensors] == self._pointers
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        """[T, D] -> [T, D]; only where :meth:`fits`."""
+        y_TD = torch.empty_like(x_TD)
+        tokens = x_TD.shape[0]
+        if tokens:
+            self._run(self._reference, x_TD.data_ptr(), tokens, None, None, y_TD.data_ptr(), torch.get_num_threads())
+        return y_TD
+
+
 def linear(x_TD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """[T, D] by [N, D] to [T, N]."""
     x_TD = x_TD.contiguous()
