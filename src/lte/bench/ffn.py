@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ from lte.bench.shapes import bias_for
 from lte.errors import ConfigError
 from lte.grouping import check_divisible
 from lte.inference import Crossover
-from lte.inference.crossover import measure
+from lte.inference.crossover import capture, measure
 from lte.inference.packing import streaming_copy
 from lte.nn import SparseFFN, ThresholdRouter
 from lte.nn.ffn import PathChooser, path_unmeasured
@@ -283,17 +282,3 @@ def _time_gpu(case: Case, inputs: list[Tensor], rounds: int) -> tuple[float, flo
             samples.append(begin.elapsed_time(end) / 1e3 / len(case.ffns))
         times[name] = median(samples[2:])
     return times["dense"], times["sparse"], copy_gbytes_per_s(case.device)
-
-
-def capture(body: Callable[[], Any]) -> Any:
-    """A CUDA graph of ``body``, after warming up beside the default stream."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            body()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        body()
-    return graph
