@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import subprocess
 from pathlib import Path
@@ -175,6 +176,33 @@ def test_the_router_is_the_routers_mask(impl, dtype, tokens):
         routed_ffn(x, weight, None, 0.6, weights, impl=impl),
         sparse_ffn(x, weights, route(x, weight, None) > 0.6, impl=impl),
     )
+
+
+@needs_kernels
+def test_what_is_remembered_between_calls_is_never_another_calls():
+    """The second call with the same tensors takes a short way, which must notice whatever has changed."""
+    x, weight, bias = torch.randn(3, 40), torch.randn(5, 40), torch.zeros(5)
+    weights = make(biases=True)
+
+    def check(weights: FFNWeights, x: Tensor, weight: Tensor, bias: Tensor | None, threshold: float) -> None:
+        got = routed_ffn(x, weight, bias, threshold, weights, impl="cpu")
+        assert_matches(got, x, weights, route(x, weight, bias) > threshold)
+
+    for _ in range(2):
+        check(weights, x, weight, bias, 0.5)
+    assert weights.plans
+    check(weights, x, weight, bias, 0.7)
+    check(weights, x, weight, None, 0.7)
+    check(weights, x, torch.randn(10, 40), None, 0.7)
+    check(weights, torch.randn(40, 3).T, weight, bias, 0.5)
+    check(weights, torch.randn(0, 40), weight, bias, 0.5)
+    bias += 1
+    check(weights, x, weight, bias, 0.5)
+    weights.up.data = torch.randn(60, 40)
+    check(weights, x, weight, bias, 0.5)
+    check(copy.deepcopy(weights), x, weight, bias, 0.5)
+    with pytest.raises(ConfigError, match="x has shape"):
+        routed_ffn(x[0], weight, bias, 0.5, weights, impl="cpu")
 
 
 @needs_kernels

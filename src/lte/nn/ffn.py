@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from enum import StrEnum
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +66,10 @@ class SparseFFN(nn.Module):
         self.observer: RoutingObserver | None = None
         self.choose_path: PathChooser = path_unmeasured
         self._packed: tuple[list[int], FFNWeights] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What was looked up for these parameters does not belong to a copy.
+        return {**self.__dict__, "_packed": None}
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D], in the current mode (LTE, sections 4.1 and 4.2).

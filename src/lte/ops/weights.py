@@ -35,6 +35,10 @@ class FFNWeights:
     plans: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     """What backends remember of these weights between calls; see ``lte.ops.cpu.calls.Plan``."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Plans point to the memory of these tensors, a copy has its own.
+        return {**self.__dict__, "plans": {}}
+
     @property
     def d_ff(self) -> int:
         """Number of neurons F."""
