@@ -64,6 +64,21 @@ def test_ffn_rows(small, dtype):
     assert (crossover is None) == bool(cpu.unavailable())
 
 
+def test_without_the_kernels_the_reference_is_measured(small, monkeypatch):
+    from lte.ops import backends
+    from lte.ops.cpu import library
+
+    backends.obstacle.cache_clear()
+    monkeypatch.setattr(library, "_open", lambda: (None, "the C++ kernels were not built"))
+    try:
+        rows, crossover = bench_ffn(dtype="fp32", sparsities=(0.5,), **small)
+    finally:
+        backends.obstacle.cache_clear()
+    assert crossover is None
+    assert rows[0]["backend"] == "reference (dense)"
+    assert rows[0]["status"] == "ok"
+
+
 @pytest.mark.skipif(bool(cpu.unavailable()), reason="the kernels are not built")
 def test_a_wrong_result_is_reported_as_failed_and_has_no_time(small, monkeypatch):
     monkeypatch.setattr("lte.ops.operator.cpu.sparse_ffn", lambda x, *_: x)

@@ -151,5 +151,5 @@ def kernels() -> ctypes.CDLL:
 
 
 def instruction_set() -> str:
-    """Which copy of the kernels runs on this processor: ``avx512_bf16``, ``avx512``, ``avx2`` or ``generic``."""
-    return str(kernels().lte_isa().decode())
+    """Which copy of the kernels runs here: ``avx512_bf16``, ``avx512``, ``avx2`` or ``generic``; ``none`` without them."""
+    return "none" if unavailable() else str(kernels().lte_isa().decode())
