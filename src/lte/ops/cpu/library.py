@@ -151,5 +151,5 @@ def kernels() -> ctypes.CDLL:
 
 
 def instruction_set() -> str:
-    """Which copy of the kernels runs here: ``avx512_bf16``, ``avx512``, ``avx2`` or ``generic``; ``none`` without them."""
+    """Which copy of the kernels runs: ``avx512_bf16``, ``avx512``, ``avx2`` or ``generic``; ``none`` without them."""
     return "none" if unavailable() else str(kernels().lte_isa().decode())
