@@ -79,7 +79,7 @@ def bench_ffn(
     expert_size: int = 32,
     impl: str = "auto",
     device: torch.device | None = None,
-    rounds: int = 15,
+    rounds: int = 25,
     progress: Callable[[str], None] = lambda line: None,
 ) -> tuple[list[Row], Crossover | None]:
     """Rows of dense against sparse time, router included, for a SwiGLU FFN, and the table ``auto`` chose by.
