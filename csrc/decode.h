@@ -92,7 +92,8 @@ static void attend(const lte_decoder& model, const lte_layer& layer, const lte_s
     for (; s + VL <= length; s += VL) store(row + s, vexp(load(row + s) - largest));
     for (; s < length; ++s) row[s] = std::exp(row[s] - largest);
     for (s = 0; s < length; ++s) total += row[s] = !mask || mask[s] ? row[s] : 0.0f;
-    for (s = 0; s < length; ++s) row[s] /= total;
+    // Where everything is padding, as in a row that is only carried along, all positions count the same.
+    for (s = 0; s < length; ++s) row[s] = total > 0 ? row[s] / total : 1.0f / float(length);
     y[g] = sums + g * stride;
     std::fill(y[g], y[g] + stride, 0.0f);
   }

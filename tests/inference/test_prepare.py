@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import lte
 from lte.errors import BackendError, CheckpointError, LTEError
@@ -236,11 +236,11 @@ def test_what_was_measured_is_logged_saved_and_used_again(tmp_path, caplog):
 
 def test_the_table_decides():
     table = Crossover("here", "shape", "cpu", {1: 1.0, 4: 0.4, 16: 0.0})
-    assert table.choose(1) == ("cpu", 1.0)
-    assert table.choose(3) == ("cpu", 0.4)
+    assert table.choose(1) == ("fastest", 1.0)
+    assert table.choose(3) == ("fastest", 0.4)
     assert table.choose(5) == table.choose(500) == ("reference", 0.0)
     gpu = Crossover("here", "shape", "triton", {1: 1.0, 4: 0.4}, expected_density=0.5)
-    assert gpu.choose(1) == ("triton", 1.0)
+    assert gpu.choose(1) == ("fastest", 1.0)
     assert gpu.choose(4)[0] == "reference"
     assert "4: sparse above 60 % sparsity" in table.describe()
 
@@ -315,3 +315,171 @@ def test_a_compiled_decode_step_has_no_graph_break(name):
             return call(ids[:, :1], past_key_values=cache, use_cache=True).logits
 
     torch.testing.assert_close(step(fast, True), step(plain, False), rtol=1e-4, atol=1e-5)
+
+
+class Doubled(torch.nn.Module):
+    """As an adapter wraps a layer."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return 2 * self.inner(x)
+
+
+def replace_up(model):
+    for layer in model.model.layers:
+        layer.mlp.up_proj = Doubled(layer.mlp.up_proj)
+
+
+def replace_head(model):
+    model.lm_head = Doubled(model.lm_head)
+
+
+def patch_forward(model):
+    projection = model.model.layers[0].self_attn.o_proj
+    old = projection.forward
+    projection.forward = lambda x: 2 * old(x)
+
+
+def patch_down(model):
+    projection = model.model.layers[0].mlp.down_proj
+    old = projection.forward
+    projection.forward = lambda x: 2 * old(x)
+
+
+def raise_thresholds(model):
+    for ffn in sparse_ffns(model):
+        ffn.router.threshold = 0.7
+
+
+@pytest.mark.parametrize("change", [replace_up, replace_head, patch_forward, patch_down, raise_thresholds])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_whatever_changes_in_the_model_is_noticed(change, when):
+    plain, fast = pair("llama")
+    if when == "after":
+        generate(fast, models.inputs(2))
+    for model in (plain, fast):
+        change(model)
+    assert torch.equal(generate(plain, models.inputs(2)), generate(fast, models.inputs(2)))
+
+
+@torch.no_grad()
+def step_by_step(model, cache, ids, **options):
+    """Logits of the last tokens, fed one by one after a prompt of six."""
+    model(input_ids=ids[:, :6], past_key_values=cache, use_cache=True)
+    steps = range(6, ids.shape[1])
+    return torch.cat([model(ids[:, i : i + 1], past_key_values=cache, **options).logits for i in steps], 1)
+
+
+@pytest.mark.parametrize("config", [True, False])
+def test_a_sliding_window_slides(config, fused_steps):
+    changed = copy.deepcopy(models.CONFIGS["mistral"])
+    changed.sliding_window = 9
+    torch.manual_seed(0)
+    plain = lte.sparsify(
+        AutoModelForCausalLM.from_config(changed).eval(), lte.LTEConfig(expert_size=8, grouping="random")
+    )
+    fast = lte.prepare_for_inference(copy.deepcopy(plain), impl="cpu")
+    ids = models.inputs(2, 20)["input_ids"]
+    wanted, got = (
+        step_by_step(m, DynamicCache(config=m.config) if config else DynamicCache(), ids) for m in (plain, fast)
+    )
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    assert len(fused_steps) == 2
+
+
+@pytest.mark.parametrize("rope", ["dynamic", "llama3", "yarn"])
+def test_rotary_embeddings_of_every_kind(rope):
+    changed = copy.deepcopy(models.CONFIGS["llama"])
+    more = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 12}
+    kinds = {"dynamic": {}, "llama3": more, "yarn": {"original_max_position_embeddings": 12}}
+    changed.max_position_embeddings = 12
+    changed.rope_parameters = {"rope_type": rope, "factor": 2.0, "rope_theta": 10000.0, **kinds[rope]}
+    torch.manual_seed(0)
+    plain = lte.sparsify(
+        AutoModelForCausalLM.from_config(changed).eval(), lte.LTEConfig(expert_size=8, grouping="random")
+    )
+    fast = lte.prepare_for_inference(copy.deepcopy(plain), impl="cpu")
+    ids = models.inputs(1, 24)["input_ids"]
+    wanted, got = (step_by_step(m, DynamicCache(config=m.config), ids) for m in (plain, fast))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_caches_that_part_ways_do_not_write_over_each_other():
+    plain, fast = pair("llama")
+    ids = models.inputs(1, 12)["input_ids"]
+
+    @torch.no_grad()
+    def branches(model):
+        cache = DynamicCache(config=model.config)
+        step_by_step(model, cache, ids[:, :8])
+        fork = copy.copy(cache)
+        fork.layers = [copy.copy(layer) for layer in cache.layers]
+        held = [(layer.keys, layer.values) for layer in cache.layers]
+        out = []
+        for branch, token in ((cache, 8), (fork, 9), (cache, 10), (fork, 11)):
+            out.append(model(ids[:, token : token + 1], past_key_values=branch).logits)
+        for layer, (keys, values) in zip(cache.layers, held, strict=True):
+            layer.keys, layer.values = keys, values
+        out.append(model(ids[:, 9:10], past_key_values=cache).logits)
+        out.append(model(ids[:, 10:11], past_key_values=fork).logits)
+        return torch.cat(out)
+
+    torch.testing.assert_close(branches(fast), branches(plain), rtol=1e-4, atol=1e-5)
+
+
+def test_unusual_positions_and_masks():
+    plain, fast = pair("llama")
+    ids = models.inputs(3, 7)["input_ids"]
+    positions = torch.tensor([[-1], [3], [6]])
+    wanted, got = (step_by_step(m, DynamicCache(config=m.config), ids, position_ids=positions) for m in (plain, fast))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    mask = torch.ones(3, 7, dtype=torch.long)
+    mask[0], mask[1, 2] = 0, 0
+    wanted, got = (step_by_step(m, DynamicCache(config=m.config), ids, attention_mask=mask) for m in (plain, fast))
+    assert torch.isfinite(got).all()
+    torch.testing.assert_close(got[1:], wanted[1:], rtol=1e-4, atol=1e-5)
+
+
+def test_what_the_config_asks_for_is_given():
+    _, fast = pair("llama")
+    fast.config.output_hidden_states = True
+    cache, ids = DynamicCache(config=fast.config), models.inputs(1, 7)["input_ids"]
+    step_by_step(fast, cache, ids)
+    with torch.no_grad():
+        assert len(fast(input_ids=ids[:, :1], past_key_values=cache).hidden_states) == models.LAYERS + 1
+
+
+def test_a_token_that_does_not_exist_leaves_the_cache_as_it_was():
+    _, fast = pair("llama")
+    cache = DynamicCache(config=fast.config)
+    step_by_step(fast, cache, models.inputs(1, 8)["input_ids"])
+    with torch.no_grad(), pytest.raises(IndexError):
+        fast(input_ids=torch.tensor([[10**6]]), past_key_values=cache)
+    assert cache.get_seq_length() == 8
+
+
+def test_casting_and_pickling_a_prepared_model(tmp_path):
+    _, fast = pair("llama")
+    torch.save(fast, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(generate(again, models.inputs(1)), generate(fast, models.inputs(1)))
+    measured = lte.prepare_for_inference(sparse("llama"))
+    assert generate(measured.double(), models.inputs(1)).shape == (1, 35)
+    assert generate(measured.to(torch.bfloat16), models.inputs(1)).shape == (1, 35)
+
+
+def test_the_environment_forces_a_prepared_model_too(monkeypatch):
+    monkeypatch.setenv("LTE_BACKEND", "cpu")
+    assert not hasattr(lte.prepare_for_inference(sparse("llama")), "lte_crossover")
+    model = sparse("gpt2")
+    monkeypatch.setenv("LTE_BACKEND", "triton")
+    with pytest.raises(BackendError, match="tensors are on cpu"), torch.no_grad():
+        model(**models.inputs(4, 40))
+
+
+def test_bad_settings():
+    with pytest.raises(LTEError, match=r"expected_sparsity=7.0 is out of range"):
+        lte.prepare_for_inference(sparse("llama"), expected_sparsity=7.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import shutil
 import subprocess
 from pathlib import Path
@@ -272,7 +273,9 @@ def test_errors_name_the_thing_the_value_and_the_way_out(monkeypatch):
         sparse_ffn(x, weights, torch.ones(2, 7, dtype=torch.bool))
     with pytest.raises(ConfigError, match=r"expert_weights has shape \[3, 5\]; wanted \[2,"):
         sparse_ffn(x, weights, torch.ones(3, 5, dtype=torch.bool))
-    with pytest.raises(BackendError, match="impl='gpu' is no backend; choose one of auto, reference, cpu, triton"):
+    with pytest.raises(
+        BackendError, match="impl='gpu' is no backend; choose one of auto, fastest, reference, cpu, triton"
+    ):
         sparse_ffn(x, weights, impl="gpu")
     monkeypatch.setenv("LTE_BACKEND", "fast")
     with pytest.raises(BackendError, match="LTE_BACKEND='fast' is no backend"):
@@ -322,3 +325,45 @@ def test_the_avx512_bf16_code_computes_the_same(tmp_path, monkeypatch):
             for tokens in (1, 2, 5, 16):
                 x, mask = torch.randn(tokens, d_model).to(dtype), torch.rand(tokens, n_experts) > 0.5
                 assert_matches(sparse_ffn(x, weights, mask, impl="cpu"), x, weights, mask)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"down": torch.zeros(40, 60)}, r"the down matrix has shape \[40, 60\]; wanted \[60, 40\]"),
+        ({"gate": torch.zeros(48, 40)}, "the gate matrix has shape"),
+        ({"up_bias": torch.zeros(8)}, r"the up bias has shape \[8\]; wanted \[60\]"),
+        ({"down_bias": torch.zeros(60)}, r"the down bias has shape \[60\]; wanted \[40\]"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(change, message):
+    weights, x = dataclasses.replace(make(biases=True), **change), torch.randn(2, 40)
+    with pytest.raises(ConfigError, match=message):
+        sparse_ffn(x, weights, torch.ones(2, 5, dtype=torch.bool))
+    with pytest.raises(ConfigError, match=message):
+        routed_ffn(x, torch.zeros(5, 40), None, 0.5, weights)
+
+
+def test_routers_and_linear_layers_that_do_not_fit_are_refused():
+    weights, x = make(), torch.randn(2, 40)
+    with pytest.raises(ConfigError, match=r"the router weight has shape \[5, 39\]; wanted \[experts, 40\]"):
+        routed_ffn(x, torch.zeros(5, 39), None, 0.5, weights)
+    with pytest.raises(ConfigError, match=r"the router bias has shape \[1\]; wanted \[5\]"):
+        routed_ffn(x, torch.zeros(5, 40), torch.zeros(1), 0.5, weights)
+    with pytest.raises(ConfigError, match=r"x has shape \[2, 40\]; wanted \[tokens, 48\]"):
+        linear(x, torch.zeros(8, 48))
+    with pytest.raises(ConfigError, match=r"the bias has shape \[7\]; wanted \[8\]"):
+        linear(x, torch.zeros(8, 40), torch.zeros(7))
+
+
+@needs_kernels
+def test_biases_of_another_kind_are_not_read_as_they_lie():
+    x, weight, bias = torch.randn(2, 40), torch.randn(5, 40), torch.randn(5)
+    weights = make(biases=True)
+    wanted = routed_ffn(x, weight, bias, 0.5, weights, impl="cpu")
+    assert torch.equal(routed_ffn(x, weight, bias.double(), 0.5, weights, impl="cpu"), wanted)
+    assert torch.equal(routed_ffn(x, weight, bias.repeat(2, 1).T[:, 0], 0.5, weights, impl="cpu"), wanted)
+    strided = dataclasses.replace(weights, up_bias=torch.randn(60, 2)[:, 0])
+    with pytest.raises(BackendError, match="the up bias is torch.float32 with stride"):
+        sparse_ffn(x, strided, None, impl="cpu")
+    torch.testing.assert_close(linear(x, weight, bias.repeat(2, 1).T[:, 0]), linear(x, weight, bias))

@@ -178,6 +178,7 @@ class _Bench:
         reached, logits_error = _check(model, self.ids, self.new_tokens)
         error = _ffn_error(model, len(self.ids))
         path = sparse_ffns(model)[0].choose_path(len(self.ids))[0]
+        path = model.lte_crossover.backend if path == "fastest" else path
         fused = type(model.__dict__.get("forward")).__name__ == "DecodeStep"
         row: Row = {
             "engine": "lte",

@@ -12,6 +12,7 @@ from typing import Any
 
 from lte.accounting import layer_costs
 from lte.bench.shapes import SHAPES, meta_model, model_config
+from lte.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ def bench_limit(
     context: int = 0,
 ) -> list[dict[str, Any]]:
     """One row per model and sparsity; see :class:`DecodeBytes`."""
+    if context < 0 or expert_size < 1:
+        raise ConfigError(f"context={context}, expert_size={expert_size}: at least 0 and 1")
     rows = []
     for name in names:
         count = decode_bytes(model_config(name), expert_size=expert_size, weight_bytes=weight_bytes, context=context)

@@ -53,7 +53,7 @@ class Crossover:
         density = self.max_density[next((t for t in measured if t >= tokens), measured[-1])]
         if density <= 0 or (self.backend != "cpu" and density < self.expected_density):
             return "reference", 0.0
-        return self.backend, density if self.backend == "cpu" else 1.0
+        return "fastest", density if self.backend == "cpu" else 1.0
 
     def describe(self) -> str:
         """One line for the log."""
@@ -78,6 +78,8 @@ class Crossover:
         try:
             raw = json.loads(path.read_text())
             raw["max_density"] = {int(tokens): float(density) for tokens, density in raw["max_density"].items()}
+            if not raw["max_density"]:
+                raise ValueError("it is empty")
             return cls(**raw)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"{path}: no table of measured speeds ({error}); prepare without it") from error

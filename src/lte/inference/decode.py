@@ -11,10 +11,12 @@ from __future__ import annotations
 import ctypes
 import inspect
 from ctypes import POINTER, cast, pointer
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -25,6 +27,7 @@ from lte.ops.cpu.calls import describe_ffn
 from lte.ops.cpu.library import Cache, Decoder, Layer, Matrix, Step, matrix
 
 MAX_BATCH = 64
+MAX_POSITION = 1 << 20
 STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 """Rotary embeddings whose frequencies do not change with the length; those of others are asked for at every step."""
 
@@ -49,11 +52,20 @@ class DecodeStep:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward."""
-        if not args and not torch.is_grad_enabled() and not self.model.training and not torch.compiler.is_compiling():
+        if len(args) == 1 and "input_ids" not in kwargs:
+            kwargs["input_ids"], args = args[0], ()
+        if not args and self._is_plain_inference():
             logits = self._step(**kwargs)
             if logits is not None:
                 return CausalLMOutputWithPast(logits=logits, past_key_values=kwargs["past_key_values"])
         return self.stock(*args, **kwargs)
+
+    def _is_plain_inference(self) -> bool:
+        if torch.is_grad_enabled() or self.model.training or torch.compiler.is_compiling():
+            return False
+        config = self.model.config
+        wants_more = config.output_hidden_states or config.output_attentions or not config.return_dict
+        return not wants_more and not torch.is_autocast_enabled("cpu")
 
     def obstacle(self) -> str:
         """Why this model's step cannot be fused; empty where it can."""
@@ -105,16 +117,19 @@ class DecodeStep:
             or attention_mask.dtype != torch.int64
         ):
             return None
-        caches = built.caches(past_key_values, batch, position)
-        if caches is None:
-            return None
         if position_ids is None:
             position_ids = input_ids.new_full((batch, 1), position)
         elif position_ids.shape != (batch, 1):
             if position_ids.numel() != 1:
                 return None
             position_ids = position_ids.expand(batch, 1)
-        return built.run(input_ids, position, position_ids, attention_mask, caches)
+        hidden = built.embedding(input_ids).contiguous()
+        rotations = built.rotate(position_ids)
+        # Last, because it makes room in the cache: what cannot go on must leave the cache as it was.
+        caches = None if rotations is None else built.caches(past_key_values, batch, position)
+        if rotations is None or caches is None:
+            return None
+        return built.run(hidden, position, rotations, attention_mask, caches)
 
     def _current(self) -> _Built | None:
         """What the kernels read of the model, built again where a parameter has moved; None where hooks watch."""
@@ -134,8 +149,12 @@ class _Built:
         self.slots = [(m._parameters, name) for m in self.modules for name, p in m._parameters.items() if p is not None]
         self.ffns = sparse_ffns(model)
         self.modes = [ffn.mode for ffn in self.ffns]
+        self.thresholds = [ffn.router.threshold for ffn in self.ffns]
+        self.children = [(m._modules, list(m._modules.values())) for m in (model, *self.modules) if m._modules]
         # The dictionaries themselves: looking at them is all that a step can afford.
         self.hooks = [h for m in self.modules for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self.hooks += [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
+        self.attributes = [m.__dict__ for m in self.modules]
         blocks = blocks_of(model)
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.n_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -149,8 +168,9 @@ class _Built:
         self.embedding = model.get_input_embeddings()
         self.head = model.lm_head
         self.dtype = self.head.weight.dtype
-        cos, sin = self._rotations(torch.arange(256)[None])
-        self.cos_sin = (cos[0], sin[0])
+        # A dynamic embedding changes with every length it is asked for: it is not asked before it has to be.
+        self.cos_sin = (torch.empty(0), torch.empty(0))
+        self.window = getattr(config, "sliding_window", None)
         self.decoder = Decoder(
             layers=cast(self.layers, POINTER(Layer)),
             final_norm=norm.weight.data_ptr(),
@@ -160,7 +180,7 @@ class _Built:
             n_heads=config.num_attention_heads,
             n_kv_heads=self.n_kv_heads,
             head_dim=self.head_dim,
-            rotary_dim=self.cos_sin[0].shape[-1],
+            rotary_dim=2 * self.rotary.inv_freq.shape[-1],
             norm_eps=getattr(norm, "variance_epsilon", None) or norm.eps,
             norm_offset=spec.norm_offset,
             scaling=blocks[0].get_submodule(spec.output.rpartition(".")[0]).scaling,
@@ -172,6 +192,10 @@ class _Built:
         """Whether the structs still describe the model."""
         if [ffn.mode for ffn in self.ffns] != self.modes:
             return False
+        if [ffn.router.threshold for ffn in self.ffns] != self.thresholds:
+            return False
+        if any(list(now.values()) != then for now, then in self.children):
+            return False
         return self._current_pointers() == self.pointers
 
     def _current_pointers(self) -> list[int]:
@@ -179,7 +203,9 @@ class _Built:
 
     def is_watched(self) -> bool:
         """Whether hooks or observers want to see the modules run, or soft mode is on: the stock forward then does."""
-        return any(self.hooks) or any(ffn.observer is not None or ffn.mode == Mode.SOFT for ffn in self.ffns)
+        if any(self.hooks) or any("forward" in attributes for attributes in self.attributes):
+            return True
+        return any(ffn.observer is not None or ffn.mode == Mode.SOFT for ffn in self.ffns)
 
     def _layer(self, block: nn.Module, ffn: SparseFFN, spec: Any) -> Layer:
         def weight(path: str) -> int:
@@ -206,11 +232,13 @@ class _Built:
         """Room for one more token in every layer's cache, as C structs; None where the cache is of another kind."""
         if position == 0 or len(cache.layers) != len(self.layers):
             return None
+        if self.window is not None and position + 1 >= self.window:
+            return None
         for layer in cache.layers:
             sliding = type(layer) is DynamicSlidingWindowLayer
             if not (type(layer) is DynamicLayer or sliding) or not layer.is_initialized:
                 return None
-            if sliding and (layer.record_past or layer.cumulative_length + 1 >= layer.sliding_window):
+            if sliding and (layer.record_past or layer.cumulative_length != position):
                 return None
             if layer.keys.dtype != self.dtype or layer.keys.shape != (batch, self.n_kv_heads, position, self.head_dim):
                 return None
@@ -220,6 +248,7 @@ class _Built:
         for struct, layer in zip(structs, cache.layers, strict=True):
             keys, values = _room(layer, position)
             layer.keys, layer.values = keys[:, :, : position + 1], values[:, :, : position + 1]
+            layer._lte_buffers.filled = position + 1
             if type(layer) is DynamicSlidingWindowLayer:
                 layer.cumulative_length += 1
             struct.keys, struct.values = keys.data_ptr(), values.data_ptr()
@@ -227,12 +256,16 @@ class _Built:
         return structs
 
     def run(
-        self, input_ids: Tensor, position: int, position_ids: Tensor, attention_mask: Tensor | None, caches: Any
+        self,
+        hidden: Tensor,
+        position: int,
+        rotations: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        caches: Any,
     ) -> Tensor:
         """Logits [B, 1, V] in the dtype of the model."""
-        batch = len(input_ids)
-        hidden = self.embedding(input_ids).contiguous()
-        cos, sin = self._cos_sin(position_ids)
+        batch = len(hidden)
+        cos, sin = rotations
         mask = None if attention_mask is None else attention_mask.contiguous()
         logits = torch.empty(batch, 1, len(self.head.weight), dtype=self.dtype)
         step = Step(
@@ -250,8 +283,10 @@ class _Built:
         kernels().lte_decode(ctypes.byref(self.decoder), pointer(step), torch.get_num_threads())
         return logits
 
-    def _cos_sin(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotations [B, rotary_dim] in float32."""
+    def rotate(self, position_ids: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Rotations [B, rotary_dim] in float32; None for positions no sequence has."""
+        if not 0 <= int(position_ids.min()) <= int(position_ids.max()) < MAX_POSITION:
+            return None
         if not self.static_rope:
             cos, sin = self._rotations(position_ids)
             return cos.flatten(0, 1), sin.flatten(0, 1)
@@ -272,22 +307,42 @@ def _room(layer: Any, position: int) -> tuple[Tensor, Tensor]:
     """The buffers behind a cache layer's keys and values, with room for one token more.
 
     The cache of transformers grows by copying itself at every token. Here it becomes a view of a larger buffer that is
-    written in place; whatever else replaces its tensors (beam search, cropping, ...) is noticed, and copied once.
+    written in place; whatever else replaces its tensors (beam search, a restored copy, ...) is noticed, and copied once.
     """
     buffers = layer.__dict__.get("_lte_buffers")
-    if buffers is not None:
-        keys, values = buffers
-        same = layer.keys.data_ptr() == keys.data_ptr() and layer.values.data_ptr() == values.data_ptr()
-        if same and layer.keys.stride() == keys.stride() and position < keys.shape[2]:
-            return keys, values
+    if buffers is not None and buffers.continues(layer, position):
+        return buffers.keys, buffers.values
     grown = []
     for old in (layer.keys, layer.values):
         batch, heads, length, dim = old.shape
         new = old.new_empty(batch, heads, length + max(256, length // 2), dim)
         new[:, :, :length] = old
         grown.append(new)
-    layer._lte_buffers = (grown[0], grown[1])
+    layer._lte_buffers = _Buffers(grown[0], grown[1], id(layer), position)
     return grown[0], grown[1]
+
+
+@dataclass
+class _Buffers:
+    """What a cache layer's tensors are views of.
+
+    Attributes:
+        keys, values: [B, heads, capacity, head_dim].
+        owner: id of the layer; a shallow copy of it must not write here.
+        filled: tokens written. Another view may hold them, so that a shorter cache must not write over them.
+    """
+
+    keys: Tensor
+    values: Tensor
+    owner: int
+    filled: int
+
+    def continues(self, layer: Any, position: int) -> bool:
+        """Whether the layer holds all that was written, and one token more fits."""
+        if self.owner != id(layer) or self.filled != position or position >= self.keys.shape[2]:
+            return False
+        same = layer.keys.data_ptr() == self.keys.data_ptr() and layer.values.data_ptr() == self.values.data_ptr()
+        return same and layer.keys.stride() == self.keys.stride()
 
 
 def _decoder_linears(model: Any) -> list[tuple[str, nn.Module]]:

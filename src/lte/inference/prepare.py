@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
 
-from lte.errors import BackendError
+from lte.errors import BackendError, ConfigError
 from lte.hub import require_sparse
 from lte.inference.crossover import Crossover, machine_name, measure, shape_name
 from lte.inference.decode import DecodeStep
@@ -61,17 +62,19 @@ def prepare_for_inference(
     ffns = sparse_ffns(model)
     backend = _backend(ffns[0], impl)
     if backend == "reference":
-        _set_path(ffns, _always("reference"))
+        _set_path(ffns, Forced("reference"))
         return model
     for ffn in ffns:
         ffn.pack(streaming_copy)
-    if impl == "auto":
+    if not 0 <= expected_sparsity <= 1:
+        raise ConfigError(f"expected_sparsity={expected_sparsity} is out of range; it is a share, from 0 to 1")
+    if requested_backend(impl) in ("auto", "fastest"):
         table = _table(ffns[0], backend, crossover, 1 - expected_sparsity)
         model.lte_crossover = table  # type: ignore[assignment]
         _set_path(ffns, table.choose)
         linear_tokens = table.linear_tokens
     else:
-        _set_path(ffns, _always(backend))
+        _set_path(ffns, Forced(backend))
         linear_tokens = 64
     if backend == "cpu":
         _speed_up_cpu(model, ffns, linear_tokens, fuse_decode)
@@ -109,7 +112,7 @@ def _speed_up_cpu(model: Any, ffns: list[SparseFFN], linear_tokens: int, fuse_de
 def _backend(ffn: SparseFFN, impl: str) -> str:
     weight = ffn.weights().up
     wanted = requested_backend(impl)
-    if wanted == "auto":
+    if wanted in ("auto", "fastest"):
         fast = "triton" if weight.device.type == "cuda" else "cpu"
         reason = backend_obstacle(fast, weight.dtype, weight.device)
         if reason:
@@ -137,11 +140,15 @@ def _table(
     return measure(ffn, backend, expected_density=expected_density)
 
 
-def _always(impl: str) -> PathChooser:
-    def choose(tokens: int) -> tuple[str, float]:
-        return impl, 1.0
+@dataclass(frozen=True)
+class Forced:
+    """One implementation, whatever the number of tokens; a :data:`lte.nn.ffn.PathChooser`."""
 
-    return choose
+    impl: str
+
+    def __call__(self, tokens: int) -> tuple[str, float]:
+        """``impl`` and ``max_density``."""
+        return self.impl, 1.0
 
 
 def _set_path(ffns: list[SparseFFN], choose: PathChooser) -> None:

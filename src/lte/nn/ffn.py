@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lte.nn.linear import FastLinear
 from lte.nn.router import Routing, ThresholdRouter
-from lte.ops import SMALL_BATCH, FFNWeights, project_down, routed_ffn, scale_experts, sparse_ffn
+from lte.ops import SMALL_BATCH, FFNWeights, project_down, requested_backend, routed_ffn, scale_experts, sparse_ffn
 
 RoutingObserver = Callable[[int, Routing], None]
 PathChooser = Callable[[int], tuple[str, float]]
@@ -193,11 +193,14 @@ class SparseFFN(nn.Module):
 
 def path_unmeasured(tokens: int) -> tuple[str, float]:
     """Before anything is measured: the kernels for few tokens, dense matrix products for many."""
-    return ("auto", 1.0) if tokens <= SMALL_BATCH else ("reference", 1.0)
+    if tokens <= SMALL_BATCH:
+        return "auto", 1.0
+    forced = None if torch.compiler.is_compiling() else requested_backend("auto")
+    return ("reference", 1.0) if forced in (None, "auto") else ("auto", 1.0)
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def _is_plain(module: nn.Module) -> bool:

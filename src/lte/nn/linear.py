@@ -31,6 +31,11 @@ class FastLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., N]."""
         tokens = x.numel() // max(1, x.shape[-1])
-        if tokens > self.max_tokens or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        if (
+            x.shape[-1] != self.weight.shape[1]
+            or tokens > self.max_tokens
+            or torch.is_grad_enabled()
+            or torch.is_autocast_enabled(x.device.type)
+        ):
             return super().forward(x)
-        return linear(x.reshape(-1, x.shape[-1]), self.weight, self.bias).view(*x.shape[:-1], -1)
+        return linear(x.reshape(-1, x.shape[-1]), self.weight, self.bias).view(*x.shape[:-1], self.weight.shape[0])

@@ -16,7 +16,7 @@ from lte.ops.weights import FFNWeights
 
 logger = logging.getLogger(__name__)
 
-IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton")
+IMPLEMENTATIONS = ("auto", "fastest", "reference", "cpu", "triton")
 ENVIRONMENT = "LTE_BACKEND"
 SMALL_BATCH = 64
 """Tokens up to which ``auto`` takes a sparse kernel where nothing was measured; above, dense matrix products win."""
@@ -26,7 +26,8 @@ def choose(impl: str, x_TD: Tensor, weights: FFNWeights) -> str:
     """``reference``, ``cpu`` or ``triton`` for one call.
 
     Args:
-        impl: ``auto``, or the implementation asked for; the environment variable ``LTE_BACKEND`` replaces ``auto``.
+        impl: the implementation asked for; ``fastest`` is the kernels of the device where they can run, and ``auto``
+            the same for up to 64 tokens. The environment variable ``LTE_BACKEND`` replaces those two.
         x_TD: [T, D] inputs.
         weights: the FFN.
 
@@ -36,13 +37,13 @@ def choose(impl: str, x_TD: Tensor, weights: FFNWeights) -> str:
     impl = requested(impl)
     if impl == "reference":
         return impl
-    if impl == "auto":
+    if impl in ("auto", "fastest"):
         fast = "triton" if x_TD.device.type == "cuda" else "cpu"
         if x_TD.device.type not in ("cpu", "cuda"):
             return "reference"
         reason = obstacle(fast, x_TD.dtype, x_TD.device) or layout_obstacle(x_TD, weights)
         _log_choice(fast, str(x_TD.device.type), str(x_TD.dtype), reason)
-        return "reference" if reason or len(x_TD) > SMALL_BATCH else fast
+        return "reference" if reason or (impl == "auto" and len(x_TD) > SMALL_BATCH) else fast
     reason = obstacle(impl, x_TD.dtype, x_TD.device) or layout_obstacle(x_TD, weights)
     if reason:
         raise BackendError(f"backend {impl!r} cannot run: {reason}; use another, or impl='auto'")
@@ -52,8 +53,8 @@ def choose(impl: str, x_TD: Tensor, weights: FFNWeights) -> str:
 def requested(impl: str) -> str:
     """What the caller, or for ``auto`` the environment, asks for; BackendError where it is no implementation."""
     source = "impl"
-    if impl == "auto":
-        source, impl = ENVIRONMENT, os.environ.get(ENVIRONMENT, "auto")
+    if impl in ("auto", "fastest") and os.environ.get(ENVIRONMENT):
+        source, impl = ENVIRONMENT, os.environ[ENVIRONMENT]
     if impl not in IMPLEMENTATIONS:
         raise BackendError(f"{source}={impl!r} is no backend; choose one of {', '.join(IMPLEMENTATIONS)}")
     return impl
@@ -84,6 +85,9 @@ def layout_obstacle(x_TD: Tensor, weights: FFNWeights) -> str:
             return f"a neuron's row of the {name} matrix is not contiguous; lte.prepare_for_inference packs it"
         if tensor.dtype != x_TD.dtype:
             return f"x is {x_TD.dtype}, the {name} matrix {tensor.dtype}"
+    for name, bias in (("gate", weights.gate_bias), ("up", weights.up_bias), ("down", weights.down_bias)):
+        if bias is not None and (bias.dtype != x_TD.dtype or not bias.is_contiguous()):
+            return f"the {name} bias is {bias.dtype} with stride {bias.stride()}; wanted {x_TD.dtype}, contiguous"
     return ""
 
 

@@ -90,10 +90,12 @@ def routed_ffn(
         [T, D].
     """
     eager = _is_eager_cpu(x_TD)
-    plan = weights.plans.get("cpu") if eager and impl == "cpu" and max_density >= 1 else None
+    planned = eager and max_density >= 1 and backends.requested(impl) in ("cpu", "fastest")
+    plan = weights.plans.get("cpu") if planned else None
     if plan is not None and plan.fits(x_TD, router_weight_ED, router_bias_E, threshold):
         return plan(x_TD)
     _check(x_TD, weights)
+    _check_router(router_weight_ED, router_bias_E, weights.d_model)
     _check_experts(router_weight_ED.shape[0], weights)
     if eager:
         return _run_routed(x_TD, router_weight_ED, router_bias_E, threshold, weights, impl, max_density)
@@ -120,12 +122,35 @@ def _flat(weights: FFNWeights) -> tuple[Tensor | str | None, ...]:
 
 
 def _check(x_TD: Tensor, weights: FFNWeights) -> None:
+    _check_shapes(weights)
     if x_TD.dim() != 2 or x_TD.shape[1] != weights.d_model:
         raise ConfigError(f"x has shape {list(x_TD.shape)}; wanted [tokens, {weights.d_model}]")
     if weights.format != "plain":
         raise ConfigError(f"weights of format {weights.format!r} are unknown; the operator reads 'plain' ones")
     if weights.activation not in ACTIVATIONS:
         raise ConfigError(f"activation {weights.activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
+
+
+def _check_shapes(weights: FFNWeights) -> None:
+    wanted = weights.up.shape
+    for name, matrix in (("gate", weights.gate), ("down", weights.down)):
+        if matrix is not None and matrix.shape != wanted:
+            raise ConfigError(
+                f"the {name} matrix has shape {list(matrix.shape)}; wanted {list(wanted)}, one row per neuron "
+                "as in the up matrix"
+                + (" (the stock down projection is the transposed of it)" if name == "down" else "")
+            )
+    sizes = (("gate", weights.gate_bias, 0), ("up", weights.up_bias, 0), ("down", weights.down_bias, 1))
+    for name, bias, axis in sizes:
+        if bias is not None and bias.shape != wanted[axis : axis + 1]:
+            raise ConfigError(f"the {name} bias has shape {list(bias.shape)}; wanted [{wanted[axis]}]")
+
+
+def _check_router(weight: Tensor, bias: Tensor | None, d_model: int) -> None:
+    if weight.dim() != 2 or weight.shape[1] != d_model:
+        raise ConfigError(f"the router weight has shape {list(weight.shape)}; wanted [experts, {d_model}]")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ConfigError(f"the router bias has shape {list(bias.shape)}; wanted [{weight.shape[0]}]")
 
 
 def _check_experts(n_experts: int, weights: FFNWeights) -> None:
@@ -191,6 +216,8 @@ def _run_routed(
 ) -> Tensor:
     chosen = backends.choose(impl, x, weights)
     fusible = router_weight.dtype == x.dtype and router_weight.stride(1) == 1
+    if router_bias is not None:
+        fusible = fusible and router_bias.dtype == x.dtype and router_bias.is_contiguous()
     if chosen == "cpu" and fusible and max_density >= 1:
         weights.plans["cpu"] = cpu.Plan(weights, router_weight, router_bias, threshold)
         return cpu.sparse_ffn(x, weights, None, (router_weight, router_bias, threshold))
@@ -222,7 +249,12 @@ def route(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     reason = backends.obstacle("cpu", x.dtype, x.device)
-    if reason or weight.dtype != x.dtype or weight.stride(1) != 1:
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+        raise ConfigError(f"x has shape {list(x.shape)}; wanted [tokens, {weight.shape[-1]}], the width of the weight")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ConfigError(f"the bias has shape {list(bias.shape)}; wanted [{weight.shape[0]}]")
+    odd_bias = bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous())
+    if reason or odd_bias or weight.dtype != x.dtype or weight.stride(1) != 1:
         return torch.nn.functional.linear(x, weight, bias)
     return cpu.linear(x, weight, bias)
 
