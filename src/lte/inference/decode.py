@@ -307,7 +307,7 @@ def _room(layer: Any, position: int) -> tuple[Tensor, Tensor]:
     """The buffers behind a cache layer's keys and values, with room for one token more.
 
     The cache of transformers grows by copying itself at every token. Here it becomes a view of a larger buffer that is
-    written in place; whatever else replaces its tensors (beam search, a restored copy, ...) is noticed, and copied once.
+    written in place; whatever else replaces its tensors (beam search, a restored copy, ...) is noticed and copied once.
     """
     buffers = layer.__dict__.get("_lte_buffers")
     if buffers is not None and buffers.continues(layer, position):
