@@ -112,8 +112,7 @@ def _one_layer(config: Any) -> Any:
     for name in ("num_hidden_layers", "n_layer"):
         if name in values:
             values[name] = 1
-    for name in ("layer_types",):
-        values.pop(name, None)
+    values.pop("layer_types", None)
     values["vocab_size"] = 8
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         values[name] = None

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 import mmap
 
 import torch
 from torch import Tensor, nn
-
-logger = logging.getLogger(__name__)
 
 HUGE_PAGE = 2 << 20
 
@@ -38,14 +35,14 @@ def pack_linears(model: nn.Module, skip: set[int]) -> list[nn.Linear]:
         The linear layers, each once.
     """
     found = []
-    moved: dict[int, Tensor] = {}
+    moved: set[int] = set()  # addresses, before and after: tied weights are moved once
     for module in model.modules():
         if type(module) is not nn.Linear or id(module) in skip or type(module.weight) is not nn.Parameter:
             continue
         weight = module.weight
         if weight.data_ptr() not in moved:
-            old = weight.data_ptr()
+            moved.add(weight.data_ptr())
             weight.data = streaming_copy(weight.data)
-            moved[old] = moved[weight.data_ptr()] = weight
+            moved.add(weight.data_ptr())
         found.append(module)
     return found

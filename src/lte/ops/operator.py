@@ -98,7 +98,9 @@ def routed_ffn(
     _check_router(router_weight_ED, router_bias_E, weights.d_model)
     _check_experts(router_weight_ED.shape[0], weights)
     if eager:
-        return _run_routed(x_TD, router_weight_ED, router_bias_E, threshold, weights, impl, max_density)
+        return _run_routed(
+            x_TD, router_weight_ED, router_bias_E, threshold, weights, impl, max_density, remember=planned
+        )
     return torch.ops.lte.routed_ffn(
         x_TD, router_weight_ED, router_bias_E, threshold, *_flat(weights), impl, max_density
     )
@@ -213,13 +215,16 @@ def _run_routed(
     weights: FFNWeights,
     impl: str,
     max_density: float,
+    *,
+    remember: bool = False,
 ) -> Tensor:
     chosen = backends.choose(impl, x, weights)
     fusible = router_weight.dtype == x.dtype and router_weight.stride(1) == 1
     if router_bias is not None:
         fusible = fusible and router_bias.dtype == x.dtype and router_bias.is_contiguous()
     if chosen == "cpu" and fusible and max_density >= 1:
-        weights.plans["cpu"] = cpu.Plan(weights, router_weight, router_bias, threshold)
+        if remember:
+            weights.plans["cpu"] = cpu.Plan(weights, router_weight, router_bias, threshold)
         return cpu.sparse_ffn(x, weights, None, (router_weight, router_bias, threshold))
     if chosen == "triton":
         from lte.ops import triton
