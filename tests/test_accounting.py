@@ -39,7 +39,11 @@ def test_llama_7b_costs_what_the_paper_says(llama_7b):
 @pytest.mark.parametrize("name", sorted(models.CONFIGS))
 def test_sparsifying_does_not_change_what_is_counted(name):
     before = layer_costs(models.build(name))
-    after = layer_costs(lte.sparsify(models.build(name), lte.LTEConfig(expert_size=models.EXPERT, grouping="random")))
+    after = layer_costs(
+        lte.sparsify(
+            models.build(name), lte.LTEConfig(expert_size=models.EXPERT, grouping="random", router_init="random")
+        )
+    )
     matrices = 3 if name in ("llama", "llama-bias-relu", "mistral", "qwen2", "qwen3", "gemma", "phi3") else 2
     for dense, sparse in zip(before, after, strict=True):
         assert dense.ffn == sparse.ffn == matrices * models.D_MODEL * models.D_FF
@@ -48,7 +52,7 @@ def test_sparsifying_does_not_change_what_is_counted(name):
 
 
 def test_sparsity_one_leaves_attention_and_router():
-    model = lte.sparsify(models.build("llama"), lte.LTEConfig(expert_size=8, grouping="random"))
+    model = lte.sparsify(models.build("llama"), lte.LTEConfig(expert_size=8, grouping="random", router_init="random"))
     costs = layer_costs(model)
     flops = gflops_per_token(costs, [1.0, 1.0])
     assert flops["sparse"] == pytest.approx(flops["router"] + 2 * sum(cost.attention for cost in costs) / GFLOP)

@@ -57,7 +57,7 @@ def train_words(folder: Path, out: Path, *more: object) -> list[object]:
     return [
         *("train", "--model", folder / "dense", "--task", "lm", "--data", folder / "text.txt", "--out", out),
         *("--expert-size", 8, "--grouping", "random", "--context-length", 16, "--batch-size", 4),
-        *("--set", "training.stage1_steps=3", "--set", "training.stage2_steps=2"),
+        *("--recipe", "paper", "--eta", 1, "--set", "training.stage1_steps=3", "--set", "training.stage2_steps=2"),
         *more,
     ]
 
@@ -140,6 +140,33 @@ def test_inspect(trained, tmp_path):
     assert record["layers"][0]["mflops"]["dense"] == pytest.approx(2 * 3 * 32 * 64 / 2**20)
 
 
+def test_train_to_a_target_then_turn_the_dial(folder, tmp_path):
+    out = tmp_path / "target"
+    words = ("train", "--model", folder / "dense", "--task", "lm", "--data", folder / "text.txt", "--out", out)
+    result = run(*words, "--expert-size", 8, "--context-length", 16, "--target-sparsity", 0.4, "--epochs", 1)
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    record = tmp_path / "f.json"
+    run("evaluate", out, "--data", folder / "text.txt", "--json", record)
+    assert json.loads(record.read_text())["sparsity"] == pytest.approx(0.4, abs=0.05)
+    result = run("calibrate", out, "--data", folder / "text.txt", "--target-sparsity", "0.3,0.6", "--json", record)
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    points = json.loads(record.read_text())["points"]
+    assert [point["sparsity"] for point in points] == pytest.approx([0.3, 0.6], abs=0.01)
+    model = lte.load(out)
+    assert [ffn.router.threshold for ffn in lte.nn.sparse_ffns(model)] == points[1]["thresholds"]
+    model.set_sparsity(0.45)
+    threshold = lte.nn.sparse_ffns(model)[0].router.threshold
+    assert points[0]["thresholds"][0] < threshold < points[1]["thresholds"][0]
+
+
+def test_calibrate_says_what_is_wrong(folder, trained):
+    words = ("calibrate", trained, "--data", folder / "text.txt", "--target-sparsity")
+    assert "'half' is not a number" in fails(*words, "half")
+    assert "must lie between 0 and 1" in fails(*words, "1.5")
+    assert "is a dense checkpoint" in fails("calibrate", folder / "dense", *words[2:], 0.5)
+    assert "is not a folder" in fails("calibrate", folder / "none", *words[2:], 0.5)
+
+
 def test_finetune_and_recipe_file(folder, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
@@ -150,7 +177,7 @@ def test_finetune_and_recipe_file(folder, tmp_path):
     assert result.exit_code == 0, result.output + repr(result.exception)
     assert json.loads((tmp_path / "tuned" / "lte_run.json").read_text())["steps"] == 2
     run_again = run(
-        "train", recipe, "--out", tmp_path / "sparse", "--set", "training={stage1_steps: 1, stage2_steps: 1}"
+        "train", recipe, "--out", tmp_path / "sparse", "--set", "training={max_steps: 2, target_sparsity: 0.5}"
     )
     assert "not divisible" not in run_again.output
     assert run_again.exit_code == 0, run_again.output + repr(run_again.exception)
@@ -221,7 +248,7 @@ def test_indivisible_expert_size(folder, tmp_path):
         ("sparsity.expertsize=2", "unknown key 'expertsize'; did you mean 'expert_size'?"),
         ("task.contextlength=2", "unknown key 'contextlength'; did you mean 'context_length'?"),
         ("modle=x", "unknown key 'modle'; did you mean 'model'?"),
-        ("sparsity.method=magic", "unknown method 'magic'; known methods: lte"),
+        ("sparsity.method=magic", "unknown method 'magic'; known methods: lte, topk"),
         ("training.eta=much", "training.eta='much' is not a number"),
         ("training", "--set 'training' is not of the form key=value"),
     ],

@@ -19,7 +19,8 @@ GENERATING = [name for name in FAMILY_NAMES if name not in models.ENCODERS]
 
 
 def sparsified(name: str, grouping: str = "random", seed: int = 0) -> torch.nn.Module:
-    return lte.sparsify(models.build(name, seed), lte.LTEConfig(expert_size=models.EXPERT, grouping=grouping))
+    config = lte.LTEConfig(expert_size=models.EXPERT, grouping=grouping, router_init="random")
+    return lte.sparsify(models.build(name, seed), config)
 
 
 @torch.no_grad()
@@ -114,14 +115,14 @@ def test_forward_under_torch_compile(name):
 def test_unknown_family_lists_the_known_ones():
     model = AutoModelForCausalLM.from_config(models.UNKNOWN)
     with pytest.raises(UnsupportedModelError, match=r"'gemma2' is not known; known families: bert, .*register_family"):
-        lte.sparsify(model, lte.LTEConfig(expert_size=8, grouping="random"))
+        lte.sparsify(model, lte.LTEConfig(expert_size=8, grouping="random", router_init="random"))
 
 
 def test_a_family_can_be_registered(monkeypatch):
     monkeypatch.setattr("lte.families.FAMILIES", dict(FAMILIES))
     lte.register_family("gemma2", replace(FAMILIES["gemma"], config_act="hidden_activation"))
     model = AutoModelForCausalLM.from_config(models.UNKNOWN)
-    lte.sparsify(model, lte.LTEConfig(expert_size=8, grouping="random"))
+    lte.sparsify(model, lte.LTEConfig(expert_size=8, grouping="random", router_init="random"))
     assert len(sparse_ffns(model)) == models.LAYERS
 
 
@@ -129,14 +130,14 @@ def test_unknown_activation_is_refused():
     model = models.build("llama")
     model.config.hidden_act = "tanh"
     with pytest.raises(UnsupportedModelError, match="activation 'tanh' is not supported; supported: gelu"):
-        lte.sparsify(model, lte.LTEConfig(expert_size=8, grouping="random"))
+        lte.sparsify(model, lte.LTEConfig(expert_size=8, grouping="random", router_init="random"))
 
 
 def test_indivisible_expert_size_leaves_the_model_untouched():
     model = models.build("opt")
     before = logits(model)
     with pytest.raises(ConfigError, match="d_ff=64 is not divisible by expert_size=24; choose one of 4, 8, 16, 32, 64"):
-        lte.sparsify(model, lte.LTEConfig(expert_size=24, grouping="random"))
+        lte.sparsify(model, lte.LTEConfig(expert_size=24, grouping="random", router_init="random"))
     assert torch.equal(logits(model), before)
     assert not sparse_ffns(model)
 

@@ -22,7 +22,7 @@ from tests import models
 def saved(tmp_path):
     model = lte.sparsify(
         models.build("llama"),
-        lte.LTEConfig(expert_size=8, grouping="random", threshold=0.3, router_init_score=0.4),
+        lte.LTEConfig(expert_size=8, grouping="random", router_init="random", threshold=0.3, router_init_score=0.4),
     )
     models.spread_routers(model)
     model.save_pretrained(tmp_path / "model")
@@ -68,7 +68,7 @@ with torch.no_grad():
 def test_stock_transformers_loads_an_equal_dense_model(name, tmp_path):
     """In a process that never imports lte; every other family shares its layout with one of these."""
     expected = logits(models.build(name))
-    model = lte.sparsify(models.build(name), lte.LTEConfig(expert_size=8, grouping="random"))
+    model = lte.sparsify(models.build(name), lte.LTEConfig(expert_size=8, grouping="random", router_init="random"))
     model.save_pretrained(tmp_path / "model")
     tensors = tmp_path / "tensors.pt"
     torch.save(models.inputs(), tensors)

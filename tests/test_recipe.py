@@ -71,7 +71,7 @@ def test_missing_recipe_file(tmp_path):
     ],
 )
 def test_bad_training_values(tmp_path, setting, message):
-    recipe = load_recipe(None, FLAGS, [setting])
+    recipe = load_recipe(None, {**FLAGS, "recipe": "paper", "training.eta": 1.0}, [setting])
     with pytest.raises(ConfigError, match=message):
         recipe.arguments(lte.LTETrainingArguments, output_dir=str(tmp_path))
 
@@ -84,7 +84,8 @@ def test_lte_settings_are_unknown_to_a_dense_run(tmp_path):
 
 def test_short_and_empty_sections_can_be_added_to(tmp_path):
     path = write(tmp_path, "model: m\ndata: d\nout: o\ntask: lm\ntraining:\n")
-    recipe = load_recipe(path, {"task.name": "lm"}, ["task.context_length=64", "training.save_strategy=no"])
+    settings = ["task.context_length=64", "training.save_strategy=no", "training.target_sparsity=0.5"]
+    recipe = load_recipe(path, {"task.name": "lm"}, settings)
     assert recipe.task.context_length == 64
     assert recipe.arguments(lte.LTETrainingArguments, output_dir=str(tmp_path)).save_strategy.value == "no"
 
@@ -92,3 +93,14 @@ def test_short_and_empty_sections_can_be_added_to(tmp_path):
 def test_set_that_is_not_yaml():
     with pytest.raises(ConfigError, match="--set training.eta is not valid YAML"):
         load_recipe(None, FLAGS, ["training.eta=[1"])
+
+
+def test_the_paper_recipe_is_the_published_one_and_can_be_changed(tmp_path):
+    paper = {**FLAGS, "recipe": "paper", "training.eta": 1.0}
+    recipe = load_recipe(None, paper, ["sparsity.grouping=random", "training.lambda_sep=0.25"])
+    args = recipe.arguments(lte.LTETrainingArguments, output_dir=str(tmp_path))
+    assert (args.stages, args.lambda_sep) == (2, 0.25)
+    assert (recipe.method().grouping, recipe.method().router_init) == ("random", "random")
+    assert load_recipe(None, paper, []).method().grouping == "kmeans"
+    with pytest.raises(ConfigError, match="recipe='magic'.*known recipes: single-stage, paper"):
+        load_recipe(None, {**paper, "recipe": "magic"}, [])

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 from lte.families import FFNSpec, register_family
 from lte.hub import load, require_sparse
 from lte.inference import prepare_for_inference
-from lte.methods import LTEConfig
+from lte.methods import LTEConfig, TopKConfig
 from lte.nn import SparsityMeter, observe_routing, set_mode
 from lte.sparsify import sparsify
+from lte.thresholds import calibrate, set_sparsity
 
 if TYPE_CHECKING:
     from lte.training import LTETrainer, LTETrainingArguments
@@ -18,12 +19,15 @@ __all__ = [
     "LTETrainer",
     "LTETrainingArguments",
     "SparsityMeter",
+    "TopKConfig",
+    "calibrate",
     "load",
     "observe_routing",
     "prepare_for_inference",
     "register_family",
     "require_sparse",
     "set_mode",
+    "set_sparsity",
     "sparsify",
 ]
 

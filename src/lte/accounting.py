@@ -37,17 +37,15 @@ def layer_costs(model: nn.Module) -> list[LayerCost]:
     costs = []
     for index, block in enumerate(blocks_of(model)):
         ffn = ffns[index] if ffns else None
-        router = ffn.router.weight if ffn else None
-        matrices = sum(p.numel() for p in block.parameters() if p.ndim == 2) - (
-            router.numel() if router is not None else 0
-        )
+        router = sum(matrix.numel() for matrix in ffn.router.matrices()) if ffn else 0
+        matrices = sum(p.numel() for p in block.parameters() if p.ndim == 2) - router
         ffn_weights = _ffn_weights(ffn) if ffn else _dense_ffn_weights(model, block)
         costs.append(
             LayerCost(
                 attention=matrices - ffn_weights,
                 ffn=ffn_weights,
-                router=router.numel() if router is not None else 0,
-                experts=router.shape[0] if router is not None else 0,
+                router=router,
+                experts=ffn.router.n_experts if ffn else 0,
             )
         )
     return costs

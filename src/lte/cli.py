@@ -64,9 +64,18 @@ def train(
     task: TaskName = None,
     data: Data = None,
     out: Out = None,
-    eta: Annotated[float | None, typer.Option(help="Weight of the efficiency loss: larger is sparser.")] = None,
+    target_sparsity: Annotated[
+        float | None, typer.Option(help="Share of FFN neurons not to be used, e.g. 0.7; training finds the way.")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option("--recipe", metavar="NAME", help="single-stage, or paper: the published two stages.")
+    ] = None,
+    eta: Annotated[
+        float | None, typer.Option(help="Instead of a target: weight of the efficiency loss, larger is sparser.")
+    ] = None,
     expert_size: Annotated[int | None, typer.Option(help="Neurons per expert.")] = None,
-    grouping: Annotated[str | None, typer.Option(help="kmeans, coactivation or random.")] = None,
+    grouping: Annotated[str | None, typer.Option(help="predicted, coactivation, kmeans, ...")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data (single-stage).")] = None,
     stage1_epochs: Annotated[float | None, typer.Option(help="Passes over the data in stage 1.")] = None,
     stage2_epochs: Annotated[float | None, typer.Option(help="Passes over the data in stage 2.")] = None,
     learning_rate: LearningRate = None,
@@ -85,13 +94,16 @@ def train(
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Make a dense model sparse and train it: LTE's two stages."""
+    """Make a dense model sparse and train it to a target sparsity."""
     from lte import runs
     from lte.recipe import load_recipe
 
     flags = {
         **_common_flags(locals()),
+        "recipe": preset,
+        "training.target_sparsity": target_sparsity,
         "training.eta": eta,
+        "training.num_train_epochs": epochs,
         "training.stage1_epochs": stage1_epochs,
         "training.stage2_epochs": stage2_epochs,
         "sparsity.expert_size": expert_size,
@@ -213,6 +225,44 @@ def evaluate(
     result["command"] = command_line()
     _print_evaluation(result)
     write_json(json_file, result)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[Path, typer.Argument(help="Folder of a sparse model.")],
+    data: Annotated[str, typer.Option(help="Text to reach the sparsity on: file, folder or hub name.")],
+    target_sparsity: Annotated[
+        str, typer.Option(help="One sparsity, or several with commas: the model is left at the last.")
+    ],
+    task: Annotated[str, typer.Option(help="lm or classify.")] = "lm",
+    per_layer: Annotated[bool, typer.Option("--per-layer", help="The same sparsity in every layer.")] = False,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the data to use.")] = 32768,
+    json_file: JsonFile = None,
+) -> None:
+    """Move a trained model's thresholds to another sparsity, and save them as operating points."""
+    from lte.runs import calibrate_checkpoint, trained_task
+    from lte.tasks import TaskConfig, build_task
+
+    try:
+        sparsities = [float(value) for value in target_sparsity.split(",")]
+    except ValueError:
+        raise ConfigError(f"--target-sparsity {target_sparsity!r} is not a number, nor numbers with commas") from None
+    check_json_target(json_file)
+    built = build_task(TaskConfig(**trained_task(str(model), task)))
+    with _progress("calibrating") as progress:
+        points = calibrate_checkpoint(
+            model, data, built, sparsities, per_layer=per_layer, tokens=tokens, progress=progress
+        )
+    table = Table("asked for", "reached", "thresholds", title=str(model))
+    for asked, point in zip(sparsities, points, strict=True):
+        shown = sorted(set(point.thresholds)) if len(set(point.thresholds)) == 1 else point.thresholds
+        table.add_row(f"{asked:.1%}", f"{point.sparsity:.1%}", " ".join(f"{value:.4g}" for value in shown))
+    console.print(table)
+    console.print("The model now runs at the last. At run time: model.set_sparsity(0.6), anywhere between the points.")
+    write_json(
+        json_file,
+        {"model": str(model), "command": command_line(), "points": [point.model_dump(mode="json") for point in points]},
+    )
 
 
 @app.command()

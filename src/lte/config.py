@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 from abc import abstractmethod
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import pydantic
 import torch
@@ -12,7 +13,8 @@ from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lte.errors import CheckpointError, ConfigError
-from lte.nn import ThresholdRouter
+from lte.grouping import Calibration, needs_activations
+from lte.nn import SparseFFN, ThresholdRouter
 
 ModelT = TypeVar("ModelT", bound=pydantic.BaseModel)
 
@@ -38,7 +40,7 @@ class MethodConfig(pydantic.BaseModel):
     method: ClassVar[str]
 
     expert_size: int = pydantic.Field(32, ge=1)
-    grouping: str = "kmeans"
+    grouping: str = "predicted"
     seed: int = 0
 
     def __init__(self, **values: Any) -> None:
@@ -51,9 +53,26 @@ class MethodConfig(pydantic.BaseModel):
     def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> ThresholdRouter:
         """A router with uninitialised parameters, on the device and in the dtype of ``like``."""
 
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the grouping, or the routers' initialisation, looks at calibration data."""
+        return needs_activations(self.grouping)
+
+    def describe_calibration(self) -> str:
+        """The setting that asks for calibration data, for an error."""
+        return f"grouping={self.grouping!r}"
+
     @abstractmethod
-    def init_router(self, router: ThresholdRouter, generator: torch.Generator) -> None:
-        """Give a new router its initial weights, drawn from a CPU generator."""
+    def init_routers(
+        self, ffns: Sequence[SparseFFN], calibration: Sequence[Calibration] | None, generator: torch.Generator
+    ) -> None:
+        """Give the new routers their initial weights.
+
+        Args:
+            ffns: all of the model's, their neurons already grouped.
+            calibration: of every FFN, its neurons in the new order; None where there is no calibration data.
+            generator: on the CPU, for what is drawn.
+        """
 
 
 METHODS: dict[str, type[MethodConfig]] = {}
@@ -73,18 +92,43 @@ def method_config(name: str, values: dict[str, Any]) -> MethodConfig:
     return METHODS[name](**values)
 
 
+class OperatingPoint(pydantic.BaseModel):
+    """Thresholds that were found to give a sparsity.
+
+    Attributes:
+        sparsity: share of FFN neurons not used, as measured on the calibration text.
+        thresholds: one per FFN, each in (0, 1).
+    """
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+    sparsity: float = pydantic.Field(ge=0, le=1)
+    thresholds: tuple[Annotated[float, pydantic.Field(gt=0, lt=1)], ...] = pydantic.Field(min_length=1)
+
+
 class SparsityConfig(QuantizationConfigMixin):
     """The ``quantization_config`` entry of a sparse model's ``config.json``.
 
     Args:
         method: the method's config.
         lte_version: version of this package that wrote the checkpoint; informative.
+        thresholds: of every FFN's router; None for the method's own.
+        operating_points: what :meth:`set_sparsity <lte.thresholds.set_sparsity>` chooses from, by sparsity.
     """
 
-    def __init__(self, method: MethodConfig, lte_version: str) -> None:
+    def __init__(
+        self,
+        method: MethodConfig,
+        lte_version: str,
+        *,
+        thresholds: Sequence[float] | None = None,
+        operating_points: Iterable[OperatingPoint] = (),
+    ) -> None:
         self.quant_method = QUANT_METHOD
         self.method = method
         self.lte_version = lte_version
+        self.thresholds = None if thresholds is None else list(thresholds)
+        self.operating_points = sorted(operating_points, key=lambda point: point.sparsity)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -99,7 +143,15 @@ class SparsityConfig(QuantizationConfigMixin):
         values.pop("quant_method", None)
         lte_version = values.pop("lte_version", "unknown")
         try:
-            config = cls(method_config(values.pop("method", "missing"), values), lte_version)
+            dial = validate_model(
+                _Dial, {key: values.pop(key) for key in _Dial.model_fields if key in values}, "thresholds"
+            )
+            config = cls(
+                method_config(values.pop("method", "missing"), values),
+                lte_version,
+                thresholds=dial.thresholds,
+                operating_points=dial.operating_points,
+            )
         except ConfigError as error:
             raise CheckpointError(f"config.json: quantization_config: {error}") from None
         return (config, kwargs) if return_unused_kwargs else config
@@ -112,11 +164,24 @@ class SparsityConfig(QuantizationConfigMixin):
             "lte_version": self.lte_version,
             "method": self.method.method,
             **self.method.model_dump(mode="json"),
+            **({} if self.thresholds is None else {"thresholds": list(self.thresholds)}),
+            **(
+                {"operating_points": [p.model_dump(mode="json") for p in points]}
+                if (points := self.operating_points)
+                else {}
+            ),
         }
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The same as :meth:`to_dict`: a checkpoint should not depend on the defaults of a later version."""
         return self.to_dict()
+
+
+class _Dial(pydantic.BaseModel):
+    """What ``config.json`` says about thresholds."""
+
+    thresholds: tuple[Annotated[float, pydantic.Field(gt=0, lt=1)], ...] | None = None
+    operating_points: tuple[OperatingPoint, ...] = ()
 
 
 def validate_model(cls: type[ModelT], values: Any, what: str) -> ModelT:

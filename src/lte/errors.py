@@ -27,5 +27,9 @@ class NonFiniteLossError(LTEError):
     """Training produced a NaN or an infinity and was stopped."""
 
 
+class CalibrationError(LTEError):
+    """No thresholds give the sparsity that was asked for."""
+
+
 class BackendError(LTEError):
     """A kernel backend was asked for that cannot run here, or not with these tensors."""

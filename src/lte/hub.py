@@ -21,9 +21,10 @@ from transformers import AutoConfig
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
 from lte.config import QUANT_METHOD, SparsityConfig
-from lte.errors import CheckpointError, LTEError
+from lte.errors import CheckpointError, ConfigError, LTEError
 from lte.nn import SparseFFN, sparse_ffns
 from lte.sparsify import install_sparse_ffns
+from lte.thresholds import apply_config, enable_dial
 
 register_quantization_config(QUANT_METHOD)(SparsityConfig)
 
@@ -42,6 +43,11 @@ class SparseModelLoader(HfQuantizer):
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         install_sparse_ffns(model, self.quantization_config.method)
+        try:
+            apply_config(model, self.quantization_config)
+        except ConfigError as error:
+            raise CheckpointError(f"config.json: quantization_config: {error}") from None
+        enable_dial(model)
         if checkpoint_files is not None:
             _check_files(model, checkpoint_files)
 

@@ -17,12 +17,20 @@ from transformers import TrainingArguments, get_scheduler
 from lte.config import MethodConfig, method_config, validate_model
 from lte.errors import ConfigError
 from lte.tasks import TaskConfig
+from lte.training import PAPER
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "single-stage": {"sparsity": {}, "training": {}},
+    "paper": {"sparsity": {"grouping": "kmeans", "router_init": "random"}, "training": PAPER},
+}
+"""Name of a recipe -> what its runs have in their sections unless they say otherwise."""
 
 
 class Recipe(pydantic.BaseModel):
     """One training run.
 
     Attributes:
+        recipe: ``single-stage``, or ``paper`` for the published two stages, grouping and initialisation.
         model: folder or hub id of the dense model.
         data: file, folder or hub name of the training data.
         out: folder the model is written to.
@@ -36,6 +44,7 @@ class Recipe(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid")
 
+    recipe: str = "single-stage"
     model: str
     data: str
     out: str
@@ -47,16 +56,27 @@ class Recipe(pydantic.BaseModel):
 
     def method(self) -> MethodConfig:
         """The sparsity method's config."""
-        values = {"seed": self.seed, **self.sparsity}
-        return method_config(values.pop("method", "lte"), values)
+        name = self.sparsity.get("method", "lte")
+        preset = PRESETS[self.recipe]["sparsity"] if name == "lte" else {}
+        values = {"seed": self.seed, **preset, **self.sparsity}
+        values.pop("method", None)
+        return method_config(name, values)
+
+    @pydantic.field_validator("recipe")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in PRESETS:
+            raise ValueError(f"known recipes: {', '.join(PRESETS)}")
+        return name
 
     def arguments(self, cls: type[TrainingArguments], **defaults: Any) -> Any:
         """The training arguments, of class ``cls``; ``defaults`` yield to the recipe."""
         fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
         values = {"seed": self.seed, **defaults}
-        for key, value in self.training.items():
-            if key == "num_train_epochs" and "stage1_epochs" in fields:
-                raise ConfigError("training.num_train_epochs is of dense runs; give stage1_epochs and stage2_epochs")
+        preset = PRESETS[self.recipe]["training"] if "stages" in fields else {}
+        for key, value in {**preset, **self.training}.items():
+            if key == "num_train_epochs" and values.get("stages") == 2:
+                raise ConfigError("training.num_train_epochs needs stages=1; give stage1_epochs and stage2_epochs")
             if key not in fields or key == "output_dir":
                 near = difflib.get_close_matches(key, [name for name in fields if name != "output_dir"], n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""

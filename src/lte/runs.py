@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +16,14 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from lte.config import MethodConfig
+from lte.config import OperatingPoint
 from lte.errors import ConfigError
-from lte.evaluate import check_direction, load_tokenizer, versions
-from lte.grouping import needs_activations
+from lte.evaluate import check_direction, load_for_evaluation, load_tokenizer, versions
 from lte.hub import is_sparse_config, load, load_weights, read_config
 from lte.recipe import Recipe, dump_recipe, load_recipe
 from lte.sparsify import sparsify
 from lte.tasks import Task, build_task
+from lte.thresholds import calibrate
 from lte.training import (
     FiniteGradients,
     JsonLinesLog,
@@ -36,8 +39,8 @@ logger = logging.getLogger(__name__)
 RUN_FILE = "lte_run.json"
 """Written beside the weights when a run is complete: recipe, versions, time, and the sparsity training ended at."""
 
-CALIBRATION_TOKENS = 4096
-"""Tokens a grouping sees, where it looks at activations."""
+CALIBRATION_TOKENS = 8192
+"""Tokens of the training data that grouping and initialisation see."""
 
 RUN_DEFAULTS: dict[str, Any] = {
     "save_steps": 0.2,
@@ -77,11 +80,14 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> d
         model = load(checkpoint, dtype=_dtype(recipe))
     else:
         model = _load_dense(recipe, task, tokenizer)
-        sparsify(model, method, calibration=_calibration(method, task, rows, tokenizer))
+        seen = _first_batches(task, rows, tokenizer, CALIBRATION_TOKENS) if method.needs_calibration else None
+        sparsify(model, method, calibration=seen)
+    teacher = _load_dense(recipe, task, tokenizer) if args.distill else None
     claim_folder(out, recipe, overwrite=overwrite)
     trainer = LTETrainer(
         model=model,
         args=args,
+        teacher=teacher,
         train_dataset=rows,
         data_collator=task.collator(tokenizer),
         processing_class=tokenizer,
@@ -123,6 +129,49 @@ def finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return _save(trainer, tokenizer, out, _summary(recipe, trainer, started))
+
+
+def calibrate_checkpoint(
+    path: Path,
+    data: str,
+    task: Task,
+    sparsities: Sequence[float],
+    *,
+    per_layer: bool = False,
+    tokens: int = 32768,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[OperatingPoint]:
+    """Find the thresholds for some sparsities on a text, and write them into a checkpoint's ``config.json``.
+
+    Args:
+        path: folder of a sparse model; nothing but its ``config.json`` is written, and that at the end.
+        data: the text.
+        task: how to read it.
+        sparsities: every one becomes an operating point; the model is left at the last.
+        per_layer: the same sparsity in every layer, instead of one threshold for all.
+        tokens: how much of the text is used.
+        progress: called with moves of thresholds made and the most that will be.
+
+    Returns:
+        The points, in the order asked for.
+    """
+    if not path.is_dir():
+        raise ConfigError(f"{str(path)!r} is not a folder; download a model from a hub first, then calibrate it")
+    model, tokenizer = load_for_evaluation(str(path), task, dense=False)
+    batches = _first_batches(task, task.prepare(data, tokenizer), tokenizer, tokens)
+    points = []
+    for index, sparsity in enumerate(sparsities):
+
+        def report(done: int, total: int, index: int = index) -> None:
+            if progress is not None:
+                progress(index * total + done, len(sparsities) * total)
+
+        points.append(calibrate(model, batches, sparsity, per_layer=per_layer, progress=report))
+    # Through a file beside it, so that an interruption leaves the old one whole.
+    with tempfile.TemporaryDirectory(dir=path) as folder:
+        model.config.save_pretrained(folder)
+        os.replace(Path(folder) / "config.json", path / "config.json")
+    return points
 
 
 def trained_task(model: str, name: str) -> dict[str, Any]:
@@ -186,17 +235,15 @@ def _load_dense(recipe: Recipe, task: Task, tokenizer: Any) -> Any:
     return load_weights(task.auto_class, recipe.model, new_head=new_head, dtype=_dtype(recipe), **kwargs)
 
 
-def _calibration(method: MethodConfig, task: Task, rows: Any, tokenizer: Any) -> list[Any] | None:
-    """The first rows of the training data, about 4096 tokens of them, if the grouping looks at activations."""
-    if not needs_activations(method.grouping):
-        return None
-    collate, batches, tokens = task.collator(tokenizer), [], 0
+def _first_batches(task: Task, rows: Any, tokenizer: Any, tokens: int) -> list[Any]:
+    """The first rows of some data in batches, until they hold so many tokens."""
+    collate, batches = task.collator(tokenizer), []
     for start in range(0, len(rows), 8):
-        if tokens >= CALIBRATION_TOKENS:
+        if tokens <= 0:
             break
         batch = collate([rows[i] for i in range(start, min(start + 8, len(rows)))])
         batches.append(batch)
-        tokens += batch["input_ids"].numel()
+        tokens -= batch["input_ids"].numel()
     return batches
 
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from lte.calibration import collect_calibration
 from lte.config import MethodConfig, SparsityConfig
 from lte.errors import ConfigError
 from lte.families import install_ffns
-from lte.grouping import check_divisible, get_grouping, needs_activations
-from lte.nn import Mode, SparseFFN, ThresholdRouter, set_mode, sparse_ffns
+from lte.grouping import check_divisible, get_grouping
+from lte.nn import ThresholdRouter, sparse_ffns
+from lte.thresholds import enable_dial
 
 logger = logging.getLogger(__name__)
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
@@ -36,38 +37,43 @@ def sparsify(
     Args:
         model: a model of a known family, see :data:`lte.families.FAMILIES`.
         config: the method and its settings, for instance :class:`lte.LTEConfig`.
-        calibration: batches of model inputs, for groupings that look at activations.
+        calibration: some batches of model inputs, a few thousand tokens in all, with their labels where there are
+            any. The default grouping and the routers' initialisation look at what the dense model does on them.
 
     Returns:
         The same model.
 
     Raises:
         UnsupportedModelError: unknown family or activation.
-        ConfigError: the expert size does not divide d_ff, the model is sparse already, or a grouping lacks
-            its calibration data.
+        ConfigError: the expert size does not divide d_ff, the model is sparse already, or calibration data is
+            needed and missing.
     """
     if sparse_ffns(model):
         raise ConfigError("the model is sparse already; load the dense checkpoint to start again")
     group = get_grouping(config.grouping)
-    if calibration is None and needs_activations(config.grouping):
+    batches = list(calibration or ()) if config.needs_calibration else []
+    if config.needs_calibration and not batches:
         raise ConfigError(
-            f"grouping={config.grouping!r} needs calibration data: lte.sparsify(model, config, calibration=batches), "
-            "with batches of model inputs"
+            f"{config.describe_calibration()} needs calibration data: lte.sparsify(model, config, "
+            "calibration=batches), with batches of model inputs, best with their labels; or choose "
+            "grouping='kmeans', router_init='random'"
         )
     install_sparse_ffns(model, config)
     ffns = sparse_ffns(model)
-    activations = _collect_activations(model, ffns, calibration) if calibration is not None else None
-    generator = torch.Generator().manual_seed(config.seed)
+    seen = collect_calibration(model, batches) if batches else None
     for ffn in ffns:
         grouping = group(
             ffn.weights(),
             config.expert_size,
             seed=config.seed + ffn.layer_index,
-            activations=None if activations is None else activations[ffn.layer_index],
+            calibration=None if seen is None else seen[ffn.layer_index],
         )
         ffn.weights().permute_(grouping.permutation)
-        config.init_router(ffn.router, generator)
+        if seen is not None:
+            seen[ffn.layer_index] = seen[ffn.layer_index].permuted(grouping)
         logger.info("layer %d: grouped %d neurons by %s", ffn.layer_index, ffn.weights().d_ff, config.grouping)
+    config.init_routers(ffns, seen, torch.Generator().manual_seed(config.seed))
+    enable_dial(model)
     model.config.quantization_config = SparsityConfig(config, version("learn-to-be-efficient"))  # type: ignore[union-attr]
     return model
 
@@ -80,34 +86,3 @@ def install_sparse_ffns(model: nn.Module, config: MethodConfig) -> None:
         return config.make_router(d_model, d_ff // config.expert_size, like)
 
     install_ffns(model, make_router)
-
-
-@torch.no_grad()
-def _collect_activations(
-    model: nn.Module, ffns: list[SparseFFN], calibration: Iterable[Mapping[str, Tensor]]
-) -> list[Tensor]:
-    """Run the dense model and keep, per layer, what enters the down projection: [T, F], padding left out."""
-    kept: list[list[Tensor]] = [[] for _ in ffns]
-    token_mask: Tensor | None = None
-
-    def watch(ffn: SparseFFN, args: tuple[Any, ...]) -> None:
-        hidden = ffn.hidden(args[0]).flatten(0, -2)
-        kept[ffn.layer_index].append((hidden if token_mask is None else hidden[token_mask]).float().cpu())
-
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    set_mode(model, Mode.DENSE)
-    with ExitStack() as stack:
-        for ffn in ffns:
-            stack.enter_context(ffn.register_forward_pre_hook(watch))
-        for batch in calibration:
-            inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
-            mask = inputs.get("attention_mask")
-            token_mask = None if mask is None else mask.flatten().bool()
-            model(**inputs)
-    set_mode(model, Mode.HARD)
-    model.train(was_training)
-    if not kept[0]:
-        raise ConfigError("calibration holds no batches")
-    return [torch.cat(chunks) for chunks in kept]

@@ -5,7 +5,7 @@ import torch
 
 import lte
 from lte.errors import ConfigError
-from lte.grouping import GROUPINGS, NeuronGrouping, get_grouping, register_grouping
+from lte.grouping import GROUPINGS, Calibration, NeuronGrouping, get_grouping, register_grouping
 from lte.ops import FFNWeights
 from tests import models
 
@@ -18,15 +18,17 @@ def weights(seed: int = 0, gated: bool = True) -> FFNWeights:
     return FFNWeights(up=up, down=down, gate=gate if gated else None)
 
 
-def activations() -> torch.Tensor:
-    return torch.randn(50, D_FF, generator=torch.Generator().manual_seed(9))
+def calibration(hidden: torch.Tensor | None = None) -> Calibration:
+    generator = torch.Generator().manual_seed(9)
+    hidden = torch.randn(50, D_FF, generator=generator) if hidden is None else hidden
+    return Calibration(torch.randn(len(hidden), D_MODEL, generator=generator), hidden)
 
 
 @pytest.mark.parametrize("name", sorted(GROUPINGS))
 def test_a_grouping_names_every_neuron_once_and_follows_its_seed(name):
     state = torch.get_rng_state()
     group = get_grouping(name)
-    first, again, other = (group(weights(), SIZE, seed=seed, activations=activations()) for seed in (0, 0, 1))
+    first, again, other = (group(weights(), SIZE, seed=seed, calibration=calibration()) for seed in (0, 0, 1))
     assert sorted(first.permutation.tolist()) == list(range(D_FF))
     assert first.n_experts == D_FF // SIZE
     assert torch.equal(first.permutation, again.permutation)
@@ -47,7 +49,7 @@ def test_coactivation_finds_neurons_that_fire_together():
     generator = torch.Generator().manual_seed(0)
     fires = torch.rand(200, D_FF // SIZE, generator=generator) < 0.2
     active = fires[:, labels].float() * (1 + 0.1 * torch.randn(200, D_FF, generator=generator))
-    grouping = get_grouping("coactivation")(weights(), SIZE, seed=0, activations=active)
+    grouping = get_grouping("coactivation")(weights(), SIZE, seed=0, calibration=calibration(active))
     for expert in grouping.permutation.view(-1, SIZE):
         assert len(set(labels[expert].tolist())) == 1
 
@@ -60,7 +62,7 @@ def test_coactivation_without_calibration_says_how():
 def test_coactivation_through_sparsify_leaves_padding_out():
     batch = models.inputs(4, 10)
     padded = {key: torch.cat([value, torch.zeros(4, 5, dtype=value.dtype)], dim=1) for key, value in batch.items()}
-    config = lte.LTEConfig(expert_size=8, grouping="coactivation")
+    config = lte.LTEConfig(expert_size=8, grouping="coactivation", router_init="random")
     states = [
         lte.sparsify(models.build("opt"), config, calibration=[inputs]).state_dict() for inputs in (batch, padded)
     ]
@@ -69,20 +71,23 @@ def test_coactivation_through_sparsify_leaves_padding_out():
 
 
 def test_unknown_grouping_lists_the_known_ones():
-    with pytest.raises(ConfigError, match="unknown grouping 'magic'; known groupings: coactivation, kmeans, random"):
+    with pytest.raises(
+        ConfigError,
+        match="unknown grouping 'magic'; known groupings: coactivation, kmeans, kmeans-all, predicted, random",
+    ):
         get_grouping("magic")
 
 
 def test_a_grouping_can_be_registered(monkeypatch):
     monkeypatch.setattr("lte.grouping.GROUPINGS", dict(GROUPINGS))
     register_grouping("reversed", lambda w, size, **_: NeuronGrouping(torch.arange(w.d_ff).flip(0), size))
-    lte.sparsify(models.build("llama"), lte.LTEConfig(expert_size=8, grouping="reversed"))
+    lte.sparsify(models.build("llama"), lte.LTEConfig(expert_size=8, grouping="reversed", router_init="random"))
 
 
 @pytest.mark.parametrize("name", sorted(GROUPINGS))
 def test_indivisible_size_lists_what_fits(name):
     with pytest.raises(ConfigError, match="d_ff=96 is not divisible by expert_size=36; choose one of 4, 6, 8, 12"):
-        get_grouping(name)(weights(), 36, seed=0, activations=activations())
+        get_grouping(name)(weights(), 36, seed=0, calibration=calibration())
 
 
 def test_a_grouping_refuses_what_is_not_a_permutation():

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(bool(cpu.unavailable()), reason=cpu.unavailable(
 
 
 def sparse(name: str, dtype: torch.dtype = torch.float32):
-    model = lte.sparsify(models.build(name), lte.LTEConfig(expert_size=8, grouping="random"))
+    model = lte.sparsify(models.build(name), lte.LTEConfig(expert_size=8, grouping="random", router_init="random"))
     models.spread_routers(model)
     return model.to(dtype)
 
@@ -123,7 +123,7 @@ def test_a_long_generation_outgrows_the_buffers(fused_steps):
     config.max_position_embeddings = 1024
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
-    lte.sparsify(model, lte.LTEConfig(expert_size=8, grouping="random"))
+    lte.sparsify(model, lte.LTEConfig(expert_size=8, grouping="random", router_init="random"))
     models.spread_routers(model)
     plain = copy.deepcopy(model)
     lte.prepare_for_inference(model, impl="cpu")
@@ -379,7 +379,8 @@ def test_a_sliding_window_slides(config, fused_steps):
     changed.sliding_window = 9
     torch.manual_seed(0)
     plain = lte.sparsify(
-        AutoModelForCausalLM.from_config(changed).eval(), lte.LTEConfig(expert_size=8, grouping="random")
+        AutoModelForCausalLM.from_config(changed).eval(),
+        lte.LTEConfig(expert_size=8, grouping="random", router_init="random"),
     )
     fast = lte.prepare_for_inference(copy.deepcopy(plain), impl="cpu")
     ids = models.inputs(2, 20)["input_ids"]
@@ -399,7 +400,8 @@ def test_rotary_embeddings_of_every_kind(rope):
     changed.rope_parameters = {"rope_type": rope, "factor": 2.0, "rope_theta": 10000.0, **kinds[rope]}
     torch.manual_seed(0)
     plain = lte.sparsify(
-        AutoModelForCausalLM.from_config(changed).eval(), lte.LTEConfig(expert_size=8, grouping="random")
+        AutoModelForCausalLM.from_config(changed).eval(),
+        lte.LTEConfig(expert_size=8, grouping="random", router_init="random"),
     )
     fast = lte.prepare_for_inference(copy.deepcopy(plain), impl="cpu")
     ids = models.inputs(1, 24)["input_ids"]

@@ -16,6 +16,8 @@ FLOORS = [
     "families",
     "config",
     "accounting",
+    "calibration",
+    "thresholds",
     "sparsify",
     "hub",
     "inference",

@@ -12,7 +12,9 @@ DECODERS = sorted(set(models.CONFIGS) - models.ENCODERS)
 
 
 def sparse(name: str):
-    model = lte.sparsify(models.build(name), lte.LTEConfig(expert_size=models.EXPERT, grouping="random"))
+    model = lte.sparsify(
+        models.build(name), lte.LTEConfig(expert_size=models.EXPERT, grouping="random", router_init="random")
+    )
     models.spread_routers(model)
     return model
 

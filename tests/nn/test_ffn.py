@@ -14,7 +14,7 @@ NAMES = ["llama", "llama-bias-relu", "phi3", "opt", "gpt2", "gpt_neox", "bert"]
 
 
 def ffn_of(name: str):
-    model = lte.sparsify(models.build(name), lte.LTEConfig(expert_size=8, grouping="random"))
+    model = lte.sparsify(models.build(name), lte.LTEConfig(expert_size=8, grouping="random", router_init="random"))
     models.spread_routers(model)
     return model, sparse_ffns(model)[0]
 

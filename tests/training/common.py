@@ -32,16 +32,17 @@ def collate(batch: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 def sparse_model(name: str = "llama", **config: Any) -> Any:
     """A sparsified random model."""
-    settings = {"expert_size": models.EXPERT, "grouping": "random", "router_init_std": 1.0, **config}
-    return lte.sparsify(models.build(name), lte.LTEConfig(**settings))
+    settings = {"expert_size": models.EXPERT, "grouping": "random", "router_init": "random", "router_init_std": 1.0}
+    return lte.sparsify(models.build(name), lte.LTEConfig(**{**settings, **config}))
 
 
 def trainer(folder: Path, model: Any = None, data: Dataset | None = None, **settings: Any) -> lte.LTETrainer:
     """A trainer of 3 + 3 steps unless told otherwise, without checkpoints, bars or shuffling surprises."""
     defaults = {
         "output_dir": str(folder),
-        "stage1_steps": 3,
-        "stage2_steps": 3,
+        **({"max_steps": 6} if settings.get("stages") == 1 else {"stages": 2, "stage1_steps": 3, "stage2_steps": 3}),
+        **({} if "target_sparsity" in settings else {"eta": 1.0}),
+        "lambda_sep": 0.5,
         "per_device_train_batch_size": 4,
         "learning_rate": 1e-3,
         "logging_steps": 1,

@@ -212,12 +212,20 @@ def test_dense_model_is_refused(tmp_path):
     ("setting", "message"),
     [
         ({"eta": -1.0}, "eta=-1.0 must not be negative"),
-        ({"eta_warmup": 2.0}, r"eta_warmup=2.0 is a share of stage 1, in \[0, 1\]"),
+        ({"eta_warmup": 2.0}, r"eta_warmup=2.0 is a share, in \[0, 1\]"),
         ({"sep_epsilon": 0.0}, "sep_epsilon=0.0 must be above 0"),
         ({"lambda_start": 0.5, "lambda_full": 0.2}, "lambda_start=0.5 is after lambda_full"),
-        ({"max_steps": 5}, "max_steps=5 is not used; give stage1_steps and stage2_steps"),
+        ({"max_steps": 5, "stages": 2}, "max_steps=5 needs stages=1; give stage1_steps and stage2_steps"),
+        ({"stage1_steps": 5}, "stage1_steps=5 needs stages=2; one stage takes num_train_epochs or max_steps"),
+        ({"stages": 3}, "stages=3 must be 1, or 2"),
+        ({"anneal": 0.5, "stages": 2}, "anneal=0.5 needs stages=1"),
+        ({"target_sparsity": 1.0, "eta": None}, "target_sparsity=1.0 must lie between 0 and 1"),
+        ({"target_sparsity": 0.5, "eta": 1.0}, "target_sparsity=0.5 and eta=1.0: give one of the two"),
+        ({"eta": None}, "target_sparsity=None and eta=None: give one of the two"),
     ],
 )
 def test_settings_out_of_range(tmp_path, setting, message):
     with pytest.raises(ConfigError, match=message):
-        lte.LTETrainingArguments(output_dir=str(tmp_path), **setting)
+        lte.LTETrainingArguments(
+            output_dir=str(tmp_path), **{"eta": None if "target_sparsity" in setting else 1.0, **setting}
+        )

@@ -1,19 +1,21 @@
 """Which neurons form which expert: one file per grouping, one signature (:class:`GroupingFn`)."""
 
 from lte.errors import ConfigError
-from lte.grouping.base import GroupingFn, NeuronGrouping, check_divisible
-from lte.grouping.coactivation import group_coactivation
-from lte.grouping.kmeans import balanced_kmeans, group_kmeans
+from lte.grouping.base import Calibration, GroupingFn, LinearFit, NeuronGrouping, check_divisible
+from lte.grouping.coactivation import group_coactivation, group_predicted
+from lte.grouping.kmeans import balanced_kmeans, group_kmeans, group_kmeans_all
 from lte.grouping.random import group_random
 
 GROUPINGS: dict[str, GroupingFn] = {
     "kmeans": group_kmeans,
+    "kmeans-all": group_kmeans_all,
     "coactivation": group_coactivation,
+    "predicted": group_predicted,
     "random": group_random,
 }
 """Name -> grouping."""
 
-_NEED_ACTIVATIONS = {"coactivation"}
+_NEED_ACTIVATIONS = {"coactivation", "predicted"}
 
 
 def get_grouping(name: str) -> GroupingFn:
@@ -38,13 +40,17 @@ def register_grouping(name: str, fn: GroupingFn, *, activations: bool = False) -
 
 __all__ = [
     "GROUPINGS",
+    "Calibration",
     "GroupingFn",
+    "LinearFit",
     "NeuronGrouping",
     "balanced_kmeans",
     "check_divisible",
     "get_grouping",
     "group_coactivation",
     "group_kmeans",
+    "group_kmeans_all",
+    "group_predicted",
     "group_random",
     "needs_activations",
     "register_grouping",

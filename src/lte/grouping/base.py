@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -44,11 +44,77 @@ class NeuronGrouping:
         return self.permutation.numel() // self.expert_size
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """What one FFN of the dense model saw and did on T calibration tokens, padding left out.
+
+    Attributes:
+        inputs_TD: its inputs.
+        hidden_TF: what entered its down projection.
+        sensitivity: root mean square, over the tokens, of the loss's gradient with respect to its output; it makes
+            the contributions of different layers comparable. None where the calibration data had no labels.
+    """
+
+    inputs_TD: Tensor
+    hidden_TF: Tensor
+    sensitivity: float | None = None
+
+    def permuted(self, grouping: NeuronGrouping) -> Calibration:
+        """The same for neurons in a new order."""
+        return replace(self, hidden_TF=self.hidden_TF[:, grouping.permutation.to(self.hidden_TF.device)])
+
+    def contributions(self, weights: FFNWeights) -> Tensor:
+        """What each neuron adds to the output, ``|activation| * norm of its row of the down projection``: [T, F]."""
+        norms_F = weights.down.detach().float().norm(dim=1)
+        return self.hidden_TF.abs().float() * norms_F.to(self.hidden_TF.device)
+
+    def fit(self, targets_TK: Tensor) -> LinearFit:
+        """Ridge regression of ``targets`` on the inputs, with an intercept."""
+        ones = torch.ones(len(self.inputs_TD), 1, device=self.inputs_TD.device)
+        design = torch.cat([self.inputs_TD.float(), ones], dim=1)
+        gram = design.T @ design
+        ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
+        return LinearFit(torch.linalg.solve(gram + ridge, design.T @ targets_TK), gram)
+
+
+RIDGE = 1e-2
+"""Weight of the ridge penalty, as a share of the mean square of an input."""
+
+
+@dataclass(frozen=True)
+class LinearFit:
+    """``targets ~ [inputs, 1] @ coefficients``.
+
+    Attributes:
+        coefficients: [D + 1, K], the intercept last.
+        gram: [D + 1, D + 1], of the inputs with their column of ones.
+    """
+
+    coefficients: Tensor
+    gram: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """[K, D]."""
+        return self.coefficients[:-1].T
+
+    @property
+    def bias(self) -> Tensor:
+        """[K]."""
+        return self.coefficients[-1]
+
+    def features(self) -> Tensor:
+        """Rows with the inner products of the predictions over the calibration tokens: [K, D + 1] instead of [K, T]."""
+        values, vectors = torch.linalg.eigh(self.gram.double())
+        root = vectors * values.clamp_min(0).sqrt()
+        return (self.coefficients.T.double() @ root).float()
+
+
 class GroupingFn(Protocol):
     """The one signature of every grouping. Deterministic for a seed, whatever the global random state."""
 
     def __call__(
-        self, weights: FFNWeights, expert_size: int, *, seed: int, activations: Tensor | None = None
+        self, weights: FFNWeights, expert_size: int, *, seed: int, calibration: Calibration | None = None
     ) -> NeuronGrouping:
         """Group the neurons of one FFN.
 
@@ -56,10 +122,19 @@ class GroupingFn(Protocol):
             weights: the FFN, on any device and in any floating dtype.
             expert_size: neurons per expert; divides F.
             seed: of the grouping's own random generator.
-            activations: [T, F] values entering the down projection for T calibration tokens, where the
-                grouping asks for them.
+            calibration: what the FFN did on calibration tokens, where the grouping asks for it.
         """
         ...
+
+
+def require_calibration(calibration: Calibration | None, grouping: str) -> Calibration:
+    """ConfigError where a grouping that looks at activations got none."""
+    if calibration is None:
+        raise ConfigError(
+            f"grouping={grouping!r} needs calibration data: lte.sparsify(model, config, calibration=batches), "
+            "with batches of model inputs"
+        )
+    return calibration
 
 
 def check_divisible(d_ff: int, expert_size: int) -> None:

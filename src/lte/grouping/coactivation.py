@@ -1,29 +1,38 @@
-"""Co-activation grouping: neurons that contribute to the same tokens share an expert."""
+"""Groupings by what neurons do: those that contribute to the same tokens share an expert."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from lte.errors import ConfigError
-from lte.grouping.base import NeuronGrouping, check_divisible
+from lte.grouping.base import Calibration, NeuronGrouping, check_divisible, require_calibration
 from lte.grouping.kmeans import balanced_kmeans, normalise_rows
 from lte.ops.weights import FFNWeights
 
 
 def group_coactivation(
-    weights: FFNWeights, expert_size: int, *, seed: int, activations: Tensor | None = None
+    weights: FFNWeights, expert_size: int, *, seed: int, calibration: Calibration | None = None
 ) -> NeuronGrouping:
     """Balanced k-means on the neurons' profiles: what each adds to the output, token by token.
 
-    A neuron's profile is ``|activation| * norm of its row of the down projection`` over the calibration tokens,
-    L2-normalised. Raises ConfigError if ``activations`` [T, F] is None.
+    A profile is :meth:`Calibration.contributions`, L2-normalised. ConfigError without calibration data.
     """
-    check_divisible(weights.d_ff, expert_size)
-    if activations is None:
-        raise ConfigError(
-            "grouping='coactivation' needs calibration data: lte.sparsify(model, config, calibration=batches), "
-            "with batches of model inputs"
-        )
-    contribution_TF = activations.abs().float() * weights.down.detach().float().norm(dim=1).to(activations.device)
-    labels_F = balanced_kmeans(normalise_rows(contribution_TF.T), expert_size, seed=seed, name="activations")
+    profiles_FT = require_calibration(calibration, "coactivation").contributions(weights).T
+    return _cluster(profiles_FT, expert_size, seed)
+
+
+def group_predicted(
+    weights: FFNWeights, expert_size: int, *, seed: int, calibration: Calibration | None = None
+) -> NeuronGrouping:
+    """Co-activation as a router can see it: profiles are first replaced by their linear prediction from the input.
+
+    What a linear router cannot tell from the FFN's input is noise to it, so neurons are grouped by the part it can
+    tell. It also makes the features D + 1 wide instead of as many as there are tokens.
+    """
+    calibration = require_calibration(calibration, "predicted")
+    return _cluster(calibration.fit(calibration.contributions(weights)).features(), expert_size, seed)
+
+
+def _cluster(features: Tensor, expert_size: int, seed: int) -> NeuronGrouping:
+    check_divisible(len(features), expert_size)
+    labels_F = balanced_kmeans(normalise_rows(features), expert_size, seed=seed, name="activations")
     return NeuronGrouping.from_labels(labels_F.cpu(), expert_size)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lte.errors import ConfigError
-from lte.grouping.base import NeuronGrouping, check_divisible
+from lte.grouping.base import Calibration, NeuronGrouping, check_divisible
 from lte.ops.weights import FFNWeights
 
 _MAX_SEEDINGS = 10
@@ -33,16 +33,26 @@ Indices = NDArray[np.int64]
 
 
 def group_kmeans(
-    weights: FFNWeights, expert_size: int, *, seed: int, activations: Tensor | None = None
+    weights: FFNWeights, expert_size: int, *, seed: int, calibration: Calibration | None = None
 ) -> NeuronGrouping:
     """Neurons whose rows of the input matrix point the same way share an expert (paper section 4.1).
 
-    ``activations`` is not used. Raises ConfigError if ``expert_size`` does not divide F or a weight is not finite.
+    ``calibration`` is not used. Raises ConfigError if ``expert_size`` does not divide F or a weight is not finite.
     """
     check_divisible(weights.d_ff, expert_size)
     name = "up-projection weights" if weights.gate is None else "gate weights"
     features_FD = normalise_rows(weights.input_matrix)
     labels_F = balanced_kmeans(features_FD, expert_size, seed=seed, name=name)
+    return NeuronGrouping.from_labels(labels_F, expert_size)
+
+
+def group_kmeans_all(
+    weights: FFNWeights, expert_size: int, *, seed: int, calibration: Calibration | None = None
+) -> NeuronGrouping:
+    """The same on all of a neuron's weights: its rows of gate, up and down side by side, each of norm 1."""
+    check_divisible(weights.d_ff, expert_size)
+    rows = [normalise_rows(w) for w in (weights.gate, weights.up, weights.down) if w is not None]
+    labels_F = balanced_kmeans(torch.cat(rows, dim=1), expert_size, seed=seed, name="FFN weights")
     return NeuronGrouping.from_labels(labels_F, expert_size)
 
 

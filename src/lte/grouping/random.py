@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from lte.grouping.base import NeuronGrouping, check_divisible
+from lte.grouping.base import Calibration, NeuronGrouping, check_divisible
 from lte.ops.weights import FFNWeights
 
 
 def group_random(
-    weights: FFNWeights, expert_size: int, *, seed: int, activations: Tensor | None = None
+    weights: FFNWeights, expert_size: int, *, seed: int, calibration: Calibration | None = None
 ) -> NeuronGrouping:
     """Assign neurons to experts at random; see :class:`lte.grouping.GroupingFn`."""
     check_divisible(weights.d_ff, expert_size)

@@ -1,5 +1,6 @@
 """Sparsity methods, one file each: a config and the router it gives every FFN."""
 
 from lte.methods.lte import LTEConfig
+from lte.methods.topk import TopKConfig
 
-__all__ = ["LTEConfig"]
+__all__ = ["LTEConfig", "TopKConfig"]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
 import pydantic
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lte.config import MethodConfig, register_method
-from lte.nn import ThresholdRouter
+from lte.grouping import Calibration, LinearFit
+from lte.nn import LowRankRouter, SparseFFN, ThresholdRouter
 
 
 @register_method
@@ -17,34 +22,87 @@ class LTEConfig(MethodConfig):
     Attributes:
         threshold: tau; an expert runs where its score is above it.
         router_bias: whether the routers have a bias.
-        router_init_std: standard deviation of the initial router logits, for inputs of unit variance.
-        router_init_score: score the routers start from; needs ``router_bias`` unless it is 0.5.
+        router_rank: width of a hidden layer in the routers; None for linear routers.
+        router_init: ``energy`` fits every router, by ridge regression on the calibration data, to the norm of its
+            experts' outputs times the layer's sensitivity, so that training starts from a good guess; ``random`` draws
+            its weights.
+        router_init_std: standard deviation of the initial router logits; None for 2 (``energy``) or 0.3 (``random``).
+        router_init_score: score the routers start from, for ``energy`` that of the median expert; needs
+            ``router_bias`` unless it is 0.5.
     """
 
     method = "lte"
 
     threshold: float = pydantic.Field(0.5, gt=0, lt=1)
     router_bias: bool = True
-    router_init_std: float = pydantic.Field(0.3, ge=0)
+    router_rank: int | None = pydantic.Field(None, ge=1)
+    router_init: Literal["energy", "random"] = "energy"
+    router_init_std: float | None = pydantic.Field(None, ge=0)
     router_init_score: float = pydantic.Field(0.95, gt=0, lt=1)
 
     @pydantic.model_validator(mode="after")
     def _bias_for_score(self) -> LTEConfig:
-        if not self.router_bias and self.router_init_score != 0.5:
-            raise ValueError(f"router_init_score={self.router_init_score} needs router_bias=true")
+        if not self.router_bias and (self.router_init_score != 0.5 or self.router_init == "energy"):
+            raise ValueError("router_bias=false needs router_init=random and router_init_score=0.5")
         return self
+
+    @property
+    def needs_calibration(self) -> bool:
+        """See :class:`MethodConfig`."""
+        return super().needs_calibration or self.router_init == "energy"
+
+    def describe_calibration(self) -> str:
+        """See :class:`MethodConfig`."""
+        return super().describe_calibration() if super().needs_calibration else f"router_init={self.router_init!r}"
 
     def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> ThresholdRouter:
         """See :class:`MethodConfig`."""
-        return ThresholdRouter(
-            d_model,
-            n_experts,
-            threshold=self.threshold,
-            bias=self.router_bias,
-            device=like.device,
-            dtype=like.dtype,
-        )
+        kwargs = {"threshold": self.threshold, "bias": self.router_bias, "device": like.device, "dtype": like.dtype}
+        if self.router_rank is not None:
+            return LowRankRouter(d_model, n_experts, rank=self.router_rank, **kwargs)  # type: ignore[arg-type]
+        return ThresholdRouter(d_model, n_experts, **kwargs)  # type: ignore[arg-type]
 
-    def init_router(self, router: ThresholdRouter, generator: torch.Generator) -> None:
+    def init_routers(
+        self, ffns: Sequence[SparseFFN], calibration: Sequence[Calibration] | None, generator: torch.Generator
+    ) -> None:
         """See :class:`MethodConfig`."""
-        router.reset_parameters(generator, init_std=self.router_init_std, init_score=self.router_init_score)
+        std = self.router_init_std if self.router_init_std is not None else 0.3
+        for ffn in ffns:
+            ffn.router.reset_parameters(generator, init_std=std, init_score=self.router_init_score)
+        if self.router_init == "energy":
+            assert calibration is not None
+            std = self.router_init_std if self.router_init_std is not None else 2.0
+            _fit_routers(ffns, calibration, std, self.router_init_score)
+
+
+@torch.no_grad()
+def _fit_routers(ffns: Sequence[SparseFFN], calibration: Sequence[Calibration], std: float, score: float) -> None:
+    """Make logits an affine map, one for all layers, of the predicted weight of each expert in the loss."""
+    fits: list[LinearFit] = []
+    predictions: list[Tensor] = []
+    for ffn, seen in zip(ffns, calibration, strict=True):
+        norms_TE = _output_norms(ffn, seen)
+        scale = seen.sensitivity if seen.sensitivity is not None else 1 / float(norms_TE.mean())
+        if isinstance(ffn.router, LowRankRouter):
+            features = torch.relu(seen.inputs_TD @ ffn.router.reduce.detach().float().cpu().T)
+            seen = replace(seen, inputs_TD=features)
+        fit = seen.fit(norms_TE * scale)
+        fits.append(fit)
+        predictions.append((seen.inputs_TD @ fit.weight.T + fit.bias).flatten())
+    every = torch.cat(predictions)
+    spread, centre = float(every.std()), float(every.median())
+    slope = std / spread if spread > 0 else 0.0
+    start = float(torch.logit(torch.tensor(score)))
+    for ffn, fit in zip(ffns, fits, strict=True):
+        assert ffn.router.bias is not None
+        ffn.router.weight.copy_(fit.weight * slope)
+        ffn.router.bias.copy_((fit.bias - centre) * slope + start)
+
+
+def _output_norms(ffn: SparseFFN, seen: Calibration) -> Tensor:
+    """Norm of every expert's output, [T, E]."""
+    down_EKD = ffn.weights().down.detach().float().cpu().unflatten(0, (ffn.router.n_experts, -1))
+    hidden_TEK = seen.hidden_TF.unflatten(1, (ffn.router.n_experts, -1))
+    return torch.stack(
+        [(hidden_TEK[:, expert] @ down_KD).norm(dim=1) for expert, down_KD in enumerate(down_EKD)], dim=1
+    )

@@ -3,11 +3,12 @@
 from lte.nn.ffn import DeferredLinear, Mode, RoutingObserver, SparseFFN, SplitSparseFFN
 from lte.nn.linear import FastLinear
 from lte.nn.observe import SparsityMeter, observe_routing, set_mode, sparse_ffns
-from lte.nn.router import Routing, ThresholdRouter
+from lte.nn.router import LowRankRouter, Routing, ThresholdRouter, TopKSoftmaxRouter
 
 __all__ = [
     "DeferredLinear",
     "FastLinear",
+    "LowRankRouter",
     "Mode",
     "Routing",
     "RoutingObserver",
@@ -15,6 +16,7 @@ __all__ = [
     "SparsityMeter",
     "SplitSparseFFN",
     "ThresholdRouter",
+    "TopKSoftmaxRouter",
     "observe_routing",
     "set_mode",
     "sparse_ffns",

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lte.nn.gates import straight_through
 from lte.nn.linear import FastLinear
 from lte.nn.router import Routing, ThresholdRouter
 from lte.ops import SMALL_BATCH, FFNWeights, project_down, requested_backend, routed_ffn, scale_experts, sparse_ffn
@@ -24,11 +25,12 @@ PROJECTIONS = ("gate", "up", "gate_up", "down")
 
 
 class Mode(StrEnum):
-    """How an FFN uses its router: not at all, as weights (training, stage 1), or as a mask (inference)."""
+    """How an FFN uses its router: not at all, as weights, as a mask (inference), or as a mask with a gradient."""
 
     DENSE = "dense"
     SOFT = "soft"
     HARD = "hard"
+    STRAIGHT_THROUGH = "straight-through"
 
 
 class SparseFFN(nn.Module):
@@ -63,6 +65,8 @@ class SparseFFN(nn.Module):
         self.router = router
         self.layer_index = layer_index
         self.mode = Mode.HARD
+        self.hardness = 1.0
+        """Of straight-through mode, see :func:`lte.nn.gates.straight_through`."""
         self.observer: RoutingObserver | None = None
         self.choose_path: PathChooser = path_unmeasured
         self._packed: tuple[list[int], FFNWeights] | None = None
@@ -86,7 +90,10 @@ class SparseFFN(nn.Module):
             routing = self.router(x)
             if self.observer is not None:
                 self.observer(self.layer_index, routing)
-            hidden = scale_experts(hidden, routing.scores if self.mode == Mode.SOFT else routing.mask)
+            if self.mode == Mode.STRAIGHT_THROUGH:
+                hidden = straight_through(hidden, routing, self.hardness)
+            else:
+                hidden = scale_experts(hidden, routing.scores if self.mode == Mode.SOFT else routing.mask)
         return self.project_down(hidden)
 
     def _operate(self, x: Tensor, impl: str, max_density: float) -> Tensor:

@@ -19,7 +19,7 @@ def sparse_ffns(model: nn.Module) -> list[SparseFFN]:
 
 
 def set_mode(model: nn.Module, mode: Mode | str) -> None:
-    """Put every sparse FFN of a model into ``dense``, ``soft`` or ``hard`` mode."""
+    """Put every sparse FFN of a model into ``dense``, ``soft``, ``hard`` or ``straight-through`` mode."""
     for ffn in sparse_ffns(model):
         ffn.mode = Mode(mode)
 

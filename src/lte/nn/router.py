@@ -37,6 +37,9 @@ class ThresholdRouter(nn.Module):
         init_score: mean initial score, set through the bias; 0.5 without a bias.
     """
 
+    uses_threshold = True
+    """Whether moving ``threshold`` changes which experts run."""
+
     def __init__(
         self,
         d_model: int,
@@ -66,14 +69,101 @@ class ThresholdRouter(nn.Module):
         if self.bias is not None:
             self.bias.fill_(torch.logit(torch.tensor(init_score)).item())
 
+    @property
+    def n_experts(self) -> int:
+        """Number of experts E."""
+        return int(self.weight.shape[0])
+
+    def matrices(self) -> list[Tensor]:
+        """The weights a token is multiplied with."""
+        return [p for p in self.parameters() if p.ndim == 2]
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., E], in float32."""
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(x.float(), self.weight.float(), bias)
+
     def forward(self, x: Tensor) -> Routing:
         """Route inputs of shape [..., D]."""
         with torch.autocast(device_type=x.device.type, enabled=False):
-            bias = None if self.bias is None else self.bias.float()
-            scores = torch.sigmoid(F.linear(x.float(), self.weight.float(), bias))
+            scores = torch.sigmoid(self.logits(x))
         return Routing(scores, scores > self.threshold)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
         n_experts, d_model = self.weight.shape
         return f"d_model={d_model}, n_experts={n_experts}, threshold={self.threshold}, bias={self.bias is not None}"
+
+
+class LowRankRouter(ThresholdRouter):
+    """Two layers with a ReLU between them, ``sigmoid(relu(x A) B + b)``: the form of Deja Vu's predictor.
+
+    Args:
+        d_model, n_experts, threshold, bias, device, dtype: as for :class:`ThresholdRouter`.
+        rank: width of the layer between.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        *,
+        rank: int,
+        threshold: float = 0.5,
+        bias: bool = True,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(rank, n_experts, threshold=threshold, bias=bias, device=device, dtype=dtype)
+        self.reduce = nn.Parameter(torch.empty(rank, d_model, device=device, dtype=dtype))
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator, *, init_std: float, init_score: float) -> None:
+        """See :meth:`ThresholdRouter.reset_parameters`; the hidden layer keeps unit variance."""
+        super().reset_parameters(generator, init_std=init_std, init_score=init_score)
+        d_model = self.reduce.shape[1]
+        self.reduce.copy_(torch.randn(self.reduce.shape, generator=generator) * (2 / d_model) ** 0.5)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., E], in float32."""
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(F.linear(x.float(), self.reduce.float()).relu(), self.weight.float(), bias)
+
+
+class TopKSoftmaxRouter(ThresholdRouter):
+    """``softmax(x W_g + noise)``, the ``k`` largest run: the router of mixtures of experts (Shazeer et al., 2017).
+
+    It is here to be compared with: scores that sum to 1 leave one expert near 1 and the others near 0, and every
+    token gets the same number of experts. ``threshold`` has no meaning.
+
+    Args:
+        d_model, n_experts, bias, device, dtype: as for :class:`ThresholdRouter`.
+        k: experts per token.
+        noise: standard deviation of the Gaussian noise added to the logits in training.
+    """
+
+    uses_threshold = False
+
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        *,
+        k: int,
+        noise: float = 0.0,
+        bias: bool = True,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(d_model, n_experts, bias=bias, device=device, dtype=dtype)
+        self.k, self.noise = k, noise
+
+    def forward(self, x: Tensor) -> Routing:
+        """Route inputs of shape [..., D]."""
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            logits = self.logits(x)
+            if self.training and self.noise:
+                logits = logits + self.noise * torch.randn_like(logits)
+            scores = logits.softmax(-1)
+            chosen = scores.topk(self.k, dim=-1).indices
+        return Routing(scores, torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True))

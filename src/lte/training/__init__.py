@@ -1,15 +1,18 @@
 """Losses, stages and the trainer."""
 
-from lte.training.arguments import LTETrainingArguments
+from lte.training.arguments import PAPER, LTETrainingArguments
 from lte.training.callbacks import FiniteGradients, JsonLinesLog, StepProgress, last_complete_checkpoint
+from lte.training.controller import SparsityController
 from lte.training.losses import efficiency_loss, separability_loss
 from lte.training.trainer import LTETrainer, correct_loss_scaling
 
 __all__ = [
+    "PAPER",
     "FiniteGradients",
     "JsonLinesLog",
     "LTETrainer",
     "LTETrainingArguments",
+    "SparsityController",
     "StepProgress",
     "correct_loss_scaling",
     "efficiency_loss",

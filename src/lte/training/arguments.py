@@ -11,39 +11,56 @@ from transformers import TrainingArguments
 
 from lte.errors import ConfigError
 
+PAPER: dict[str, Any] = {"stages": 2, "lambda_sep": 0.5}
+"""What :class:`LTETrainingArguments` needs to train as the paper does (``--recipe paper``)."""
+
 
 @dataclass
 class LTETrainingArguments(TrainingArguments):
-    """``transformers.TrainingArguments`` plus the two stages of LTE and their losses.
+    """``transformers.TrainingArguments`` plus how a sparse model is trained.
 
-    ``learning_rate`` is the model's in stage 1; each stage has its own warm-up (``warmup_steps``) and decay.
-    The length is given per stage, so ``num_train_epochs`` and ``max_steps`` are not used.
+    By default in one stage, as long as any fine-tuning: experts are switched by the mask from the first step on and
+    routers learn by a straight-through gradient. ``stages=2`` is the published training: soft, then hard with the
+    routers frozen; each stage has its own length, warm-up and decay.
 
     Attributes:
-        eta: coefficient of the efficiency loss; larger is sparser.
-        eta_warmup: share of stage 1 over which eta rises linearly from 0.
+        target_sparsity: share of FFN neurons not to be used. A controller adapts the weight of the efficiency loss
+            until it is reached.
+        target_warmup: share of the training (of stage 1) over which the target rises from 0.
+        eta: instead of a target, a fixed weight of the efficiency loss; larger is sparser.
+        eta_warmup: share of the training (of stage 1) over which eta rises linearly from 0.
+        stages: 1 or 2.
+        anneal: share of a one-stage training over which the gate goes from the scores to the mask; 0 is the mask
+            from the start.
+        distill: share of the task loss replaced by the KL divergence from the dense model's predictions.
         lambda_sep: coefficient of the separability loss.
-        lambda_start, lambda_full: shares of stage 1 at which lambda begins to rise from 0, and is reached.
+        lambda_start, lambda_full: shares of the training (of stage 1) at which lambda begins to rise from 0, and is
+            reached.
         sep_epsilon: added to the squared distance to the threshold in the separability loss.
-        router_learning_rate: of the routers in stage 1; they are frozen in stage 2.
+        router_learning_rate: of the routers; they are frozen in stage 2.
         router_weight_decay: of the routers.
-        stage1_epochs, stage2_epochs: length of each stage in passes over the data.
+        stage1_epochs, stage2_epochs: with ``stages=2``, length of each stage in passes over the data, 1 by default.
         stage1_steps, stage2_steps: the same in optimiser steps; given, it replaces the epochs.
         stage1_scheduler: schedule of both learning rates in stage 1; by default ``lr_scheduler_type``, which is
             that of stage 2.
         stage2_learning_rate: of the model in stage 2; by default that of stage 1.
     """
 
-    eta: float = 1.0
+    target_sparsity: float | None = None
+    target_warmup: float = 0.2
+    eta: float | None = None
     eta_warmup: float = 0.0
-    lambda_sep: float = 0.5
+    stages: int = 1
+    anneal: float = 0.0
+    distill: float = 0.0
+    lambda_sep: float = 0.0
     lambda_start: float = 0.3
     lambda_full: float = 0.8
     sep_epsilon: float = 0.25
     router_learning_rate: float = 1e-2
     router_weight_decay: float = 0.1
-    stage1_epochs: float = 1.0
-    stage2_epochs: float = 1.0
+    stage1_epochs: float | None = None
+    stage2_epochs: float | None = None
     stage1_steps: int | None = None
     stage2_steps: int | None = None
     stage1_scheduler: str | None = None
@@ -52,10 +69,17 @@ class LTETrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = False
 
     def __post_init__(self) -> None:
+        target = self.target_sparsity
+        _require(target is None or 0 < target < 1, "target_sparsity", target, "must lie between 0 and 1")
+        if (target is None) == (self.eta is None):
+            raise ConfigError(
+                f"target_sparsity={target} and eta={self.eta}: give one of the two, for instance target_sparsity=0.7"
+            )
+        _require(self.stages in (1, 2), "stages", self.stages, "must be 1, or 2 for the published training")
         for name in ("eta", "lambda_sep", "router_learning_rate", "router_weight_decay"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
-        for name in ("eta_warmup", "lambda_start", "lambda_full"):
-            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "is a share of stage 1, in [0, 1]")
+            _require((getattr(self, name) or 0) >= 0, name, getattr(self, name), "must not be negative")
+        for name in ("target_warmup", "eta_warmup", "anneal", "distill", "lambda_start", "lambda_full"):
+            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "is a share, in [0, 1]")
         _require(
             self.sep_epsilon > 0,
             "sep_epsilon",
@@ -63,18 +87,22 @@ class LTETrainingArguments(TrainingArguments):
             "must be above 0: the loss is singular without it",
         )
         _require(self.lambda_start <= self.lambda_full, "lambda_start", self.lambda_start, "is after lambda_full")
-        for name in ("stage1_epochs", "stage2_epochs", "stage1_steps", "stage2_steps"):
+        for name in STAGE_LENGTHS:
             value = getattr(self, name)
             _require(value is None or 0 <= value < math.inf, name, value, "must be a number, not negative")
-        _require(
-            self.max_steps <= 0,
-            "max_steps",
-            self.max_steps,
-            "is not used; give stage1_steps and stage2_steps",
-        )
+            if self.stages == 1:
+                _require(value is None, name, value, "needs stages=2; one stage takes num_train_epochs or max_steps")
+        if self.stages == 2:
+            _require(
+                self.max_steps <= 0, "max_steps", self.max_steps, "needs stages=1; give stage1_steps, stage2_steps"
+            )
+            _require(self.anneal == 0, "anneal", self.anneal, "needs stages=1; stage 1 is soft throughout")
         super().__post_init__()
         if isinstance(self.gradient_checkpointing_kwargs, dict):
             refuse_reentrant(self.gradient_checkpointing_kwargs)
+
+
+STAGE_LENGTHS = ("stage1_epochs", "stage2_epochs", "stage1_steps", "stage2_steps")
 
 
 def refuse_reentrant(kwargs: Mapping[str, Any]) -> None:

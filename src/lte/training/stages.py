@@ -1,4 +1,4 @@
-"""The two stages of LTE as a function of the step, so that a resumed run needs no state of its own."""
+"""What holds at each step of a training, as a function of the step: a resumed run needs no state for it."""
 
 from __future__ import annotations
 
@@ -18,18 +18,27 @@ class StagePlan:
     """How many optimiser steps each stage takes, and what holds at a given step.
 
     Attributes:
-        stage1_steps, stage2_steps: lengths in optimiser steps.
+        stage1_steps, stage2_steps: lengths in optimiser steps; a training in one stage has no second.
+        stages: 1 or 2.
+        anneal: see :class:`LTETrainingArguments`.
     """
 
     stage1_steps: int
     stage2_steps: int
+    stages: int = 2
+    anneal: float = 0.0
 
     @classmethod
     def build(cls, args: LTETrainingArguments, steps_per_epoch: int) -> StagePlan:
         """From the arguments and the number of optimiser steps in one pass over the data."""
-        steps1 = math.ceil(args.stage1_epochs * steps_per_epoch) if args.stage1_steps is None else args.stage1_steps
-        steps2 = math.ceil(args.stage2_epochs * steps_per_epoch) if args.stage2_steps is None else args.stage2_steps
-        return cls(steps1, steps2)
+
+        def length(steps: int | None, epochs: float | None) -> int:
+            return math.ceil((1.0 if epochs is None else epochs) * steps_per_epoch) if steps is None else steps
+
+        if args.stages == 1:
+            steps = length(args.max_steps if args.max_steps > 0 else None, args.num_train_epochs)
+            return cls(steps, 0, stages=1, anneal=args.anneal)
+        return cls(length(args.stage1_steps, args.stage1_epochs), length(args.stage2_steps, args.stage2_epochs))
 
     @property
     def total(self) -> int:
@@ -41,8 +50,14 @@ class StagePlan:
         return 1 if step < self.stage1_steps else 2
 
     def mode(self, step: int) -> Mode:
-        """Soft in stage 1, hard in stage 2 (LTE, section 4.3)."""
+        """Soft in stage 1, hard in stage 2 (LTE, section 4.3); straight-through in a single stage."""
+        if self.stages == 1:
+            return Mode.STRAIGHT_THROUGH
         return Mode.SOFT if self.stage(step) == 1 else Mode.HARD
+
+    def hardness(self, step: int) -> float:
+        """How far the gate is from the scores (0) to the mask (1), in a single stage."""
+        return self.ramp(step, 0.0, self.anneal)
 
     def ramp(self, step: int, start: float, full: float) -> float:
         """0 up to the share ``start`` of stage 1, 1 from the share ``full`` on, linear between."""

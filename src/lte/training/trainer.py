@@ -1,7 +1,8 @@
-"""``LTETrainer``: the two stages of LTE on top of ``transformers.Trainer``."""
+"""``LTETrainer``: training a sparse model on top of ``transformers.Trainer``."""
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -9,23 +10,34 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
 from lte.errors import CheckpointError, ConfigError, NonFiniteLossError
 from lte.nn import Mode, Routing, ThresholdRouter, observe_routing, set_mode, sparse_ffns
-from lte.training.arguments import LTETrainingArguments, refuse_reentrant
+from lte.thresholds import MISSED, find_thresholds, set_thresholds, shifted, thresholds_of
+from lte.training.arguments import STAGE_LENGTHS, LTETrainingArguments, refuse_reentrant
 from lte.training.callbacks import StepProgress, gradient_norm, last_complete_checkpoint
+from lte.training.controller import SparsityController
 from lte.training.losses import RoutingTotals, total_routing
 from lte.training.stages import StagePlan, learning_rate_factors
 
+logger = logging.getLogger(__name__)
+
+LANDING_TOKENS, LANDING_ROWS = 16384, 16
+"""Of the training data, on which the thresholds' last move is measured."""
+
 
 class LTETrainer(Trainer):
-    """Trains a sparsified model with LTE's two stages; one :meth:`train` runs both.
+    """Trains a sparsified model, its routers with it, on ``task + eta * L_eff + lambda * L_sep``.
 
-    Stage 1 trains model and routers together in soft mode on ``task + eta * L_eff + lambda * L_sep``. Stage 2
-    freezes the routers, switches to hard mode and trains the model on the task loss alone. The stage follows
-    from the step, so every checkpoint of either stage resumes to the weights an uninterrupted run would reach.
+    In one stage, experts are switched by the mask from the first step on, and the routers learn by a straight-through
+    gradient (:func:`lte.nn.gates.straight_through`). With ``stages=2``, as published: stage 1 trains model and routers
+    in soft mode; stage 2 freezes the routers, switches to hard mode and trains the model on the task loss alone.
+    One :meth:`train` runs all of it, and every checkpoint resumes to the weights an uninterrupted run would reach.
+
+    With ``target_sparsity`` a :class:`SparsityController` sets eta, and at the end thresholds are moved by the little
+    that is missing, on the first rows of the training data. Then one threshold serves all layers.
 
     Logged per step, beside what transformers logs: ``task_loss``, ``efficiency_loss``, ``separability_loss``,
     ``eta``, ``stage``, ``sparsity`` (of the hard mask, padding excluded) and ``sparsity/layer_N``.
@@ -33,10 +45,12 @@ class LTETrainer(Trainer):
     Args:
         model: a model after :func:`lte.sparsify`.
         args: settings.
+        teacher: the dense model, for ``distill``.
         **kwargs: those of ``transformers.Trainer``.
 
     Raises:
-        ConfigError: dense model, reentrant gradient checkpointing, or several GPUs under one process.
+        ConfigError: dense model, no teacher to distil from, a target without a threshold router, reentrant gradient
+            checkpointing, or several GPUs under one process.
         NonFiniteLossError: the loss or a gradient became NaN or infinite; the last checkpoint is kept.
     """
 
@@ -44,10 +58,16 @@ class LTETrainer(Trainer):
     optimizer: Any
     lr_scheduler: Any
 
-    def __init__(self, model: Any = None, args: LTETrainingArguments | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, model: Any = None, args: LTETrainingArguments | None = None, *, teacher: Any = None, **kwargs: Any
+    ) -> None:
         if model is None or not sparse_ffns(model):
             raise ConfigError("LTETrainer needs a sparse model; call lte.sparsify(model, lte.LTEConfig(...)) first")
         super().__init__(model=model, args=args, **kwargs)
+        if self.args.restore_callback_states_from_checkpoint:
+            raise ConfigError(
+                "restore_callback_states_from_checkpoint is not supported; the controller is restored by itself"
+            )
         if self.args.n_gpu > 1:
             raise ConfigError("several GPUs under one process are not supported; start with torchrun or accelerate")
         if self.args.gradient_checkpointing:
@@ -59,7 +79,14 @@ class LTETrainer(Trainer):
         # The losses are scaled here, over all the tokens of an optimiser step.
         self.loss_is_scaled_for_ga = True
         self._plan: StagePlan | None = None
+        self._asked_steps = self.args.max_steps
         self._step_tokens: Tensor | None = None
+        self._step_active: Tensor | float = 0.0
+        target = self.args.target_sparsity
+        if target is not None and not all(ffn.router.uses_threshold for ffn in sparse_ffns(self.model)):
+            raise ConfigError("target_sparsity needs routers with a threshold; a top-k router takes its own sparsity")
+        self.controller = None if target is None else SparsityController(target)
+        self.teacher = self._prepare_teacher(teacher)
         self._window = _LogWindow()
         self.add_callback(_StageSwitch(self))
         self.remove_callback(ProgressCallback)
@@ -73,18 +100,18 @@ class LTETrainer(Trainer):
         return self._plan
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """Run both stages, or what is left of them.
+        """Run the training, or what is left of it.
 
         Args:
             resume_from_checkpoint: a checkpoint folder, or True for the last complete one in ``output_dir``.
             **kwargs: those of ``transformers.Trainer.train``.
         """
         batches = len(self.get_train_dataloader())
+        self.args.max_steps = self._asked_steps
         self._plan = StagePlan.build(self.args, math.ceil(batches / self.args.gradient_accumulation_steps))
         if self.plan.total < 1:
-            raise ConfigError(
-                "both stages are empty; give stage1_epochs or stage1_steps, stage2_epochs or stage2_steps"
-            )
+            lengths = "num_train_epochs or max_steps" if self.args.stages == 1 else ", ".join(STAGE_LENGTHS)
+            raise ConfigError(f"the training has no steps; give {lengths}")
         self.args.max_steps = self.plan.total
         for layer in self.model.modules():
             checkpointing = getattr(layer, "_gradient_checkpointing_func", None)
@@ -98,6 +125,8 @@ class LTETrainer(Trainer):
             resume_from_checkpoint = str(last)
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         set_mode(self.model, Mode.HARD)
+        if self.controller is not None:
+            self._land(self.controller.target)
         return output
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -152,12 +181,15 @@ class LTETrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Task loss plus, in stage 1, the auxiliary losses; each averaged over the tokens of the whole step."""
+        """Task loss plus, unless the routers are frozen, the auxiliary ones; averaged over the tokens of the step."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         routings: list[Routing] = []
         with observe_routing(self.model, lambda layer, routing: routings.append(routing)):
             task, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self.teacher is not None:
+            divergence = self._divergence(outputs, inputs, num_items_in_batch)
+            task = (1 - self.args.distill) * task + self.args.distill * divergence
         if not (self.model_accepts_loss_kwargs and num_items_in_batch is not None):
             task = task / self.current_gradient_accumulation_steps
         with torch.set_grad_enabled(self.plan.stage(self.state.global_step) == 1):
@@ -181,6 +213,27 @@ class LTETrainer(Trainer):
             # Adam's moments belong to the soft-mode loss; a checkpoint of this very step resumes the same way.
             self.optimizer.state.clear()
         set_mode(self.model, self.plan.mode(step))
+        for ffn in sparse_ffns(self.model):
+            ffn.hardness = self.plan.hardness(step)
+        self._step_active = 0.0
+
+    def leave_step(self) -> None:
+        """Let the controller see what the step measured, and act."""
+        if self.controller is None or self._step_tokens is None:
+            return
+        step = self.state.global_step - 1
+        active = self.accelerator.reduce(torch.as_tensor(self._step_active), "sum")
+        frozen = self.plan.stage(step) == 2 or self.args.router_learning_rate == 0
+        shift = self.controller.update(1 - float(active / self._step_tokens), self._target_ramp(step), frozen=frozen)
+        if frozen:
+            set_thresholds(self.model, [shifted(threshold, shift) for threshold in thresholds_of(self.model)])
+
+    def begin(self) -> None:
+        """Give the controller the state of the checkpoint a resumed run starts from."""
+        saved = (self.state.stateful_callbacks or {}).get(_StageSwitch.__name__)
+        if self.controller is not None and self.state.global_step and isinstance(saved, dict):
+            self.controller.restore(saved["attributes"]["controller"])
+            set_thresholds(self.model, saved["attributes"]["thresholds"])
 
     def check_gradients(self) -> None:
         """Raise NonFiniteLossError before a step that would spoil the weights."""
@@ -189,6 +242,46 @@ class LTETrainer(Trainer):
         norm = gradient_norm(self.model)
         if not torch.isfinite(norm):
             raise self._non_finite(f"the gradient norm is {float(norm)}")
+
+    def _target_ramp(self, step: int) -> float:
+        return self.plan.ramp(step, 0.0, self.args.target_warmup)
+
+    def _prepare_teacher(self, teacher: Any) -> Any:
+        if not self.args.distill:
+            return None
+        if teacher is None:
+            raise ConfigError(f"distill={self.args.distill} needs the dense model: LTETrainer(..., teacher=model)")
+        return teacher.requires_grad_(False).eval().to(self.args.device)
+
+    def _divergence(self, outputs: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
+        """KL divergence from the dense model's predictions, averaged as the task loss is."""
+        with torch.no_grad():
+            wanted = self.teacher(**{key: value for key, value in inputs.items() if key != "labels"}).logits
+        found, labels = outputs.logits, inputs.get("labels")
+        if found.dim() == 3 and labels is not None:
+            learned = labels[:, 1:] != -100
+            found, wanted = found[:, :-1][learned], wanted[:, :-1][learned]
+        loss = torch.nn.functional.kl_div(
+            found.float().log_softmax(-1), wanted.float().log_softmax(-1), log_target=True, reduction="none"
+        ).sum(-1)
+        if not (self.model_accepts_loss_kwargs and num_items_in_batch is not None):
+            return loss.mean()
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return loss.sum() * processes / num_items_in_batch
+
+    @torch.no_grad()
+    def _land(self, target: float) -> None:
+        """Move the thresholds by what the controller left, measured as inference will run: without dropout."""
+        rows, batches, tokens = self.train_dataset, [], 0
+        for start in range(0, len(rows), LANDING_ROWS):
+            if tokens >= LANDING_TOKENS:
+                break
+            batch = self.data_collator([rows[i] for i in range(start, min(start + LANDING_ROWS, len(rows)))])
+            batches.append(batch)
+            tokens += int(_token_mask(batch).sum())
+        found = find_thresholds(self.model, batches, target)
+        if abs(found.sparsity - target) > MISSED:
+            logger.warning("target_sparsity=%s was not reached: the model is at %.3f", target, found.sparsity)
 
     @property
     def _threshold(self) -> float:
@@ -200,7 +293,11 @@ class LTETrainer(Trainer):
         # Gradients are averaged over processes, while the token count is of all of them.
         share = self.accelerator.num_processes / self._step_tokens
         efficiency, separability = totals.efficiency * share, totals.separability * share
-        eta = args.eta * self.plan.ramp(step, 0.0, args.eta_warmup)
+        if self.controller is None:
+            eta = (args.eta or 0.0) * self.plan.ramp(step, 0.0, args.eta_warmup)
+        else:
+            eta = self.controller.eta(self._target_ramp(step))
+        self._step_active = self._step_active + totals.active_L.mean()
         lambda_sep = args.lambda_sep * self.plan.ramp(step, args.lambda_start, args.lambda_full)
         if self.plan.stage(step) == 1:
             loss = task + eta * efficiency + lambda_sep * separability
@@ -225,11 +322,27 @@ class LTETrainer(Trainer):
         )
 
 
-class _StageSwitch(TrainerCallback):
-    """Tells the trainer when a step begins, and when its gradients are ready."""
+class _StageSwitch(TrainerCallback, ExportableState):
+    """Tells the trainer when a step begins, when its gradients are ready, and when it is over."""
 
     def __init__(self, trainer: LTETrainer) -> None:
         self.trainer = trainer
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the controller."""
+        controller = self.trainer.controller
+        if controller is None:
+            return {"args": {}, "attributes": {}}
+        return {
+            "args": {},
+            "attributes": {"controller": controller.state(), "thresholds": thresholds_of(self.trainer.model)},
+        }
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.begin()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.leave_step()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.enter_step()

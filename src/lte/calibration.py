@@ -1,0 +1,98 @@
+"""Watching a dense model work: what its FFNs see and do, and how much the loss depends on each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lte.grouping import Calibration
+from lte.nn import Mode, SparseFFN, set_mode, sparse_ffns
+
+
+def collect_calibration(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> list[Calibration]:
+    """Run the dense function of a sparsified model over some batches; one :class:`Calibration` per FFN.
+
+    Args:
+        model: with sparse FFNs, on any device; its modes are left at ``hard``.
+        batches: model inputs. Where all have ``labels``, the sensitivity of the loss is measured too.
+
+    Returns:
+        In layer order, in float32 on the CPU, padding left out.
+    """
+    ffns = sparse_ffns(model)
+    watches = [_Watch() for _ in ffns]
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    set_mode(model, Mode.DENSE)
+    with ExitStack() as stack:
+        stack.enter_context(_frozen(model))
+        for ffn, watch in zip(ffns, watches, strict=True):
+            stack.enter_context(ffn.register_forward_hook(watch))
+        for batch in batches:
+            inputs = {name: value.to(device) for name, value in batch.items()}
+            mask = inputs.get("attention_mask")
+            keep = None if mask is None else mask.flatten().bool()
+            with torch.set_grad_enabled("labels" in inputs):
+                result = model(**inputs)
+                gradients = _gradients(result.loss, watches) if "labels" in inputs else [None] * len(ffns)
+            for watch, gradient in zip(watches, gradients, strict=True):
+                watch.keep(keep, gradient)
+    set_mode(model, Mode.HARD)
+    model.train(was_training)
+    return [watch.calibration() for watch in watches]
+
+
+class _Watch:
+    """Forward hook of one FFN."""
+
+    def __init__(self) -> None:
+        self.inputs: list[Tensor] = []
+        self.hidden: list[Tensor] = []
+        self.squares: list[float] = []
+        self.latest: tuple[Tensor, Tensor] | None = None
+        self.output: Tensor | None = None
+
+    def __call__(self, ffn: SparseFFN, args: tuple[Any, ...], output: Tensor) -> None:
+        with torch.no_grad():
+            self.latest = args[0].detach().flatten(0, -2), ffn.hidden(args[0]).flatten(0, -2)
+        if torch.is_grad_enabled():
+            self.output = output.requires_grad_(True)
+
+    def keep(self, token_mask: Tensor | None, gradient: Tensor | None) -> None:
+        """Take over what the last forward left, for the tokens that count."""
+        assert self.latest is not None
+        x, hidden = (t if token_mask is None else t[token_mask] for t in self.latest)
+        self.inputs.append(x.float().cpu())
+        self.hidden.append(hidden.float().cpu())
+        if gradient is not None:
+            self.squares.append(float(gradient.float().square().sum(-1).mean()))
+        self.latest = self.output = None
+
+    def calibration(self) -> Calibration:
+        """All that was kept."""
+        whole = len(self.squares) == len(self.inputs)
+        sensitivity = (sum(self.squares) / len(self.squares)) ** 0.5 if whole else None
+        return Calibration(torch.cat(self.inputs), torch.cat(self.hidden), sensitivity)
+
+
+def _gradients(loss: Tensor, watches: list[_Watch]) -> list[Tensor]:
+    outputs = [watch.output for watch in watches if watch.output is not None]
+    return list(torch.autograd.grad(loss, outputs))
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Without gradients of parameters: those of the FFNs' outputs are all that is asked for."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)

@@ -1,0 +1,42 @@
+"""Noisy top-k softmax routing, as mixtures of experts have it: the router LTE's paper argues against (section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pydantic
+import torch
+from torch import nn
+
+from lte.config import MethodConfig, register_method
+from lte.grouping import Calibration
+from lte.nn import SparseFFN, ThresholdRouter, TopKSoftmaxRouter
+
+
+@register_method
+class TopKConfig(MethodConfig):
+    """Every token gets the same share of the experts, those with the largest softmax scores.
+
+    Attributes:
+        sparsity: share of the experts that do not run, for every token and layer.
+        noise: standard deviation of the noise on the logits in training.
+        router_init_std: standard deviation of the initial router logits, for inputs of unit variance.
+    """
+
+    method = "topk"
+
+    sparsity: float = pydantic.Field(0.5, gt=0, lt=1)
+    noise: float = pydantic.Field(1.0, ge=0)
+    router_init_std: float = pydantic.Field(0.3, ge=0)
+
+    def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> ThresholdRouter:
+        """See :class:`MethodConfig`."""
+        k = max(1, round(n_experts * (1 - self.sparsity)))
+        return TopKSoftmaxRouter(d_model, n_experts, k=k, noise=self.noise, device=like.device, dtype=like.dtype)
+
+    def init_routers(
+        self, ffns: Sequence[SparseFFN], calibration: Sequence[Calibration] | None, generator: torch.Generator
+    ) -> None:
+        """See :class:`MethodConfig`."""
+        for ffn in ffns:
+            ffn.router.reset_parameters(generator, init_std=self.router_init_std, init_score=0.5)

@@ -1,0 +1,225 @@
+"""The dial after training: moving thresholds so that a model reaches a sparsity, and remembering where they stood."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lte.config import OperatingPoint, SparsityConfig
+from lte.errors import CalibrationError, ConfigError
+from lte.nn import Mode, Routing, observe_routing, set_mode, sparse_ffns
+
+BINS, LOGIT_RANGE = 8192, 20.0
+"""Resolution of the histograms of logits."""
+
+TOLERANCE, MISSED, DISTINCT = 0.001, 0.01, 0.005
+"""Differences of sparsity: where a search ends, where it has failed, where two operating points are two."""
+
+MAX_MOVES = 8
+
+
+def thresholds_of(model: nn.Module) -> list[float]:
+    """The threshold of every FFN's router, in layer order."""
+    return [ffn.router.threshold for ffn in sparse_ffns(model)]
+
+
+def set_thresholds(model: Any, thresholds: Sequence[float]) -> None:
+    """Move the thresholds, one per FFN, in the model and in what its ``config.json`` will say."""
+    ffns = sparse_ffns(model)
+    if len(thresholds) != len(ffns):
+        raise ConfigError(f"{len(thresholds)} thresholds were given for {len(ffns)} sparse FFNs; give one for each")
+    for ffn, threshold in zip(ffns, thresholds, strict=True):
+        ffn.router.threshold = threshold
+    model.config.quantization_config.thresholds = list(thresholds)
+
+
+def set_sparsity(model: Any, sparsity: float) -> None:
+    """Run a model at another sparsity, from the operating points :func:`calibrate` left in it.
+
+    Between two of them thresholds are interpolated. Also a method of every sparse model:
+    ``model.set_sparsity(0.6)``.
+
+    Raises:
+        ConfigError: the model has no operating points, or none on both sides of ``sparsity``.
+    """
+    points: list[OperatingPoint] = model.config.quantization_config.operating_points
+    if not points:
+        raise ConfigError(
+            "the model has no operating points; make some: lte calibrate MODEL --data FILE --target-sparsity 0.5,0.7"
+        )
+    low, high = points[0].sparsity, points[-1].sparsity
+    if not low <= sparsity <= high:
+        raise ConfigError(
+            f"sparsity={sparsity} is outside of what the model was calibrated for, {low:.3g} to {high:.3g}; "
+            "calibrate it further with lte calibrate"
+        )
+    above = next(point for point in points if point.sparsity >= sparsity)
+    below = next(point for point in reversed(points) if point.sparsity <= sparsity)
+    gap = above.sparsity - below.sparsity
+    share = (sparsity - below.sparsity) / gap if gap > 0 else 0.0
+    set_thresholds(
+        model,
+        [
+            _sigmoid((1 - share) * _logit(left) + share * _logit(right))
+            for left, right in zip(below.thresholds, above.thresholds, strict=True)
+        ],
+    )
+
+
+def enable_dial(model: Any) -> None:
+    """Give a sparse model its :func:`set_sparsity` method."""
+    model.set_sparsity = MethodType(set_sparsity, model)
+
+
+def apply_config(model: nn.Module, config: SparsityConfig) -> None:
+    """Put the thresholds a checkpoint was saved with in place; ConfigError where their number is not the model's."""
+    count = len(sparse_ffns(model))
+    for thresholds in [config.thresholds or (), *(point.thresholds for point in config.operating_points)]:
+        if len(thresholds) not in (0, count):
+            raise ConfigError(f"{len(thresholds)} thresholds for {count} sparse FFNs; config.json was edited")
+    for ffn, threshold in zip(sparse_ffns(model), config.thresholds or (), strict=False):
+        ffn.router.threshold = threshold
+
+
+def calibrate(
+    model: Any,
+    batches: Iterable[Mapping[str, Tensor]],
+    sparsity: float,
+    *,
+    per_layer: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> OperatingPoint:
+    """Move the thresholds so that the model reaches a sparsity on a text, and keep them as an operating point.
+
+    Args:
+        model: a sparse model with threshold routers; it is left in hard mode, at the new thresholds.
+        batches, sparsity, per_layer, progress: see :func:`find_thresholds`.
+
+    Returns:
+        Thresholds, and the sparsity they were seen to give.
+
+    Raises:
+        ConfigError: S outside (0, 1), or a router without a threshold.
+        CalibrationError: the sparsity stays more than one percentage point away; the thresholds are as before.
+    """
+    before = thresholds_of(model)
+    found = find_thresholds(model, batches, sparsity, per_layer=per_layer, progress=progress)
+    if abs(found.sparsity - sparsity) > MISSED:
+        set_thresholds(model, before)
+        raise CalibrationError(
+            f"sparsity {sparsity} cannot be reached by moving thresholds: the nearest was {found.sparsity:.3f}, as too "
+            "many scores are equal there (a separability loss does that); train for that sparsity instead"
+        )
+    config = model.config.quantization_config
+    others = [point for point in config.operating_points if abs(point.sparsity - found.sparsity) > DISTINCT]
+    config.operating_points = sorted([*others, found], key=lambda point: point.sparsity)
+    return found
+
+
+def find_thresholds(
+    model: Any,
+    batches: Iterable[Mapping[str, Tensor]],
+    sparsity: float,
+    *,
+    per_layer: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> OperatingPoint:
+    """Move the thresholds as near to a sparsity as they go.
+
+    What a layer sees depends on the thresholds before it, so the model is run again after every move, until the
+    sparsity is within 0.1 percentage points or eight moves were made.
+
+    Args:
+        model: a sparse model with threshold routers; it is left in hard mode, at the new thresholds.
+        batches: model inputs.
+        sparsity: S, in (0, 1), over all layers and tokens.
+        per_layer: reach S in every layer, instead of with one threshold for all.
+        progress: called with moves made and the most that will be.
+
+    Returns:
+        Thresholds, and the sparsity they were seen to give.
+    """
+    if not 0 < sparsity < 1:
+        raise ConfigError(f"target sparsity {sparsity} must lie between 0 and 1")
+    if any(not ffn.router.uses_threshold for ffn in sparse_ffns(model)):
+        raise ConfigError(f"a {type(sparse_ffns(model)[0].router).__name__} has no threshold to calibrate")
+    kept = list(batches)
+    best: OperatingPoint | None = None
+    aim = sparsity
+    for move in range(MAX_MOVES + 1):
+        histogram, reached = _measure(model, kept)
+        if best is None or abs(reached - sparsity) < abs(best.sparsity - sparsity):
+            best = OperatingPoint(sparsity=reached, thresholds=tuple(thresholds_of(model)))
+        if progress is not None:
+            progress(move, MAX_MOVES)
+        if abs(best.sparsity - sparsity) <= TOLERANCE or move == MAX_MOVES:
+            break
+        if move:  # what the last move missed by, the next one aims off
+            aim = min(max(aim + (sparsity - reached), 1e-4), 1 - 1e-4)
+        rows = histogram if per_layer else histogram.mean(0, keepdim=True)
+        moved = [_sigmoid(_quantile(row, aim)) for row in rows]
+        set_thresholds(model, moved if per_layer else moved * len(histogram))
+    assert best is not None
+    set_thresholds(model, best.thresholds)
+    return best
+
+
+@torch.no_grad()
+def _measure(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, float]:
+    """Histogram of every layer's logits, [L, BINS] with rows summing to 1, and the sparsity at the thresholds."""
+    n_layers = len(sparse_ffns(model))
+    histogram = torch.zeros(n_layers, BINS, dtype=torch.float64)
+    active = torch.zeros(n_layers, dtype=torch.float64)
+    token_mask: Tensor | None = None
+
+    def observe(layer: int, routing: Routing) -> None:
+        scores_TE, mask_TE = (t.flatten(0, -2) for t in (routing.scores, routing.mask))
+        if token_mask is not None:
+            scores_TE, mask_TE = scores_TE[token_mask], mask_TE[token_mask]
+        logits = torch.logit(scores_TE.float().cpu(), eps=1e-9)
+        histogram[layer] += torch.histc(logits.clamp(-LOGIT_RANGE, LOGIT_RANGE), BINS, -LOGIT_RANGE, LOGIT_RANGE)
+        active[layer] += mask_TE.sum().cpu()
+
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    set_mode(model, Mode.HARD)
+    with observe_routing(model, observe):
+        for batch in batches:
+            inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+            mask = inputs.get("attention_mask")
+            token_mask = None if mask is None else mask.flatten().bool()
+            model(**inputs)
+    model.train(was_training)
+    seen = histogram.sum(1)
+    if not seen.all():
+        raise ConfigError("the calibration data holds no tokens")
+    return histogram / seen[:, None], float(1 - (active / seen).mean())
+
+
+def _quantile(histogram: Tensor, share: float) -> float:
+    """The logit below which ``share`` of the mass lies, linear inside a bin."""
+    cumulated = histogram.cumsum(0)
+    index = int(torch.searchsorted(cumulated, torch.tensor(share, dtype=cumulated.dtype)).clamp(max=BINS - 1))
+    before = float(cumulated[index - 1]) if index else 0.0
+    inside = (share - before) / max(float(histogram[index]), 1e-12)
+    width = 2 * LOGIT_RANGE / BINS
+    return -LOGIT_RANGE + (index + min(max(inside, 0.0), 1.0)) * width
+
+
+def _logit(probability: float) -> float:
+    return math.log(probability) - math.log1p(-probability)
+
+
+def _sigmoid(logit: float) -> float:
+    return 1 / (1 + math.exp(-logit))
+
+
+def shifted(threshold: float, shift: float) -> float:
+    """A threshold moved by ``shift`` in logits, kept inside (0, 1)."""
+    return _sigmoid(min(max(_logit(threshold) + shift, -LOGIT_RANGE), LOGIT_RANGE))

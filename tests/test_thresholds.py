@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+
+import lte
+from lte.errors import CalibrationError, CheckpointError, ConfigError
+from lte.nn import SparsityMeter, observe_routing, sparse_ffns
+from lte.thresholds import set_thresholds, thresholds_of
+from tests import models
+from tests.training.common import sparse_model
+
+
+def batches(n: int = 4) -> list[dict[str, torch.Tensor]]:
+    return [models.inputs(4, 12, seed=seed) for seed in range(n)]
+
+
+@torch.no_grad()
+def sparsity(model, data) -> tuple[float, list[float]]:
+    meter = SparsityMeter(len(sparse_ffns(model)))
+    with observe_routing(model, meter):
+        for batch in data:
+            meter.set_token_mask(batch["attention_mask"].bool())
+            model(**batch)
+    return meter.overall, meter.per_layer
+
+
+@pytest.mark.parametrize("target", [0.2, 0.5, 0.9])
+def test_one_threshold_for_all_layers_reaches_the_sparsity(target):
+    model = sparse_model().eval()
+    point = lte.calibrate(model, batches(), target)
+    reached, _ = sparsity(model, batches())
+    assert reached == pytest.approx(target, abs=0.005)
+    assert reached == pytest.approx(point.sparsity, abs=1e-6)
+    assert len(set(point.thresholds)) == 1
+    assert thresholds_of(model) == list(point.thresholds)
+
+
+def test_per_layer_reaches_it_in_every_layer():
+    model = sparse_model().eval()
+    lte.calibrate(model, batches(), 0.6, per_layer=True)
+    assert sparsity(model, batches())[1] == pytest.approx([0.6] * models.LAYERS, abs=0.01)
+
+
+def test_padding_does_not_count():
+    model, data = sparse_model().eval(), batches(1)
+    padded = {k: torch.cat([v, torch.zeros(4, 30, dtype=v.dtype)], dim=1) for k, v in data[0].items()}
+    alone = lte.calibrate(model, data, 0.5).thresholds
+    assert lte.calibrate(model, [padded], 0.5).thresholds == pytest.approx(alone, abs=1e-6)
+
+
+def test_the_dial_goes_through_its_points_and_between_them():
+    model = sparse_model().eval()
+    for target in (0.7, 0.3):
+        lte.calibrate(model, batches(), target)
+    for wanted in (0.3, 0.4, 0.5, 0.7):
+        model.set_sparsity(min(max(wanted, 0.3005), 0.6995))
+        assert sparsity(model, batches())[0] == pytest.approx(wanted, abs=0.03)
+    for outside in (0.1, 0.95):
+        with pytest.raises(ConfigError, match="outside of what the model was calibrated for"):
+            model.set_sparsity(outside)
+
+
+def test_a_second_calibration_of_a_sparsity_replaces_the_first():
+    model = sparse_model().eval()
+    for data in (batches(1), batches(4)):
+        lte.calibrate(model, data, 0.5)
+    assert len(model.config.quantization_config.operating_points) == 1
+
+
+def test_points_and_thresholds_survive_saving(tmp_path):
+    model = sparse_model().eval()
+    for target in (0.3, 0.7):
+        lte.calibrate(model, batches(), target)
+    model.set_sparsity(0.6)
+    model.save_pretrained(tmp_path)
+    loaded = lte.load(tmp_path)
+    assert thresholds_of(loaded) == thresholds_of(model)
+    assert sparsity(loaded, batches()) == sparsity(model, batches())
+    copied = copy.deepcopy(loaded)
+    copied.set_sparsity(0.35)
+    assert thresholds_of(copied) != thresholds_of(loaded)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"thresholds": [0.5]}, "1 thresholds for 2 sparse FFNs"),
+        ({"thresholds": [0.5, 2.0]}, "thresholds.1=2.0"),
+        ({"operating_points": [{"sparsity": 0.5}]}, "thresholds is missing"),
+    ],
+)
+def test_edited_thresholds_are_refused(tmp_path, change, message):
+    model = sparse_model()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"].update(change)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        lte.load(tmp_path)
+
+
+def test_what_cannot_be_reached_leaves_the_model_as_it_was():
+    model = sparse_model().eval()
+    for ffn in sparse_ffns(model):  # every score the same
+        torch.nn.init.zeros_(ffn.router.weight)
+    before = thresholds_of(model)
+    with pytest.raises(CalibrationError, match=r"sparsity 0.5 cannot be reached by moving thresholds"):
+        lte.calibrate(model, batches(1), 0.5)
+    assert thresholds_of(model) == before
+
+
+def test_bad_requests():
+    model = sparse_model()
+    with pytest.raises(ConfigError, match="no operating points; make some: lte calibrate"):
+        model.set_sparsity(0.5)
+    with pytest.raises(ConfigError, match=r"target sparsity 1.0 must lie between 0 and 1"):
+        lte.calibrate(model, batches(1), 1.0)
+    with pytest.raises(ConfigError, match="3 thresholds were given for 2"):
+        set_thresholds(model, [0.5] * 3)
+    config = lte.TopKConfig(expert_size=models.EXPERT, grouping="random")
+    with pytest.raises(ConfigError, match="TopKSoftmaxRouter has no threshold"):
+        lte.calibrate(lte.sparsify(models.build("llama"), config), batches(1), 0.5)

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import lte
+from lte.errors import ConfigError
+from lte.nn import sparse_ffns
+from lte.thresholds import thresholds_of
+from lte.training import SparsityController
+from tests import models
+from tests.training.common import rows, sparse_model, trainer
+
+
+def test_pressure_grows_while_sparsity_is_missing_and_turns_when_there_is_too_much():
+    controller = SparsityController(target=0.7)
+    etas = []
+    for measured in (0.1, 0.2, 0.3):
+        controller.update(measured, 1.0, frozen=False)
+        etas.append(controller.eta(1.0))
+    assert all(eta > 0 for eta in etas)
+    assert controller.integral == pytest.approx(0.6 + 0.5 + 0.4)
+    for _ in range(20):
+        controller.update(0.95, 1.0, frozen=False)
+    assert controller.eta(1.0) < 0
+
+
+def test_the_target_warms_up_from_zero():
+    controller = SparsityController(target=0.8, sparsity=0.4)
+    assert controller.eta(0.0) < 0 < controller.eta(1.0)
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("target", [0.3, 0.8])
+def test_a_model_lands_on_its_target(tmp_path, stages, target):
+    steps = {"max_steps": 40} if stages == 1 else {"stage1_steps": 25, "stage2_steps": 15}
+    model = sparse_model(router_init_score=0.5)
+    run = trainer(tmp_path, model, stages=stages, target_sparsity=target, lambda_sep=0.0, learning_rate=1e-4, **steps)
+    run.train()
+    training = [record["sparsity"] for record in run.state.log_history if "sparsity" in record]
+    assert training[-1] == pytest.approx(target, abs=0.12)  # the controller, step by step
+    batch = {key: torch.stack(list(rows()[key])) for key in ("input_ids", "attention_mask")}
+    meter = lte.SparsityMeter(models.LAYERS)
+    meter.set_token_mask(batch["attention_mask"].bool())
+    with torch.no_grad(), lte.observe_routing(run.model, meter):
+        run.model.eval()(**batch)
+    assert meter.overall == pytest.approx(target, abs=0.01)  # after the last move
+    assert str(sparse_ffns(run.model)[0].mode) == "hard"
+
+
+def test_frozen_routers_are_answered_with_thresholds(tmp_path):
+    run = trainer(tmp_path, stages=1, target_sparsity=0.7, router_learning_rate=0.0, max_steps=30)
+    before = [ffn.router.weight.detach().clone() for ffn in sparse_ffns(run.model)]
+    run.train()
+    assert all(torch.equal(a, ffn.router.weight) for a, ffn in zip(before, sparse_ffns(run.model), strict=True))
+    assert all(threshold > 0.5 for threshold in thresholds_of(run.model))
+
+
+@pytest.mark.parametrize("settings", [{"stages": 1, "max_steps": 8}, {"stage1_steps": 4, "stage2_steps": 4}])
+@pytest.mark.parametrize("stop", [2, 6])
+def test_a_resumed_run_has_the_same_controller_and_ends_at_the_same_weights(tmp_path, settings, stop):
+    settings = {"target_sparsity": 0.5, "save_strategy": "steps", "save_steps": 2, **settings}
+    whole = trainer(tmp_path / "whole", sparse_model("gpt2"), **settings)
+    whole.train()
+    state = json.loads((tmp_path / "whole" / f"checkpoint-{stop}" / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["_StageSwitch"]["attributes"]["controller"]["integral"] != 0
+    again = trainer(tmp_path / "again", sparse_model("gpt2"), **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
+    assert again.controller == whole.controller
+    assert thresholds_of(again.model) == thresholds_of(whole.model)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name]), name
+
+
+def test_accumulated_steps_give_the_controller_the_same_reading(tmp_path):
+    readings = []
+    for size, accumulation in ((8, 1), (2, 4)):
+        run = trainer(
+            tmp_path,
+            data=rows(8, padded=True),
+            stages=1,
+            max_steps=1,
+            target_sparsity=0.5,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+        )
+        run.train()
+        readings.append(run.controller.sparsity)
+    assert readings[0] == pytest.approx(readings[1], abs=1e-6)
+
+
+def test_an_annealed_gate_hardens(tmp_path):
+    run = trainer(tmp_path, stages=1, max_steps=4, target_sparsity=0.5, anneal=1.0)
+    seen = []
+    original = run.leave_step
+    run.leave_step = lambda: (seen.append(sparse_ffns(run.model)[0].hardness), original())
+    run.train()
+    assert seen == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_distillation_needs_a_teacher_and_is_the_divergence_from_it(tmp_path):
+    with pytest.raises(ConfigError, match=r"distill=0.5 needs the dense model"):
+        trainer(tmp_path, stages=1, target_sparsity=0.5, distill=0.5)
+    model = sparse_model("llama", router_init_score=0.999, router_init_std=0.0)  # computes what the dense one does
+    args = lte.LTETrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, eta=0.0, distill=1.0, logging_steps=1, use_cpu=True, disable_tqdm=True
+    )
+    run = lte.LTETrainer(model=model, args=args, teacher=models.build("llama"), train_dataset=rows())
+    run.train()
+    first = next(record for record in run.state.log_history if "task_loss" in record)
+    assert first["task_loss"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_a_top_k_router_has_no_target(tmp_path):
+    config = lte.TopKConfig(expert_size=models.EXPERT, grouping="random", sparsity=0.5)
+    with pytest.raises(ConfigError, match="target_sparsity needs routers with a threshold"):
+        trainer(tmp_path, lte.sparsify(models.build("llama"), config), stages=1, target_sparsity=0.5)
+    run = trainer(tmp_path, lte.sparsify(models.build("llama"), config), stages=1, eta=0.0, lambda_sep=0.0)
+    run.train()
+    readings = [record["sparsity"] for record in run.state.log_history if "sparsity" in record]
+    assert readings == pytest.approx([0.5] * 6)
