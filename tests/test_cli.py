@@ -161,7 +161,7 @@ def test_train_to_a_target_then_turn_the_dial(folder, tmp_path):
 
 def test_calibrate_says_what_is_wrong(folder, trained):
     words = ("calibrate", trained, "--data", folder / "text.txt", "--target-sparsity")
-    assert "'half' is not a number" in fails(*words, "half")
+    assert "'half' is no list of numbers" in fails(*words, "half")
     assert "must lie between 0 and 1" in fails(*words, "1.5")
     assert "is a dense checkpoint" in fails("calibrate", folder / "dense", *words[2:], 0.5)
     assert "is not a folder" in fails("calibrate", folder / "none", *words[2:], 0.5)

@@ -19,8 +19,7 @@ def small(monkeypatch):
         "CONTEXT": 32,
         "BATCH": 4,
         "PRETRAINING_STEPS": 3,
-        "STAGE1_STEPS": 2,
-        "STAGE2_STEPS": 2,
+        "STEPS": 2,
         "TRAIN_BYTES": 60_000,
         "VALIDATION_BYTES": 6_000,
     }

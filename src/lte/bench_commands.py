@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lte.errors import ConfigError
-from lte.terminal import JsonFile, check_json_target, command_line, console, write_json
+from lte.terminal import JsonFile, check_json_target, command_line, console, numbers, write_json
 
 bench_app = typer.Typer(help="Measure speed.", no_args_is_help=True)
 
@@ -50,6 +50,15 @@ LIMIT_COLUMNS = {
     "limit_speedup": "best speed-up",
     "limit_speedup_without_router": "without router",
 }
+STEP_COLUMNS = {
+    "training": "training",
+    "batch": "batch",
+    "context": "context",
+    "ms_per_step": "ms/step",
+    "time_ratio": "time ratio",
+    "mbytes": "MB",
+    "memory_ratio": "memory ratio",
+}
 Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
 Sparsities = Annotated[str, typer.Option("--sparsity", help="FFN sparsities, separated by commas.")]
 ExpertSize = Annotated[int, typer.Option(help="Neurons per expert.")]
@@ -68,6 +77,28 @@ def bench_grouping(json_file: JsonFile = None) -> None:
     for row in rows:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
     console.print(table)
+
+
+@bench_app.command("step")
+def bench_step(
+    model: Annotated[str, typer.Option(help="Dense model: folder or hub id.")],
+    batch: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 4,
+    context: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 256,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of six steps, of each kind.")] = 4,
+    json_file: JsonFile = None,
+) -> None:
+    """Cost of a training step with a target sparsity against one of ordinary fine-tuning."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from lte.bench.step import bench_step as run
+    from lte.hub import default_device, load_weights
+
+    check_json_target(json_file)
+    dense = load_weights(AutoModelForCausalLM, model, dtype=torch.float32)
+    with _status() as status:
+        rows = run(dense, batch=batch, context=context, rounds=rounds, report=status)
+    _print_rows(rows, STEP_COLUMNS, model, json_file, default_device())
 
 
 @bench_app.command("ffn")
@@ -94,8 +125,8 @@ def bench_ffn(
             d_model=d_model,
             d_ff=d_ff,
             dtype=dtype,
-            sparsities=_numbers(sparsity, "sparsity"),
-            tokens=[int(n) for n in _numbers(tokens, "tokens")],
+            sparsities=numbers(sparsity, "sparsity"),
+            tokens=[int(n) for n in numbers(tokens, "tokens")],
             expert_size=expert_size,
             impl=impl,
             device=where,
@@ -137,7 +168,7 @@ def bench_decode(
             config_name=config,
             model_folder=model,
             dtype=dtype,
-            sparsities=_numbers(sparsity, "sparsity"),
+            sparsities=numbers(sparsity, "sparsity"),
             batch=batch,
             new_tokens=new_tokens,
             rounds=rounds,
@@ -164,7 +195,7 @@ def bench_limit(
 
     rows = run(
         [config] if config else list(SHAPES),
-        _numbers(sparsity, "sparsity"),
+        numbers(sparsity, "sparsity"),
         expert_size=expert_size,
         context=context,
     )
@@ -212,14 +243,6 @@ def _device(name: str | None) -> Any:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: no GPU is visible to torch; choose cpu")
     return torch.device(name)
-
-
-def _numbers(text: str, name: str) -> list[float]:
-    """``0,0.5`` -> [0.0, 0.5]."""
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"--{name} {text!r} is no list of numbers; write it like 0,0.5,0.8") from None
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from lte.bench_commands import bench_app
 from lte.errors import ConfigError, LTEError
-from lte.terminal import JsonFile, check_json_target, command_line, console, write_json
+from lte.terminal import JsonFile, check_json_target, command_line, console, numbers, write_json
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -243,10 +243,7 @@ def calibrate(
     from lte.runs import calibrate_checkpoint, trained_task
     from lte.tasks import TaskConfig, build_task
 
-    try:
-        sparsities = [float(value) for value in target_sparsity.split(",")]
-    except ValueError:
-        raise ConfigError(f"--target-sparsity {target_sparsity!r} is not a number, nor numbers with commas") from None
+    sparsities = numbers(target_sparsity, "target-sparsity")
     check_json_target(json_file)
     built = build_task(TaskConfig(**trained_task(str(model), task)))
     with _progress("calibrating") as progress:
@@ -277,6 +274,19 @@ def generate(
     from lte.generate import generate_text
 
     typer.echo(generate_text(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed))
+
+
+@app.command()
+def sweep(
+    study: Annotated[Path, typer.Argument(help="YAML study: a recipe and grids of settings.")],
+    only: Annotated[str, typer.Option(help="Shell pattern of the points to run.")] = "*",
+    part: Annotated[str, typer.Option(help="i/n: every n-th point, to share a study between n processes.")] = "1/1",
+) -> None:
+    """Train and evaluate every point of a study that has no result yet; one JSON each."""
+    from lte import study as module
+
+    done = module.run_study(module.load_study(study), only=only, part=part, report=console.print)
+    console.print(f"{done} points run" if done else "nothing to run: every point has its result")
 
 
 @app.command()

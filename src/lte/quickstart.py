@@ -42,10 +42,9 @@ VOCAB_SIZE = 1024
 CONTEXT = 128
 BATCH = 8
 PRETRAINING_STEPS = 400
-STAGE1_STEPS = 120
-STAGE2_STEPS = 180
+STEPS = 300
 LEARNING_RATE = 2e-3
-ETA = 0.1
+TARGET_SPARSITY = 0.7
 TRAIN_BYTES = 3_000_000
 VALIDATION_BYTES = 120_000
 PROMPT = "def read_file(path):\n"
@@ -83,16 +82,11 @@ def quickstart(out: Path, *, overwrite: bool, seed: int, console: Console) -> di
     warm = {"lr_scheduler_type": "constant_with_warmup", "max_steps": PRETRAINING_STEPS}
     finetune(Recipe(model=str(out / "start"), out=str(out / "pretrained"), training={**optimiser, **warm}, **common))
     console.print("3/4 going on dense, as the baseline")
-    steps = {"max_steps": STAGE1_STEPS + STAGE2_STEPS}
+    steps = {"max_steps": STEPS}
     finetune(Recipe(model=str(out / "pretrained"), out=str(out / "dense"), training={**optimiser, **steps}, **common))
-    console.print("4/4 the same steps with lte: stage 1 (soft), stage 2 (hard)")
-    stages = {
-        "eta": ETA,
-        "stage1_steps": STAGE1_STEPS,
-        "stage2_steps": STAGE2_STEPS,
-        "stage1_scheduler": "constant_with_warmup",
-    }
-    train(Recipe(model=str(out / "pretrained"), out=str(out / "sparse"), training={**optimiser, **stages}, **common))
+    console.print(f"4/4 the same steps with lte: target sparsity {TARGET_SPARSITY:.0%}")
+    target = {**steps, "target_sparsity": TARGET_SPARSITY}
+    train(Recipe(model=str(out / "pretrained"), out=str(out / "sparse"), training={**optimiser, **target}, **common))
     result = _compare(out, str(data["validation"]), task, seed, console)
     result["seconds"] = round(time.perf_counter() - started, 1)
     (out / "quickstart.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -100,15 +100,20 @@ def load_recipe(path: Path | None, flags: Mapping[str, Any], settings: Iterable[
         flags: dotted key -> value; a value of None was not given.
         settings: ``a.b=c`` strings, ``c`` read as YAML.
     """
-    values = _read_yaml(path) if path is not None else {}
+    values = read_yaml(path) if path is not None else {}
     for key, value in flags.items():
         if value is not None:
-            _put(values, key, value)
+            put(values, key, value)
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:
             raise ConfigError(f"--set {setting!r} is not of the form key=value, for instance training.eta=2")
-        _put(values, key.strip(), _parse_yaml(text, f"--set {key}"))
+        put(values, key.strip(), _parse_yaml(text, f"--set {key}"))
+    return parse_recipe(values)
+
+
+def parse_recipe(values: dict[str, Any]) -> Recipe:
+    """A recipe from a mapping; ConfigError names what is missing, unknown or out of range."""
     if isinstance(values.get("task"), str):
         values["task"] = {"name": values["task"]}
     for needed in ("model", "data", "out", "task"):
@@ -125,7 +130,8 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A recipe or study file as it stands; ConfigError where there is none or it is no mapping."""
     if not path.is_file():
         raise ConfigError(f"no recipe file {str(path)!r}")
     try:
@@ -134,7 +140,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not a text file: {error}") from error
     values = _parse_yaml(text, str(path))
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold a mapping with the keys {', '.join(Recipe.model_fields)}")
+        raise ConfigError(f"{path} must hold a mapping: keys with values")
     return values
 
 
@@ -145,7 +151,8 @@ def _parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
-def _put(values: dict[str, Any], key: str, value: Any) -> None:
+def put(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key of a recipe that is still a mapping."""
     *path, last = key.split(".")
     for part in path:
         if values.get(part) is None:

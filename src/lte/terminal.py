@@ -33,3 +33,11 @@ def write_json(path: Path | None, result: dict[str, Any]) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def numbers(text: str, name: str) -> list[float]:
+    """``0,0.5`` -> [0.0, 0.5], the value of the flag ``--name``."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--{name} {text!r} is no list of numbers; write it like 0,0.5,0.8") from None

@@ -28,6 +28,7 @@ FLOORS = [
     "generate",
     "recipe",
     "runs",
+    "study",
     "models",
     "inspect",
     "bench",

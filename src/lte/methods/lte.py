@@ -27,8 +27,8 @@ class LTEConfig(MethodConfig):
             experts' outputs times the layer's sensitivity, so that training starts from a good guess; ``random`` draws
             its weights.
         router_init_std: standard deviation of the initial router logits; None for 2 (``energy``) or 0.3 (``random``).
-        router_init_score: score the routers start from, for ``energy`` that of the median expert; needs
-            ``router_bias`` unless it is 0.5.
+        router_init_score: score the routers start from, for ``energy`` that of the median expert; None for 0.5
+            (``energy``) or 0.95 (``random``), or 0.5 without a bias.
     """
 
     method = "lte"
@@ -38,13 +38,22 @@ class LTEConfig(MethodConfig):
     router_rank: int | None = pydantic.Field(None, ge=1)
     router_init: Literal["energy", "random"] = "energy"
     router_init_std: float | None = pydantic.Field(None, ge=0)
-    router_init_score: float = pydantic.Field(0.95, gt=0, lt=1)
+    router_init_score: float | None = pydantic.Field(None, gt=0, lt=1)
 
     @pydantic.model_validator(mode="after")
     def _bias_for_score(self) -> LTEConfig:
-        if not self.router_bias and (self.router_init_score != 0.5 or self.router_init == "energy"):
+        if not self.router_bias and (self.router_init_score not in (None, 0.5) or self.router_init == "energy"):
             raise ValueError("router_bias=false needs router_init=random and router_init_score=0.5")
         return self
+
+    @property
+    def start(self) -> tuple[float, float]:
+        """Standard deviation of the logits, and score, that routers start from."""
+        std, score = (2.0, 0.5) if self.router_init == "energy" else (0.3, 0.95 if self.router_bias else 0.5)
+        return (
+            std if self.router_init_std is None else self.router_init_std,
+            score if self.router_init_score is None else self.router_init_score,
+        )
 
     @property
     def needs_calibration(self) -> bool:
@@ -66,13 +75,12 @@ class LTEConfig(MethodConfig):
         self, ffns: Sequence[SparseFFN], calibration: Sequence[Calibration] | None, generator: torch.Generator
     ) -> None:
         """See :class:`MethodConfig`."""
-        std = self.router_init_std if self.router_init_std is not None else 0.3
+        std, score = self.start
         for ffn in ffns:
-            ffn.router.reset_parameters(generator, init_std=std, init_score=self.router_init_score)
+            ffn.router.reset_parameters(generator, init_std=std, init_score=score)
         if self.router_init == "energy":
             assert calibration is not None
-            std = self.router_init_std if self.router_init_std is not None else 2.0
-            _fit_routers(ffns, calibration, std, self.router_init_score)
+            _fit_routers(ffns, calibration, std, score)
 
 
 @torch.no_grad()

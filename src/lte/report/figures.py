@@ -8,6 +8,8 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from lte.report.studies import Row
+
 
 def sparsity_figure(
     sparsity_per_layer: Sequence[float], histogram: Sequence[Sequence[float]], threshold: float, file: Path
@@ -40,4 +42,39 @@ def sparsity_figure(
     right.axvline(threshold, color="black", linestyle="--", linewidth=0.8, label="threshold")
     right.set(xlabel="router score", ylabel="share of scores (%)", yscale="log", title="Router scores")
     right.legend(fontsize=7)
+    figure.savefig(file, dpi=130)
+
+
+def tradeoff_figure(rows: Sequence[Row], title: str, file: Path) -> None:
+    """Quality over sparsity, one line per series, bars of one standard deviation over seeds in both directions.
+
+    Args:
+        rows: of :func:`lte.report.studies.read_rows`; a series called ``dense`` becomes a horizontal line.
+        title: of the figure.
+        file: the PNG to write.
+    """
+    figure = Figure(figsize=(5.6, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    by_loss = rows[0].metric == "perplexity"
+    for series in dict.fromkeys(row.series for row in rows):
+        mine = [row for row in rows if row.series == series]
+        values = [row.loss if by_loss else row.value for row in mine]
+        if series == "dense":
+            axes.axhline(values[0].mean, color="black", linestyle="--", linewidth=0.9, label="dense, as many steps")
+            continue
+        axes.errorbar(
+            [row.sparsity.mean for row in mine],
+            [value.mean for value in values],
+            xerr=[row.sparsity.deviation for row in mine],
+            yerr=[value.deviation for value in values],
+            marker="o",
+            markersize=4,
+            capsize=2,
+            linewidth=1.2,
+            label=series,
+        )
+    axes.set(xlabel="FFN sparsity (%)", ylabel="loss (nats)" if by_loss else rows[0].metric, title=title)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
     figure.savefig(file, dpi=130)

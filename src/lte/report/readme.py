@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from lte.report.figures import tradeoff_figure
+from lte.report.studies import Row, read_rows
+
 TITLES = {
     "stories": "A 3.1 M-parameter LLaMA trained to saturation, TinyStories",
     "e2e": "A 3.3 M-parameter LLaMA trained from scratch, E2E NLG",
@@ -16,14 +19,12 @@ TITLES = {
 }
 """Folder of results -> what its rows are about."""
 
-METRICS = {"perplexity": "perplexity", "rougeL": "ROUGE-L", "accuracy": "accuracy", "pearson": "Pearson"}
-
 
 def fill(text: str, results: Path) -> str:
     """The text with every block ``<!-- results:NAME --> ... <!-- end -->`` written anew."""
     blocks: dict[str, Callable[[Path], str]] = {
         "quickstart": _quickstart,
-        "table": _table,
+        "compare": _compare,
         "choices": _choices,
         "ffn": _ffn,
         "decode": _decode,
@@ -34,7 +35,8 @@ def fill(text: str, results: Path) -> str:
         if pattern.search(text):
             body = make(results)
             text = pattern.sub(lambda match, body=body: f"{match[1]}{body}{match[2]}", text)  # type: ignore[misc]
-    return text
+    ablation = re.compile(r"(<!-- results:ablation ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+    return ablation.sub(lambda match: f"{match[1]}{_ablation(results, match[2])}{match[3]}", text)
 
 
 def _quickstart(results: Path) -> str:
@@ -50,22 +52,38 @@ def _quickstart(results: Path) -> str:
     return f"{table}\nTook {record['seconds']:.0f} s on 2 CPU cores; read from `results/quickstart.json`.\n"
 
 
-def _table(results: Path) -> str:
+def _compare(results: Path) -> str:
     parts = []
     for folder, title in TITLES.items():
-        records = _read(results / folder)
-        if not records:
-            continue
-        metric = METRICS[next(iter(records.values()))["metric"]]
-        rows = [_row(name, record) for name, record in sorted(records.items(), key=lambda item: item[1]["sparsity"])]
-        parts.append(
-            f"**{title}**\n\n" + _markdown(["run", "FFN sparsity", metric, "loss (nats)", "GFLOPs/token"], rows)
-        )
+        found = read_rows(results / "compare" / folder)
+        if found:
+            parts.append(f"**{title}**\n\n{_rows_table(found)}\n![{title}](docs/figures/compare-{folder}.png)\n")
     note = (
-        "Each row is `results/<task>/<run>.json`, which names the command that made it; the run itself is "
-        "`recipes/<task>/<run>.yaml`.\n"
+        "Each row is the mean of its runs (one seed each) and their standard deviation; a run is one file in "
+        "`results/compare/<task>/`, made by `lte sweep recipes/compare/<task>.yaml`.\n"
     )
     return "\n".join([*parts, note])
+
+
+def _rows_table(found: list[Row], *, layers: bool = False) -> str:
+    head = ["training", "setting", "seeds", "FFN sparsity %", found[0].metric, "loss (nats)"]
+    table = [
+        [
+            row.series,
+            row.setting or "-",
+            str(row.seeds),
+            row.sparsity.text(".1f"),
+            row.value.text(".3f"),
+            row.loss.text(".3f"),
+            *([" ".join(f"{layer:.0f}" for layer in row.layers)] if layers else []),
+        ]
+        for row in found
+    ]
+    return _markdown([*head, "per layer %"] if layers else head, table)
+
+
+def _ablation(results: Path, name: str) -> str:
+    return _rows_table(read_rows(results / "ablations" / name), layers=True)
 
 
 def _choices(results: Path) -> str:
@@ -161,26 +179,22 @@ def _read(folder: Path) -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
 
 
-def _row(name: str, record: dict[str, Any]) -> list[str]:
-    loss = record["extras"].get("cross_entropy", record["extras"].get("loss"))
-    return [
-        name,
-        f"{record['sparsity']:.1%}",
-        f"{record['value']:.4f}",
-        "-" if loss is None else f"{loss:.3f}",
-        f"{record['gflops_per_token']['sparse']:.4f}",
-    ]
-
-
 def _markdown(head: list[str], rows: Iterable[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def main(root: Path) -> None:
-    """Rewrite ``root/README.md`` and the pages in ``root/docs``."""
+    """Rewrite ``root/README.md``, the pages in ``root/docs``, and the figures beside them."""
     for page in [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
         page.write_text(fill(page.read_text(), root / "results"))
+    figures = root / "docs" / "figures"
+    figures.mkdir(exist_ok=True)
+    for kind in ("compare", "ablations"):
+        for folder in sorted((root / "results" / kind).glob("*/")):
+            tradeoff_figure(
+                read_rows(folder), TITLES.get(folder.name, folder.name), figures / f"{kind}-{folder.name}.png"
+            )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from lte.errors import ConfigError
 
-PAPER: dict[str, Any] = {"stages": 2, "lambda_sep": 0.5}
+PAPER: dict[str, Any] = {"stages": 2, "lambda_sep": 0.5, "router_learning_rate": 1e-2}
 """What :class:`LTETrainingArguments` needs to train as the paper does (``--recipe paper``)."""
 
 
@@ -47,7 +47,7 @@ class LTETrainingArguments(TrainingArguments):
     """
 
     target_sparsity: float | None = None
-    target_warmup: float = 0.2
+    target_warmup: float = 0.1
     eta: float | None = None
     eta_warmup: float = 0.0
     stages: int = 1
@@ -57,7 +57,7 @@ class LTETrainingArguments(TrainingArguments):
     lambda_start: float = 0.3
     lambda_full: float = 0.8
     sep_epsilon: float = 0.25
-    router_learning_rate: float = 1e-2
+    router_learning_rate: float = 1e-3
     router_weight_decay: float = 0.1
     stage1_epochs: float | None = None
     stage2_epochs: float | None = None

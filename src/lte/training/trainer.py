@@ -37,7 +37,7 @@ class LTETrainer(Trainer):
     One :meth:`train` runs all of it, and every checkpoint resumes to the weights an uninterrupted run would reach.
 
     With ``target_sparsity`` a :class:`SparsityController` sets eta, and at the end thresholds are moved by the little
-    that is missing, on the first rows of the training data. Then one threshold serves all layers.
+    that is missing, on rows from all over the training data. Then one threshold serves all layers.
 
     Logged per step, beside what transformers logs: ``task_loss``, ``efficiency_loss``, ``separability_loss``,
     ``eta``, ``stage``, ``sparsity`` (of the hard mask, padding excluded) and ``sparsity/layer_N``.
@@ -272,13 +272,14 @@ class LTETrainer(Trainer):
     @torch.no_grad()
     def _land(self, target: float) -> None:
         """Move the thresholds by what the controller left, measured as inference will run: without dropout."""
-        rows, batches, tokens = self.train_dataset, [], 0
-        for start in range(0, len(rows), LANDING_ROWS):
-            if tokens >= LANDING_TOKENS:
-                break
-            batch = self.data_collator([rows[i] for i in range(start, min(start + LANDING_ROWS, len(rows)))])
-            batches.append(batch)
-            tokens += int(_token_mask(batch).sum())
+        rows = self.train_dataset
+        length = int(_token_mask(self.data_collator([rows[0]])).sum())
+        wanted = min(len(rows), max(1, LANDING_TOKENS // max(length, 1)))
+        chosen = [index * len(rows) // wanted for index in range(wanted)]
+        batches = [
+            self.data_collator([rows[i] for i in chosen[start : start + LANDING_ROWS]])
+            for start in range(0, wanted, LANDING_ROWS)
+        ]
         found = find_thresholds(self.model, batches, target)
         if abs(found.sparsity - target) > MISSED:
             logger.warning("target_sparsity=%s was not reached: the model is at %.3f", target, found.sparsity)

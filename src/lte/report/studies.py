@@ -1,0 +1,80 @@
+"""Points of a study, averaged over seeds: what tables and figures of comparisons are made of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+METRICS = {"perplexity": "perplexity", "rougeL": "ROUGE-L", "accuracy": "accuracy", "pearson": "Pearson"}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean of some runs, and their standard deviation; 0 for a single one."""
+
+    mean: float
+    deviation: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """From one value per seed."""
+        return cls(mean(values), stdev(values) if len(values) > 1 else 0.0)
+
+    def text(self, form: str = ".3f") -> str:
+        """``mean ± deviation``."""
+        return f"{self.mean:{form}} ± {self.deviation:{form}}" if self.deviation else f"{self.mean:{form}}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting of a study.
+
+    Attributes:
+        series: name of its series.
+        setting: what its series' grid gave it, without the seed.
+        seeds: how many runs it is the mean of.
+        sparsity: in percent.
+        value: of the metric.
+        loss: in nats, where the task has one.
+        layers: sparsity of each layer, in percent.
+    """
+
+    series: str
+    setting: str
+    seeds: int
+    metric: str
+    sparsity: Spread
+    value: Spread
+    loss: Spread
+    layers: list[float]
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """The study's settings, by series and sparsity."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text())
+        setting = ", ".join(
+            f"{key.rpartition('.')[2]} {value}" for key, value in record["settings"].items() if key != "seed"
+        )
+        groups.setdefault((record["series"], setting), []).append(record)
+    found = [_row(series, setting, records) for (series, setting), records in groups.items()]
+    return sorted(found, key=lambda row: (row.series != "dense", row.series, row.sparsity.mean))
+
+
+def _row(series: str, setting: str, records: list[dict[str, Any]]) -> Row:
+    layers = zip(*(record["sparsity_per_layer"] for record in records), strict=True)
+    return Row(
+        series=series,
+        setting=setting,
+        seeds=len(records),
+        metric=METRICS[records[0]["metric"]],
+        sparsity=Spread.of([100 * record["sparsity"] for record in records]),
+        value=Spread.of([record["value"] for record in records]),
+        loss=Spread.of([record["extras"].get("cross_entropy", record["extras"].get("loss")) for record in records]),
+        layers=[100 * mean(values) for values in layers],
+    )

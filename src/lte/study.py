@@ -1,0 +1,178 @@
+"""Studies: a grid of training runs, each evaluated, one JSON per point; what is there already is not run again."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import itertools
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import torch
+
+from lte.config import validate_model
+from lte.errors import ConfigError
+from lte.evaluate import evaluate, load_for_evaluation
+from lte.recipe import Recipe, parse_recipe, put, read_yaml
+from lte.runs import finetune, train
+from lte.tasks import TaskConfig, build_task
+
+
+class Series(pydantic.BaseModel):
+    """Points that differ in what the grid says only.
+
+    Attributes:
+        command: ``train`` or ``finetune`` (a dense baseline).
+        set: recipe keys, dotted -> value.
+        grid: recipe keys -> values; every combination is a point.
+    """
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    command: Literal["train", "finetune"] = "train"
+    set: dict[str, Any] = {}
+    grid: dict[str, list[Any]] = {}
+
+
+class Study(pydantic.BaseModel):
+    """A grid of runs.
+
+    Attributes:
+        results: folder the points' JSON files go to.
+        work: folder of the runs themselves; a model is deleted once it is evaluated.
+        base: recipe every point starts from, without ``out``.
+        evaluate: ``data`` and ``batch_size``; anything else is a task setting (``limit``, ``max_new_tokens``, ...).
+        series: name -> its points.
+    """
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    results: str
+    work: str
+    base: dict[str, Any]
+    evaluate: dict[str, Any]
+    series: dict[str, Series]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run.
+
+    Attributes:
+        series: name of its series.
+        settings: what the grid gave it.
+        command: ``train`` or ``finetune``.
+        recipe: the whole run.
+        file: its JSON.
+    """
+
+    series: str
+    settings: dict[str, Any]
+    command: str
+    recipe: Recipe
+    file: Path
+
+    @property
+    def name(self) -> str:
+        """Series and settings."""
+        return self.file.stem
+
+
+def load_study(path: Path) -> Study:
+    """Read a study; ConfigError where it is not one."""
+    return validate_model(Study, read_yaml(path), str(path))
+
+
+def points(study: Study) -> Iterator[Point]:
+    """All points, in an order in which a study broken off early has something of every series."""
+    grids = {name: _combinations(series.grid) for name, series in study.series.items()}
+    for rank in range(max(map(len, grids.values()), default=0)):
+        for name, series in study.series.items():
+            if rank < len(grids[name]):
+                yield _point(study, name, series, grids[name][rank])
+
+
+def run_point(point: Point, study: Study, *, overwrite: bool = True) -> dict[str, Any]:
+    """Train, evaluate, write the JSON, delete the model.
+
+    Args:
+        point: of :func:`points`.
+        study: it belongs to.
+        overwrite: empty the run's folder first, should one be left from an interrupted study.
+    """
+    run = train if point.command == "train" else finetune
+    summary = run(point.recipe, overwrite=overwrite and Path(point.recipe.out).is_dir())
+    settings = dict(study.evaluate)
+    data, batch_size = settings.pop("data"), settings.pop("batch_size", 16)
+    task_settings = point.recipe.task.model_dump(exclude_defaults=True, exclude={"limit", "split"})
+    task = build_task(TaskConfig(**{**task_settings, **settings}))
+    dense = point.command == "finetune"
+    model, tokenizer = load_for_evaluation(point.recipe.out, task, dense=dense)
+    result = evaluate(model, tokenizer, task, data, dense=dense, batch_size=batch_size, seed=point.recipe.seed)
+    result.pop("samples")
+    record = {
+        "series": point.series,
+        "settings": point.settings,
+        **result,
+        "recipe": summary["recipe"],
+        "steps": summary["steps"],
+        "train_seconds": summary["seconds"],
+        "threads": torch.get_num_threads(),
+    }
+    point.file.parent.mkdir(parents=True, exist_ok=True)
+    partial = point.file.with_suffix(".tmp")
+    partial.write_text(json.dumps(record, indent=2) + "\n")
+    os.replace(partial, point.file)
+    shutil.rmtree(point.recipe.out)
+    return record
+
+
+def missing(study: Study, *, only: str = "*", part: str = "1/1") -> list[Point]:
+    """The points that have no result yet.
+
+    Args:
+        study: of :func:`load_study`.
+        only: shell pattern of point names.
+        part: ``i/n``: every n-th point from the i-th, so that n processes can share a study.
+    """
+    index, slash, count = part.partition("/")
+    if not (slash and index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
+        raise ConfigError(f"part={part!r} must be of the form i/n, for instance 1/2")
+    chosen = [point for point in points(study) if fnmatch.fnmatch(point.name, only)]
+    if not chosen:
+        names = ", ".join(point.name for point in points(study))
+        raise ConfigError(f"no point of the study is called {only!r}; there are {names}")
+    return [point for point in chosen[int(index) - 1 :: int(count)] if not point.file.is_file()]
+
+
+def run_study(study: Study, *, only: str, part: str, report: Callable[[str], None]) -> int:
+    """Run what is missing; the number of points that were run."""
+    todo = missing(study, only=only, part=part)
+    for number, point in enumerate(todo, 1):
+        report(f"{number}/{len(todo)} {point.name}")
+        record = run_point(point, study)
+        report(
+            f"   sparsity {record['sparsity']:.1%}, {record['metric']} {record['value']:.4f}, "
+            f"{record['train_seconds']:.0f} s"
+        )
+    return len(todo)
+
+
+def _combinations(grid: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def _point(study: Study, name: str, series: Series, settings: dict[str, Any]) -> Point:
+    words = [name, *(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items())]
+    label = re.sub(r"[^\w.=-]+", "-", "-".join(words))
+    values = copy.deepcopy(study.base)
+    for key, value in {**series.set, **settings, "out": str(Path(study.work) / label)}.items():
+        put(values, key, value)
+    return Point(name, settings, series.command, parse_recipe(values), Path(study.results) / f"{label}.json")
