@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from lte.families import FFNSpec, register_family
 from lte.hub import load, require_sparse
 from lte.inference import prepare_for_inference
-from lte.methods import LTEConfig, TopKConfig
+from lte.methods import LTEConfig, OracleConfig, TopKConfig
 from lte.nn import SparsityMeter, observe_routing, set_mode
 from lte.sparsify import sparsify
 from lte.thresholds import calibrate, set_sparsity
@@ -18,6 +18,7 @@ __all__ = [
     "LTEConfig",
     "LTETrainer",
     "LTETrainingArguments",
+    "OracleConfig",
     "SparsityMeter",
     "TopKConfig",
     "calibrate",

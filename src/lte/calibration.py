@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,6 +11,22 @@ from torch import Tensor, nn
 
 from lte.grouping import Calibration
 from lte.nn import Mode, SparseFFN, set_mode, sparse_ffns
+
+
+def sample_batches(
+    rows: Any, collate: Callable[[list[Any]], Mapping[str, Tensor]], tokens: int
+) -> list[Mapping[str, Tensor]]:
+    """Some rows from all over a data set, in batches of eight, until they hold about so many tokens.
+
+    Args:
+        rows: of a data set with a length.
+        collate: rows to a batch of model inputs.
+        tokens: wanted; padding counts.
+    """
+    longest = max(int(collate([rows[i]])["input_ids"].numel()) for i in range(0, len(rows), max(1, len(rows) // 8)))
+    count = min(len(rows), max(1, -(-tokens // longest)))
+    chosen = [index * len(rows) // count for index in range(count)]
+    return [collate([rows[i] for i in chosen[start : start + 8]]) for start in range(0, count, 8)]
 
 
 def collect_calibration(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> list[Calibration]:

@@ -120,6 +120,47 @@ def train(
 
 
 @app.command()
+def sparsify(
+    recipe: RecipeFile = None,
+    model: Model = None,
+    task: TaskName = None,
+    data: Data = None,
+    out: Out = None,
+    target_sparsity: Annotated[float | None, typer.Option(help="Share of FFN neurons not to be used.")] = None,
+    expert_size: Annotated[int | None, typer.Option(help="Neurons per expert.")] = None,
+    grouping: Annotated[str | None, typer.Option(help="predicted, coactivation, kmeans, ...")] = None,
+    context_length: ContextLength = None,
+    prompt_column: PromptColumn = None,
+    target_column: TargetColumn = None,
+    text_column: TextColumn = None,
+    text_pair_column: TextPairColumn = None,
+    label_column: LabelColumn = None,
+    messages_column: MessagesColumn = None,
+    split: Split = None,
+    limit: Limit = None,
+    seed: Seed = None,
+    settings: Set = [],  # noqa: B006
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a dense model sparse without training: routers fitted to some data. Cheap; costs quality soon."""
+    from lte import runs
+    from lte.recipe import load_recipe
+
+    flags = {
+        **_common_flags({**locals(), "learning_rate": None, "batch_size": None}),
+        "training.target_sparsity": target_sparsity,
+        "sparsity.expert_size": expert_size,
+        "sparsity.grouping": grouping,
+    }
+    loaded = load_recipe(recipe, flags, settings)
+    summary = runs.make_sparse(loaded, overwrite=overwrite)
+    console.print(
+        f"[bold]{loaded.out}[/]: FFN sparsity {summary['sparsity']:.1%} on the data. "
+        f"Next: lte evaluate {loaded.out} --task {loaded.task.name} --data FILE"
+    )
+
+
+@app.command()
 def finetune(
     recipe: RecipeFile = None,
     model: Model = None,
@@ -180,6 +221,12 @@ def evaluate(
     data: Annotated[str, typer.Option(help="Evaluation data: file, folder or hub name.")],
     task: Annotated[str, typer.Option(help="lm or classify.")] = "lm",
     dense: Annotated[bool, typer.Option("--dense", help="Evaluate a dense baseline.")] = False,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Run at this sparsity, from the points `lte calibrate` left.")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="A dense model to show beside it, e.g. of `lte finetune` on the same data.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward; does not change the result.")] = 16,
     context_length: ContextLength = None,
     stride: Annotated[int | None, typer.Option(help="Step of the sliding window; default half the context.")] = None,
@@ -196,10 +243,13 @@ def evaluate(
     json_file: JsonFile = None,
 ) -> None:
     """Quality, achieved sparsity and FLOPs of a model."""
-    from lte import evaluate as module
     from lte.runs import trained_task
     from lte.tasks import TaskConfig, build_task
 
+    if dense and sparsity is not None:
+        raise ConfigError(f"--sparsity {sparsity} is of a sparse model; leave out --dense")
+    if dense and baseline is not None:
+        raise ConfigError(f"--baseline {baseline} is a second dense model; leave out --dense")
     given = {
         "context_length": context_length,
         "stride": stride,
@@ -216,12 +266,13 @@ def evaluate(
     check_json_target(json_file)
     flags = {key: value for key, value in given.items() if value is not None}
     built = build_task(TaskConfig(**{**trained_task(model, task), **flags}))
-    loaded, tokenizer = module.load_for_evaluation(model, built, dense=dense)
-    with _progress("evaluating") as progress:
-        result = module.evaluate(
-            loaded, tokenizer, built, data, dense=dense, batch_size=batch_size, seed=seed, progress=progress
+    result = _evaluate(
+        model, built, data, "evaluating", sparsity=sparsity, dense=dense, batch_size=batch_size, seed=seed
+    )
+    if baseline is not None:
+        result["baseline"] = _evaluate(
+            baseline, built, data, "the dense baseline", dense=True, batch_size=batch_size, seed=seed
         )
-    result["model"] = model
     result["command"] = command_line()
     _print_evaluation(result)
     write_json(json_file, result)
@@ -381,19 +432,36 @@ class _progress:
         self.bar.update(self.task, completed=done, total=total)
 
 
+def _evaluate(
+    path: str, task: Any, data: str, title: str, *, dense: bool, sparsity: float | None = None, **settings: Any
+) -> dict[str, Any]:
+    from lte import evaluate as module
+    from lte.thresholds import set_sparsity
+
+    model, tokenizer = module.load_for_evaluation(path, task, dense=dense)
+    if sparsity is not None:
+        set_sparsity(model, sparsity)
+    with _progress(title) as progress:
+        result = module.evaluate(model, tokenizer, task, data, dense=dense, progress=progress, **settings)
+    return {**result, "model": path}
+
+
 def _print_evaluation(result: dict[str, Any]) -> None:
-    table = Table(title=result["model"], show_header=False)
-    table.add_row(result["metric"], f"{result['value']:.4f}")
-    for name, value in result["extras"].items():
-        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
-    flops = result["gflops_per_token"]
-    table.add_row("FFN sparsity", f"{result['sparsity']:.1%}")
-    table.add_row("per layer", " ".join(f"{share:.0%}" for share in result["sparsity_per_layer"]))
-    table.add_row(
-        "GFLOPs/token",
-        f"dense {flops['dense']:.4g}, sparse {flops['sparse']:.4g}, router {flops['router']:.2g}",
-    )
-    table.add_row("tokens", f"{result['tokens']:,}")
+    shown = [result, *([result["baseline"]] if "baseline" in result else [])]
+    table = Table("", *(each["model"] for each in shown), show_header=len(shown) > 1)
+    if len(shown) == 1:
+        table.title = result["model"]
+    table.add_row(result["metric"], *(f"{each['value']:.4f}" for each in shown))
+    for name in result["extras"]:
+        values = [each["extras"][name] for each in shown]
+        table.add_row(name, *(f"{value:.4f}" if isinstance(value, float) else str(value) for value in values))
+    table.add_row("FFN sparsity", *(f"{each['sparsity']:.1%}" for each in shown))
+    table.add_row("per layer", *(" ".join(f"{share:.0%}" for share in each["sparsity_per_layer"]) for each in shown))
+    flops = [each["gflops_per_token"] for each in shown]
+    table.add_row("GFLOPs/token", *(f"{each['sparse']:.4g}" for each in flops))
+    table.add_row("of these router", *(f"{each['router']:.2g}" for each in flops))
+    table.add_row("dense", *(f"{each['dense']:.4g}" for each in flops))
+    table.add_row("tokens", *(f"{each['tokens']:,}" for each in shown))
     console.print(table)
 
 

@@ -39,7 +39,7 @@ class MethodConfig(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
     method: ClassVar[str]
 
-    expert_size: int = pydantic.Field(32, ge=1)
+    expert_size: Annotated[int, pydantic.Field(ge=1)] = 32
     grouping: str = "predicted"
     seed: int = 0
 
@@ -102,7 +102,7 @@ class OperatingPoint(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
-    sparsity: float = pydantic.Field(ge=0, le=1)
+    sparsity: Annotated[float, pydantic.Field(ge=0, le=1)]
     thresholds: tuple[Annotated[float, pydantic.Field(gt=0, lt=1)], ...] = pydantic.Field(min_length=1)
 
 

@@ -25,6 +25,7 @@ def evaluate(
     dense: bool = False,
     batch_size: int = 8,
     seed: int = 0,
+    bins: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model and account for what it used.
@@ -37,6 +38,7 @@ def evaluate(
         dense: evaluate the dense baseline under the same accounting.
         batch_size: does not change the result.
         seed: recorded, and set before evaluating.
+        bins: of a histogram of every layer's scores over (0, 1), added as ``score_histogram``; 0 for none.
         progress: called with batches done and in all.
 
     Returns:
@@ -48,7 +50,7 @@ def evaluate(
         CheckpointError: the model is dense and ``dense`` was not asked for, or the reverse.
     """
     costs = layer_costs(model)
-    meter = SparsityMeter(len(costs))
+    meter = SparsityMeter(len(costs), bins)
     if dense:
         if sparse_ffns(model):
             raise CheckpointError("the model is sparse; evaluate it without --dense")
@@ -79,6 +81,7 @@ def evaluate(
         "versions": versions(),
         "extras": dict(result.extras),
         "samples": list(result.samples),
+        **({"score_histogram": meter.histogram.tolist()} if bins and not dense else {}),
     }
 
 

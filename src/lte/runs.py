@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from lte.calibration import sample_batches
 from lte.config import OperatingPoint
 from lte.errors import ConfigError
 from lte.evaluate import check_direction, load_for_evaluation, load_tokenizer, versions
@@ -23,7 +23,7 @@ from lte.hub import is_sparse_config, load, load_weights, read_config
 from lte.recipe import Recipe, dump_recipe, load_recipe
 from lte.sparsify import sparsify
 from lte.tasks import Task, build_task
-from lte.thresholds import calibrate
+from lte.thresholds import calibrate, find_thresholds
 from lte.training import (
     FiniteGradients,
     JsonLinesLog,
@@ -41,6 +41,9 @@ RUN_FILE = "lte_run.json"
 
 CALIBRATION_TOKENS = 8192
 """Tokens of the training data that grouping and initialisation see."""
+
+DIAL_TOKENS = 32768
+"""Tokens of a text on which thresholds are found."""
 
 RUN_DEFAULTS: dict[str, Any] = {
     "save_steps": 0.2,
@@ -80,7 +83,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> d
         model = load(checkpoint, dtype=_dtype(recipe))
     else:
         model = _load_dense(recipe, task, tokenizer)
-        seen = _first_batches(task, rows, tokenizer, CALIBRATION_TOKENS) if method.needs_calibration else None
+        seen = sample_batches(rows, task.collator(tokenizer), CALIBRATION_TOKENS) if method.needs_calibration else None
         sparsify(model, method, calibration=seen)
     teacher = _load_dense(recipe, task, tokenizer) if args.distill else None
     claim_folder(out, recipe, overwrite=overwrite)
@@ -96,7 +99,34 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> d
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     summary = {**_summary(recipe, trainer, started), **_final_sparsity(trainer.state.log_history)}
-    return _save(trainer, tokenizer, out, summary)
+    return _save_trained(trainer, tokenizer, out, summary)
+
+
+def make_sparse(recipe: Recipe, *, overwrite: bool = False) -> dict[str, Any]:
+    """Make a dense model sparse without training it: grouping, fitted routers, thresholds for the target.
+
+    Arguments and result are those of :func:`train`; of ``training``, only ``target_sparsity`` is used.
+    """
+    method, started = recipe.method(), time.perf_counter()
+    target = recipe.training.get("target_sparsity")
+    if target is None:
+        raise ConfigError("target_sparsity is missing; give --target-sparsity, for instance 0.3")
+    out = Path(recipe.out)
+    check_folder(out, recipe, resume=False, overwrite=overwrite)
+    tokenizer, task, rows = _read_inputs(recipe)
+    model = _load_dense(recipe, task, tokenizer)
+    collate = task.collator(tokenizer)
+    sparsify(model, method, calibration=sample_batches(rows, collate, CALIBRATION_TOKENS))
+    found = find_thresholds(model, sample_batches(rows, collate, DIAL_TOKENS), target)
+    claim_folder(out, recipe, overwrite=overwrite)
+    summary = {
+        "recipe": recipe.model_dump(mode="json", exclude_defaults=True),
+        "steps": 0,
+        "seconds": round(time.perf_counter() - started, 1),
+        "versions": versions(),
+        "sparsity": found.sparsity,
+    }
+    return _save(model, tokenizer, out, summary)
 
 
 def finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -128,7 +158,7 @@ def finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -
     trainer.remove_callback(PrinterCallback)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    return _save(trainer, tokenizer, out, _summary(recipe, trainer, started))
+    return _save_trained(trainer, tokenizer, out, _summary(recipe, trainer, started))
 
 
 def calibrate_checkpoint(
@@ -138,7 +168,7 @@ def calibrate_checkpoint(
     sparsities: Sequence[float],
     *,
     per_layer: bool = False,
-    tokens: int = 32768,
+    tokens: int = DIAL_TOKENS,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[OperatingPoint]:
     """Find the thresholds for some sparsities on a text, and write them into a checkpoint's ``config.json``.
@@ -158,7 +188,7 @@ def calibrate_checkpoint(
     if not path.is_dir():
         raise ConfigError(f"{str(path)!r} is not a folder; download a model from a hub first, then calibrate it")
     model, tokenizer = load_for_evaluation(str(path), task, dense=False)
-    batches = _first_batches(task, task.prepare(data, tokenizer), tokenizer, tokens)
+    batches = sample_batches(task.prepare(data, tokenizer), task.collator(tokenizer), tokens)
     points = []
     for index, sparsity in enumerate(sparsities):
 
@@ -167,11 +197,16 @@ def calibrate_checkpoint(
                 progress(index * total + done, len(sparsities) * total)
 
         points.append(calibrate(model, batches, sparsity, per_layer=per_layer, progress=report))
-    # Through a file beside it, so that an interruption leaves the old one whole.
-    with tempfile.TemporaryDirectory(dir=path) as folder:
-        model.config.save_pretrained(folder)
-        os.replace(Path(folder) / "config.json", path / "config.json")
+    write_whole(path / "config.json", model.config.to_json_string())
     return points
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file so that an interruption leaves the old one, or none."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, file)
 
 
 def trained_task(model: str, name: str) -> dict[str, Any]:
@@ -235,18 +270,6 @@ def _load_dense(recipe: Recipe, task: Task, tokenizer: Any) -> Any:
     return load_weights(task.auto_class, recipe.model, new_head=new_head, dtype=_dtype(recipe), **kwargs)
 
 
-def _first_batches(task: Task, rows: Any, tokenizer: Any, tokens: int) -> list[Any]:
-    """The first rows of some data in batches, until they hold so many tokens."""
-    collate, batches = task.collator(tokenizer), []
-    for start in range(0, len(rows), 8):
-        if tokens <= 0:
-            break
-        batch = collate([rows[i] for i in range(start, min(start + 8, len(rows)))])
-        batches.append(batch)
-        tokens -= batch["input_ids"].numel()
-    return batches
-
-
 def _finished(out: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
     """The summary of a complete run in ``out``, if one is to be resumed."""
     if resume and overwrite:
@@ -294,9 +317,14 @@ def _final_sparsity(history: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _save(trainer: Trainer, tokenizer: Any, out: Path, summary: dict[str, Any]) -> dict[str, Any]:
+def _save_trained(trainer: Trainer, tokenizer: Any, out: Path, summary: dict[str, Any]) -> dict[str, Any]:
     if trainer.is_world_process_zero():
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(out)
-        tokenizer.save_pretrained(out)
-        (out / RUN_FILE).write_text(json.dumps(summary, indent=2) + "\n")
+        _save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, out, summary)
+    return summary
+
+
+def _save(model: Any, tokenizer: Any, out: Path, summary: dict[str, Any]) -> dict[str, Any]:
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    write_whole(out / RUN_FILE, json.dumps(summary, indent=2) + "\n")
     return summary

@@ -6,7 +6,6 @@ import copy
 import fnmatch
 import itertools
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,28 +16,36 @@ from typing import Any, Literal
 import pydantic
 import torch
 
+from lte.calibration import sample_batches
 from lte.config import validate_model
 from lte.errors import ConfigError
 from lte.evaluate import evaluate, load_for_evaluation
 from lte.recipe import Recipe, parse_recipe, put, read_yaml
-from lte.runs import finetune, train
+from lte.runs import DIAL_TOKENS, finetune, make_sparse, train, write_whole
 from lte.tasks import TaskConfig, build_task
+from lte.thresholds import find_thresholds, set_thresholds, thresholds_of
+
+SCORE_BINS = 20
+"""Of the histograms of scores in a point's JSON."""
 
 
 class Series(pydantic.BaseModel):
     """Points that differ in what the grid says only.
 
     Attributes:
-        command: ``train`` or ``finetune`` (a dense baseline).
+        command: ``train``, ``sparsify`` (no training) or ``finetune`` (a dense baseline).
         set: recipe keys, dotted -> value.
         grid: recipe keys -> values; every combination is a point.
+        dial: sparsities that every trained model is evaluated at as well, by moving its thresholds on the training
+            data.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid")
 
-    command: Literal["train", "finetune"] = "train"
+    command: Literal["train", "sparsify", "finetune"] = "train"
     set: dict[str, Any] = {}
     grid: dict[str, list[Any]] = {}
+    dial: list[float] = []
 
 
 class Study(pydantic.BaseModel):
@@ -68,8 +75,9 @@ class Point:
     Attributes:
         series: name of its series.
         settings: what the grid gave it.
-        command: ``train`` or ``finetune``.
+        command: as its series'.
         recipe: the whole run.
+        dial: further sparsities to evaluate at.
         file: its JSON.
     """
 
@@ -77,6 +85,7 @@ class Point:
     settings: dict[str, Any]
     command: str
     recipe: Recipe
+    dial: tuple[float, ...]
     file: Path
 
     @property
@@ -107,7 +116,7 @@ def run_point(point: Point, study: Study, *, overwrite: bool = True) -> dict[str
         study: it belongs to.
         overwrite: empty the run's folder first, should one be left from an interrupted study.
     """
-    run = train if point.command == "train" else finetune
+    run: Callable[..., dict[str, Any]] = {"train": train, "sparsify": make_sparse, "finetune": finetune}[point.command]
     summary = run(point.recipe, overwrite=overwrite and Path(point.recipe.out).is_dir())
     settings = dict(study.evaluate)
     data, batch_size = settings.pop("data"), settings.pop("batch_size", 16)
@@ -115,21 +124,27 @@ def run_point(point: Point, study: Study, *, overwrite: bool = True) -> dict[str
     task = build_task(TaskConfig(**{**task_settings, **settings}))
     dense = point.command == "finetune"
     model, tokenizer = load_for_evaluation(point.recipe.out, task, dense=dense)
-    result = evaluate(model, tokenizer, task, data, dense=dense, batch_size=batch_size, seed=point.recipe.seed)
-    result.pop("samples")
-    record = {
-        "series": point.series,
-        "settings": point.settings,
-        **result,
-        "recipe": summary["recipe"],
-        "steps": summary["steps"],
-        "train_seconds": summary["seconds"],
-        "threads": torch.get_num_threads(),
-    }
-    point.file.parent.mkdir(parents=True, exist_ok=True)
-    partial = point.file.with_suffix(".tmp")
-    partial.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(partial, point.file)
+    about = {key: summary[key] for key in ("recipe", "steps", "seconds")} | {"threads": torch.get_num_threads()}
+
+    def score(file: Path, more: dict[str, Any]) -> dict[str, Any]:
+        result = evaluate(
+            model, tokenizer, task, data, dense=dense, batch_size=batch_size, seed=point.recipe.seed, bins=SCORE_BINS
+        )
+        result.pop("samples")
+        record = {"series": point.series, "settings": {**point.settings, **more}, **result, "training": about}
+        write_whole(file, json.dumps(record, indent=2) + "\n")
+        return record
+
+    # The file that says the point is done comes last.
+    trained = thresholds_of(model)
+    rows = task.prepare(point.recipe.data, tokenizer) if point.dial else None
+    seen = sample_batches(rows, task.collator(tokenizer), DIAL_TOKENS) if point.dial else []
+    for sparsity in point.dial:
+        find_thresholds(model, seen, sparsity)
+        score(point.file.with_name(f"{point.name}-dial={sparsity}.json"), {"dial": sparsity})
+    if trained:
+        set_thresholds(model, trained)
+    record = score(point.file, {})
     shutil.rmtree(point.recipe.out)
     return record
 
@@ -160,7 +175,7 @@ def run_study(study: Study, *, only: str, part: str, report: Callable[[str], Non
         record = run_point(point, study)
         report(
             f"   sparsity {record['sparsity']:.1%}, {record['metric']} {record['value']:.4f}, "
-            f"{record['train_seconds']:.0f} s"
+            f"{record['training']['seconds']:.0f} s"
         )
     return len(todo)
 
@@ -175,4 +190,5 @@ def _point(study: Study, name: str, series: Series, settings: dict[str, Any]) ->
     values = copy.deepcopy(study.base)
     for key, value in {**series.set, **settings, "out": str(Path(study.work) / label)}.items():
         put(values, key, value)
-    return Point(name, settings, series.command, parse_recipe(values), Path(study.results) / f"{label}.json")
+    file = Path(study.results) / f"{label}.json"
+    return Point(name, settings, series.command, parse_recipe(values), tuple(series.dial), file)

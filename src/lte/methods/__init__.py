@@ -1,6 +1,7 @@
 """Sparsity methods, one file each: a config and the router it gives every FFN."""
 
 from lte.methods.lte import LTEConfig
+from lte.methods.oracle import OracleConfig
 from lte.methods.topk import TopKConfig
 
-__all__ = ["LTEConfig", "TopKConfig"]
+__all__ = ["LTEConfig", "OracleConfig", "TopKConfig"]

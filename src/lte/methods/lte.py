@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import pydantic
 import torch
@@ -33,12 +33,12 @@ class LTEConfig(MethodConfig):
 
     method = "lte"
 
-    threshold: float = pydantic.Field(0.5, gt=0, lt=1)
+    threshold: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.5
     router_bias: bool = True
-    router_rank: int | None = pydantic.Field(None, ge=1)
+    router_rank: Annotated[int | None, pydantic.Field(ge=1)] = None
     router_init: Literal["energy", "random"] = "energy"
-    router_init_std: float | None = pydantic.Field(None, ge=0)
-    router_init_score: float | None = pydantic.Field(None, gt=0, lt=1)
+    router_init_std: Annotated[float | None, pydantic.Field(ge=0)] = None
+    router_init_score: Annotated[float | None, pydantic.Field(gt=0, lt=1)] = None
 
     @pydantic.model_validator(mode="after")
     def _bias_for_score(self) -> LTEConfig:

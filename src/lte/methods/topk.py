@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import pydantic
 import torch
@@ -25,9 +26,9 @@ class TopKConfig(MethodConfig):
 
     method = "topk"
 
-    sparsity: float = pydantic.Field(0.5, gt=0, lt=1)
-    noise: float = pydantic.Field(1.0, ge=0)
-    router_init_std: float = pydantic.Field(0.3, ge=0)
+    sparsity: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.5
+    noise: Annotated[float, pydantic.Field(ge=0)] = 1.0
+    router_init_std: Annotated[float, pydantic.Field(ge=0)] = 0.3
 
     def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> ThresholdRouter:
         """See :class:`MethodConfig`."""

@@ -3,11 +3,12 @@
 from lte.nn.ffn import DeferredLinear, Mode, RoutingObserver, SparseFFN, SplitSparseFFN
 from lte.nn.linear import FastLinear
 from lte.nn.observe import SparsityMeter, observe_routing, set_mode, sparse_ffns
-from lte.nn.router import LowRankRouter, Routing, ThresholdRouter, TopKSoftmaxRouter
+from lte.nn.router import KeepLargestRouter, LowRankRouter, Routing, ThresholdRouter, TopKSoftmaxRouter
 
 __all__ = [
     "DeferredLinear",
     "FastLinear",
+    "KeepLargestRouter",
     "LowRankRouter",
     "Mode",
     "Routing",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lte.nn.gates import straight_through
 from lte.nn.linear import FastLinear
-from lte.nn.router import Routing, ThresholdRouter
+from lte.nn.router import KeepLargestRouter, Routing, ThresholdRouter
 from lte.ops import SMALL_BATCH, FFNWeights, project_down, requested_backend, routed_ffn, scale_experts, sparse_ffn
 
 RoutingObserver = Callable[[int, Routing], None]
@@ -70,6 +70,8 @@ class SparseFFN(nn.Module):
         self.observer: RoutingObserver | None = None
         self.choose_path: PathChooser = path_unmeasured
         self._packed: tuple[list[int], FFNWeights] | None = None
+        if isinstance(router, KeepLargestRouter):
+            router.attach(self.expert_norms)
 
     def __getstate__(self) -> dict[str, Any]:
         # What was looked up for these parameters does not belong to a copy.
@@ -156,6 +158,12 @@ class SparseFFN(nn.Module):
         if "gate" in self.roles:
             return act(self._part("gate")(x)) * self._part("up")(x)
         return act(self._part("up")(x))
+
+    def expert_norms(self, x: Tensor) -> Tensor:
+        """Norm of what each expert adds to the output: [..., D] -> [..., E]."""
+        hidden = self.hidden(x).unflatten(-1, (self.router.n_experts, -1))
+        down_EKD = self.weights().down.unflatten(0, (self.router.n_experts, -1))
+        return torch.stack([(hidden[..., e, :] @ down_EKD[e]).norm(dim=-1) for e in range(len(down_EKD))], dim=-1)
 
     def project_down(self, hidden: Tensor) -> Tensor:
         """[..., F] -> [..., D], with the family's output dropout where it has one."""

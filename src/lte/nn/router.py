@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -167,3 +168,44 @@ class TopKSoftmaxRouter(ThresholdRouter):
             scores = logits.softmax(-1)
             chosen = scores.topk(self.k, dim=-1).indices
         return Routing(scores, torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True))
+
+
+class KeepLargestRouter(ThresholdRouter):
+    """An oracle: it computes every expert, and keeps those whose output is largest. It saves nothing.
+
+    What a router could at best know without looking ahead; the dense model under it is the line that trained models
+    are compared with. ``score = sigmoid(log(norm of the expert's output) + offset)``.
+
+    Args:
+        n_experts, threshold, device, dtype: as for :class:`ThresholdRouter`.
+    """
+
+    def __init__(
+        self,
+        n_experts: int,
+        *,
+        threshold: float = 0.5,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(1, n_experts, threshold=threshold, bias=False, device=device, dtype=dtype)
+        self.weight.requires_grad_(False)
+        self.offset = nn.Parameter(torch.zeros(1, device=device, dtype=dtype), requires_grad=False)
+        self._norms: list[Callable[[Tensor], Tensor]] = []
+
+    def attach(self, norms: Callable[[Tensor], Tensor]) -> None:
+        """Say how the experts' output norms are computed: [..., D] -> [..., E]."""
+        self._norms = [norms]
+
+    def reset_parameters(self, generator: torch.Generator, *, init_std: float, init_score: float) -> None:
+        """Nothing is drawn."""
+        self.weight.data.zero_()
+
+    def matrices(self) -> list[Tensor]:
+        """None: an oracle is not charged for what it looks at."""
+        return []
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., E], in float32."""
+        (norms,) = self._norms
+        return norms(x).float().clamp_min(1e-20).log() + self.offset.float()

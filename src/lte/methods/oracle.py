@@ -1,0 +1,57 @@
+"""An oracle that keeps the experts with the largest outputs: the yardstick for routers, and no way to save time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from lte.config import MethodConfig, register_method
+from lte.grouping import Calibration
+from lte.nn import KeepLargestRouter, SparseFFN, ThresholdRouter
+
+
+@register_method
+class OracleConfig(MethodConfig):
+    """The dense model with the experts left out whose outputs, weighted by their layer's sensitivity, are smallest.
+
+    Nothing is learned; ``lte sparsify --set sparsity.method=oracle`` sets the threshold for a target.
+    """
+
+    method = "oracle"
+
+    @property
+    def needs_calibration(self) -> bool:
+        """See :class:`MethodConfig`."""
+        return True
+
+    def describe_calibration(self) -> str:
+        """See :class:`MethodConfig`."""
+        return "method='oracle'"
+
+    def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> ThresholdRouter:
+        """See :class:`MethodConfig`."""
+        return KeepLargestRouter(n_experts, device=like.device, dtype=like.dtype)
+
+    @torch.no_grad()
+    def init_routers(
+        self, ffns: Sequence[SparseFFN], calibration: Sequence[Calibration] | None, generator: torch.Generator
+    ) -> None:
+        """See :class:`MethodConfig`."""
+        assert calibration is not None
+        for ffn, seen in zip(ffns, calibration, strict=True):
+            assert isinstance(ffn.router, KeepLargestRouter)
+            ffn.router.reset_parameters(generator, init_std=0.0, init_score=0.5)
+            x = seen.inputs_TD[:1024].to(ffn.router.weight)
+            norms = ffn.expert_norms(x).float()
+            scale = seen.sensitivity if seen.sensitivity is not None else 1 / float(norms.mean())
+            ffn.router.offset.fill_(math.log(max(scale, 1e-20)))
+        typical = sum(
+            float(ffn.router.logits(seen.inputs_TD[:1024].to(ffn.router.weight)).median())
+            for ffn, seen in zip(ffns, calibration, strict=True)
+        ) / len(ffns)
+        for ffn in ffns:
+            assert isinstance(ffn.router, KeepLargestRouter)
+            ffn.router.offset.sub_(typical)

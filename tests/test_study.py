@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from lte.cli import app
+from lte.errors import ConfigError
+from lte.report.figures import tradeoff_figure
+from lte.report.studies import read_rows
+from lte.study import load_study, missing, points
+from tests.test_cli import folder  # noqa: F401 - a fixture
+
+SERIES = {
+    "dense": {"command": "finetune", "set": {"training.max_steps": 2}, "grid": {"seed": [0, 1]}},
+    "a, sparse": {
+        "set": {"training.max_steps": 3},
+        "grid": {"seed": [0, 1], "training.target_sparsity": [0.5]},
+        "dial": [0.3],
+    },
+}
+
+
+def write(tmp_path, **changes):
+    study = {
+        "results": str(tmp_path / "results"),
+        "work": str(tmp_path / "work"),
+        "base": {"model": "m", "data": "d.txt", "task": {"name": "lm", "context_length": 16}},
+        "evaluate": {"data": "d.txt", "context_length": 8},
+        "series": SERIES,
+        **changes,
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    return tmp_path / "study.yaml"
+
+
+def test_points_are_all_combinations_and_take_turns(tmp_path):
+    names = [point.name for point in points(load_study(write(tmp_path)))]
+    assert names == [
+        "dense-seed=0",
+        "a-sparse-seed=0-target_sparsity=0.5",
+        "dense-seed=1",
+        "a-sparse-seed=1-target_sparsity=0.5",
+    ]
+
+
+def test_parts_share_a_study(tmp_path):
+    study = load_study(write(tmp_path))
+    parts = [{point.name for point in missing(study, part=f"{i}/3")} for i in (1, 2, 3)]
+    assert set.union(*parts) == {point.name for point in points(study)}
+    assert sum(map(len, parts)) == 4
+    with pytest.raises(ConfigError, match="part='3/2' must be of the form i/n"):
+        missing(study, part="3/2")
+    with pytest.raises(ConfigError, match="no point of the study is called 'x'; there are dense-seed=0"):
+        missing(study, only="x")
+
+
+def test_bad_studies(tmp_path):
+    with pytest.raises(ConfigError, match="unknown key 'evaluat'; did you mean 'evaluate'"):
+        load_study(write(tmp_path, evaluat={}))
+    with pytest.raises(ConfigError, match="no recipe file"):
+        load_study(tmp_path / "none.yaml")
+    study = load_study(write(tmp_path, base={"model": "m", "data": "d", "task": "lm", "modle": 1}))
+    with pytest.raises(ConfigError, match="unknown key 'modle'"):
+        list(points(study))
+
+
+def test_a_sweep_runs_what_is_missing_and_the_rows_average_over_seeds(tmp_path, folder):  # noqa: F811
+    base = {"model": str(folder / "dense"), "data": str(folder / "text.txt"), "task": {"name": "lm"}}
+    base["task"]["context_length"] = 16
+    series = {**SERIES, "a, sparse": {**SERIES["a, sparse"]}}
+    series["a, sparse"]["set"] = {"training.max_steps": 3, "sparsity.expert_size": 8}
+    scored = {"data": str(folder / "text.txt"), "context_length": 16}
+    file = write(tmp_path, base=base, evaluate=scored, series=series)
+    first = CliRunner().invoke(app, ["sweep", str(file), "--only", "*seed=0*"])
+    assert first.exit_code == 0, first.output + repr(first.exception)
+    stamp = (tmp_path / "results" / "dense-seed=0.json").stat().st_mtime_ns
+    rest = CliRunner().invoke(app, ["sweep", str(file)])
+    assert "2 points run" in rest.output
+    assert (tmp_path / "results" / "dense-seed=0.json").stat().st_mtime_ns == stamp
+    assert not list((tmp_path / "work").iterdir())
+    assert "nothing to run" in CliRunner().invoke(app, ["sweep", str(file)]).output
+    found = read_rows(tmp_path / "results")
+    assert [(row.series, row.setting, row.seeds) for row in found] == [
+        ("dense", "", 2),
+        ("a, sparse", "target_sparsity 0.5, dial 0.3", 2),
+        ("a, sparse", "target_sparsity 0.5", 2),
+    ]
+    assert found[1].sparsity.mean == pytest.approx(30, abs=5)
+    record = json.loads((tmp_path / "results" / "a-sparse-seed=1-target_sparsity=0.5.json").read_text())
+    assert record["training"]["recipe"]["training"]["target_sparsity"] == 0.5
+    assert record["settings"] == {"seed": 1, "training.target_sparsity": 0.5}
+    tradeoff_figure(found, "a study", tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 5000
