@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from lte.report.readme import fill
+from lte.study import load_study, points
 
 ROOT = Path(__file__).parents[2]
 
@@ -15,6 +16,13 @@ def test_figures_in_the_pages_are_those_in_results(page):
     text = (ROOT / page).read_text()
     assert fill(text, ROOT / "results") == text, "run `python -m lte.report.readme`"
     assert "sparsity |" in text
+
+
+def test_every_point_of_a_study_belongs_to_it():
+    for folder in [*(ROOT / "results" / "compare").glob("*/"), *(ROOT / "results" / "ablations").glob("*/")]:
+        study = load_study(ROOT / "recipes" / folder.parent.name / f"{folder.name}.yaml")
+        names = {name for p in points(study) for name in (p.name, *(f"{p.name}-dial={dial}" for dial in p.dial))}
+        assert {path.stem for path in folder.glob("*.json")} <= names
 
 
 def test_every_result_has_a_recipe_and_a_command():

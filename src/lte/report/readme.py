@@ -16,6 +16,8 @@ TITLES = {
     "stories": "A 3.1 M-parameter LLaMA trained to saturation, TinyStories",
     "e2e": "A 3.3 M-parameter LLaMA trained from scratch, E2E NLG",
     "sst2": "MiniLM (BERT, 22 M parameters), SST-2",
+    "gpt2": "A 2.3 M-parameter GPT-2 (GELU) trained from scratch, TinyStories",
+    "opt": "A 2.3 M-parameter OPT (ReLU) trained from scratch, TinyStories",
 }
 """Folder of results -> what its rows are about."""
 
@@ -29,6 +31,7 @@ def fill(text: str, results: Path) -> str:
         "ffn": _ffn,
         "decode": _decode,
         "limit": _limit,
+        "step": _step,
     }
     for name, make in blocks.items():
         pattern = re.compile(rf"(<!-- results:{name} -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -169,6 +172,24 @@ def _limit(results: Path) -> str:
         rows[name].append(f"{row['limit_speedup']:.2f}")
     sparsities = [f"{row['sparsity']:.0%}" for row in record["rows"] if row["config"] == record["rows"][0]["config"]]
     return _markdown(["model", "GB per token (bf16)", "FFN share", *sparsities], rows.values())
+
+
+def _step(results: Path) -> str:
+    records = [record for record in _read(results / "speed").values() if "bench step" in record["command"]]
+    rows = [
+        [
+            f"`{record['model']}`",
+            row["training"],
+            f"{row['batch']} x {row['context']}",
+            f"{row['ms_per_step']:.0f}",
+            f"{row['time_ratio']:.3f}",
+            f"{row['mbytes']:.0f}",
+            f"{row['memory_ratio']:.3f}",
+        ]
+        for record in records
+        for row in record["rows"]
+    ]
+    return _markdown(["model", "training", "tokens", "ms/step", "time ratio", "MB", "memory ratio"], rows)
 
 
 def _number(value: float | None, form: str) -> str:
