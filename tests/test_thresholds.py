@@ -90,7 +90,7 @@ def test_points_and_thresholds_survive_saving(tmp_path):
     [
         ({"thresholds": [0.5]}, "1 thresholds for 2 sparse FFNs"),
         ({"thresholds": [0.5, 2.0]}, "thresholds.1=2.0"),
-        ({"operating_points": [{"sparsity": 0.5}]}, "thresholds is missing"),
+        ({"operating_points": [{"sparsity": 0.5, "sparsity_per_layer": [0.5, 0.5]}]}, "thresholds is missing"),
     ],
 )
 def test_edited_thresholds_are_refused(tmp_path, change, message):

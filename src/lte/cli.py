@@ -112,7 +112,7 @@ def train(
     loaded = load_recipe(recipe, flags, settings)
     with _resumable(loaded.out):
         summary = runs.train(loaded, resume=resume, overwrite=overwrite)
-    sparsity = f", FFN sparsity {summary['sparsity']:.1%} on the last training batches" if "sparsity" in summary else ""
+    sparsity = f", FFN sparsity {summary['sparsity']:.1%} on training text" if "sparsity" in summary else ""
     console.print(
         f"[bold]{loaded.out}[/]: {summary['steps']} steps in {summary['seconds']:.0f} s{sparsity}. "
         f"Next: lte evaluate {loaded.out} --task {loaded.task.name} --data FILE"
@@ -467,10 +467,11 @@ def _print_evaluation(result: dict[str, Any]) -> None:
 
 def _print_inspection(result: dict[str, Any]) -> None:
     config = result["config"]
-    settings = ", ".join(
-        f"{key}={value}" for key, value in config.items() if key not in ("quant_method", "lte_version")
-    )
+    hidden = ("quant_method", "lte_version", "thresholds", "operating_points")
+    settings = ", ".join(f"{key}={value}" for key, value in config.items() if key not in hidden)
     console.print(f"[bold]{result['model']}[/] {result['architecture']}: {settings}")
+    if points := config.get("operating_points"):
+        console.print("operating points: " + ", ".join(f"{point['sparsity']:.1%}" for point in points))
     table = Table("layer", "experts", "sparsity", "MFLOPs dense", "sparse", "router", "FFN weights", "router weights")
     for index, layer in enumerate(result["layers"]):
         flops = layer["mflops"]

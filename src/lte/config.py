@@ -98,12 +98,14 @@ class OperatingPoint(pydantic.BaseModel):
     Attributes:
         sparsity: share of FFN neurons not used, as measured on the calibration text.
         thresholds: one per FFN, each in (0, 1).
+        sparsity_per_layer: of every FFN.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
     sparsity: Annotated[float, pydantic.Field(ge=0, le=1)]
     thresholds: tuple[Annotated[float, pydantic.Field(gt=0, lt=1)], ...] = pydantic.Field(min_length=1)
+    sparsity_per_layer: tuple[float, ...]
 
 
 class SparsityConfig(QuantizationConfigMixin):

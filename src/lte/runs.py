@@ -37,7 +37,7 @@ from lte.training import (
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "lte_run.json"
-"""Written beside the weights when a run is complete: recipe, versions, time, and the sparsity training ended at."""
+"""Written beside the weights when a run is complete: recipe, versions, time, last known sparsity."""
 
 CALIBRATION_TOKENS = 8192
 """Tokens of the training data that grouping and initialisation see."""
@@ -98,7 +98,11 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> d
     )
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    summary = {**_summary(recipe, trainer, started), **_final_sparsity(trainer.state.log_history)}
+    summary = _summary(recipe, trainer, started)
+    if trainer.landed is not None:
+        summary |= _point_sparsity(trainer.landed)
+    else:
+        summary |= _final_sparsity(trainer.state.log_history)
     return _save_trained(trainer, tokenizer, out, summary)
 
 
@@ -124,7 +128,7 @@ def make_sparse(recipe: Recipe, *, overwrite: bool = False) -> dict[str, Any]:
         "steps": 0,
         "seconds": round(time.perf_counter() - started, 1),
         "versions": versions(),
-        "sparsity": found.sparsity,
+        **_point_sparsity(found),
     }
     return _save(model, tokenizer, out, summary)
 
@@ -198,6 +202,9 @@ def calibrate_checkpoint(
 
         points.append(calibrate(model, batches, sparsity, per_layer=per_layer, progress=report))
     write_whole(path / "config.json", model.config.to_json_string())
+    if (path / RUN_FILE).is_file():
+        record = json.loads((path / RUN_FILE).read_text()) | _point_sparsity(points[-1])
+        write_whole(path / RUN_FILE, json.dumps(record, indent=2) + "\n")
     return points
 
 
@@ -300,6 +307,10 @@ def _summary(recipe: Recipe, trainer: Trainer, started: float) -> dict[str, Any]
         "seconds": round(time.perf_counter() - started, 1),
         "versions": versions(),
     }
+
+
+def _point_sparsity(point: OperatingPoint) -> dict[str, Any]:
+    return {"sparsity": point.sparsity, "sparsity_per_layer": list(point.sparsity_per_layer)}
 
 
 def _final_sparsity(history: list[dict[str, Any]]) -> dict[str, Any]:

@@ -152,9 +152,12 @@ def find_thresholds(
     best: OperatingPoint | None = None
     aim = sparsity
     for move in range(MAX_MOVES + 1):
-        histogram, reached = _measure(model, kept)
+        histogram, per_ffn = _measure(model, kept)
+        reached = sum(per_ffn) / len(per_ffn)
         if best is None or abs(reached - sparsity) < abs(best.sparsity - sparsity):
-            best = OperatingPoint(sparsity=reached, thresholds=tuple(thresholds_of(model)))
+            best = OperatingPoint(
+                sparsity=reached, thresholds=tuple(thresholds_of(model)), sparsity_per_layer=tuple(per_ffn)
+            )
         if progress is not None:
             progress(move, MAX_MOVES)
         if abs(best.sparsity - sparsity) <= TOLERANCE or move == MAX_MOVES:
@@ -169,9 +172,15 @@ def find_thresholds(
     return best
 
 
+def measure_sparsity(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> float:
+    """Sparsity of a model in hard mode on some batches of model inputs, padding left out."""
+    per_ffn = _measure(model, list(batches))[1]
+    return sum(per_ffn) / len(per_ffn)
+
+
 @torch.no_grad()
-def _measure(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, float]:
-    """Histogram of every layer's logits, [L, BINS] with rows summing to 1, and the sparsity at the thresholds."""
+def _measure(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, list[float]]:
+    """Histogram of every layer's logits, [L, BINS] with rows summing to 1, and its sparsity at the thresholds."""
     n_layers = len(sparse_ffns(model))
     histogram = torch.zeros(n_layers, BINS, dtype=torch.float64)
     active = torch.zeros(n_layers, dtype=torch.float64)
@@ -199,7 +208,7 @@ def _measure(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> tuple[Tenso
     seen = histogram.sum(1)
     if not seen.all():
         raise ConfigError("the calibration data holds no tokens")
-    return histogram / seen[:, None], float(1 - (active / seen).mean())
+    return histogram / seen[:, None], (1 - active / seen).tolist()
 
 
 def _quantile(histogram: Tensor, share: float) -> float:

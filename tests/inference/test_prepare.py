@@ -288,7 +288,8 @@ def test_a_real_model_for_200_tokens(batch, fused_steps):
     tokenizer = AutoTokenizer.from_pretrained(STORIES, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32).eval()
-    lte.sparsify(model, lte.LTEConfig(router_init_score=0.5, router_init_std=2.0))
+    config = lte.LTEConfig(grouping="kmeans", router_init="random", router_init_score=0.5, router_init_std=2.0)
+    lte.sparsify(model, config)
     plain = copy.deepcopy(model)
     for ffn in sparse_ffns(plain):
         ffn.choose_path = lambda tokens: ("reference", 1.0)

@@ -121,3 +121,19 @@ def test_a_top_k_router_has_no_target(tmp_path):
     run.train()
     readings = [record["sparsity"] for record in run.state.log_history if "sparsity" in record]
     assert readings == pytest.approx([0.5] * 6)
+
+
+def test_a_start_sparser_than_the_target_is_opened_first(tmp_path):
+    run = trainer(
+        tmp_path, sparse_model(router_init_score=0.5), stages=1, max_steps=2, target_sparsity=0.2, lambda_sep=0.0
+    )
+    run.train()
+    first = next(record for record in run.state.log_history if "sparsity" in record)
+    assert first["sparsity"] == pytest.approx(0.2, abs=0.06)  # random routers at a score of 0.5 leave out half
+
+
+def test_unused_columns_do_not_disturb_the_last_move(tmp_path):
+    data = rows().add_column("note", ["text"] * 24)
+    run = trainer(tmp_path, sparse_model(router_init_score=0.5), data, stages=1, max_steps=2, target_sparsity=0.6)
+    run.train()
+    assert run.landed.sparsity == pytest.approx(0.6, abs=0.01)

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -14,9 +15,10 @@ from transformers.trainer_callback import ExportableState, PrinterCallback, Prog
 from transformers.trainer_utils import TrainOutput
 
 from lte.calibration import sample_batches
+from lte.config import OperatingPoint
 from lte.errors import CheckpointError, ConfigError, NonFiniteLossError
 from lte.nn import Mode, Routing, ThresholdRouter, observe_routing, set_mode, sparse_ffns
-from lte.thresholds import MISSED, find_thresholds, set_thresholds, shifted, thresholds_of
+from lte.thresholds import MISSED, find_thresholds, measure_sparsity, set_thresholds, shifted, thresholds_of
 from lte.training.arguments import STAGE_LENGTHS, LTETrainingArguments, refuse_reentrant
 from lte.training.callbacks import StepProgress, gradient_norm, last_complete_checkpoint
 from lte.training.controller import SparsityController
@@ -25,8 +27,8 @@ from lte.training.stages import StagePlan, learning_rate_factors
 
 logger = logging.getLogger(__name__)
 
-LANDING_TOKENS = 32768
-"""Of the training data, on which the thresholds' last move is measured: texts differ by a percentage point or two."""
+OPENING_TOKENS, LANDING_TOKENS = 8192, 32768
+"""Of the training data, on which the thresholds' first and last move are measured; texts differ by a point or two."""
 
 
 class LTETrainer(Trainer):
@@ -87,6 +89,7 @@ class LTETrainer(Trainer):
         if target is not None and not all(ffn.router.uses_threshold for ffn in sparse_ffns(self.model)):
             raise ConfigError("target_sparsity needs routers with a threshold; a top-k router takes its own sparsity")
         self.controller = None if target is None else SparsityController(target)
+        self.landed: OperatingPoint | None = None
         self.teacher = self._prepare_teacher(teacher)
         self._window = _LogWindow()
         self.add_callback(_StageSwitch(self))
@@ -230,11 +233,21 @@ class LTETrainer(Trainer):
             set_thresholds(self.model, [shifted(threshold, shift) for threshold in thresholds_of(self.model)])
 
     def begin(self) -> None:
-        """Give the controller the state of the checkpoint a resumed run starts from."""
+        """Give the controller the state of the checkpoint a resumed run starts from, or a start it can work from.
+
+        Routers that start sparser than the target would have the model learn to do without what it may keep, so
+        thresholds are lowered first.
+        """
+        if self.controller is None:
+            return
         saved = (self.state.stateful_callbacks or {}).get(_StageSwitch.__name__)
-        if self.controller is not None and self.state.global_step and isinstance(saved, dict):
+        if self.state.global_step and isinstance(saved, dict):
             self.controller.restore(saved["attributes"]["controller"])
             set_thresholds(self.model, saved["attributes"]["thresholds"])
+        elif self.plan.stages == 1:
+            batches = self._sample(OPENING_TOKENS)
+            if measure_sparsity(self.model, batches) > self.controller.target:
+                find_thresholds(self.model, batches, self.controller.target)
 
     def check_gradients(self) -> None:
         """Raise NonFiniteLossError before a step that would spoil the weights."""
@@ -273,10 +286,17 @@ class LTETrainer(Trainer):
     @torch.no_grad()
     def _land(self, target: float) -> None:
         """Move the thresholds by what the controller left, measured as inference will run: without dropout."""
-        batches = sample_batches(self.train_dataset, self.data_collator, LANDING_TOKENS)
-        found = find_thresholds(self.model, batches, target)
-        if abs(found.sparsity - target) > MISSED:
-            logger.warning("target_sparsity=%s was not reached: the model is at %.3f", target, found.sparsity)
+        self.landed = find_thresholds(self.model, self._sample(LANDING_TOKENS), target)
+        if abs(self.landed.sparsity - target) > MISSED:
+            logger.warning("target_sparsity=%s was not reached: the model is at %.3f", target, self.landed.sparsity)
+
+    def _sample(self, tokens: int) -> list[Any]:
+        """Batches of rows from all over the training data; the same ones in every process."""
+        if isinstance(self.train_dataset, Dataset):
+            rows = self._remove_unused_columns(self.train_dataset, "training")
+            return sample_batches(rows, self.data_collator, tokens)
+        collate = self._get_collator_with_removed_columns(self.data_collator, "training")
+        return sample_batches(self.train_dataset, collate, tokens)
 
     @property
     def _threshold(self) -> float:
