@@ -37,7 +37,8 @@ def test_the_target_warms_up_from_zero():
 def test_a_model_lands_on_its_target(tmp_path, stages, target):
     steps = {"max_steps": 40} if stages == 1 else {"stage1_steps": 25, "stage2_steps": 15}
     model = sparse_model(router_init_score=0.5)
-    run = trainer(tmp_path, model, stages=stages, target_sparsity=target, lambda_sep=0.0, learning_rate=1e-4, **steps)
+    rates = {"learning_rate": 1e-4, "router_learning_rate": 1e-2}
+    run = trainer(tmp_path, model, stages=stages, target_sparsity=target, lambda_sep=0.0, **rates, **steps)
     run.train()
     training = [record["sparsity"] for record in run.state.log_history if "sparsity" in record]
     assert training[-1] == pytest.approx(target, abs=0.12)  # the controller, step by step
