@@ -43,6 +43,7 @@ def trainer(folder: Path, model: Any = None, data: Dataset | None = None, **sett
         **({"max_steps": 6} if settings.get("stages") == 1 else {"stages": 2, "stage1_steps": 3, "stage2_steps": 3}),
         **({} if "target_sparsity" in settings else {"eta": 1.0}),
         "lambda_sep": 0.5,
+        "router_learning_rate": 1e-2,
         "per_device_train_batch_size": 4,
         "learning_rate": 1e-3,
         "logging_steps": 1,

@@ -215,7 +215,7 @@ def test_dense_model_is_refused(tmp_path):
         ({"eta_warmup": 2.0}, r"eta_warmup=2.0 is a share, in \[0, 1\]"),
         ({"sep_epsilon": 0.0}, "sep_epsilon=0.0 must be above 0"),
         ({"lambda_start": 0.5, "lambda_full": 0.2}, "lambda_start=0.5 is after lambda_full"),
-        ({"max_steps": 5, "stages": 2}, "max_steps=5 needs stages=1; give stage1_steps and stage2_steps"),
+        ({"max_steps": 5, "stages": 2}, "max_steps=5 needs stages=1; give stage1_steps, stage2_steps"),
         ({"stage1_steps": 5}, "stage1_steps=5 needs stages=2; one stage takes num_train_epochs or max_steps"),
         ({"stages": 3}, "stages=3 must be 1, or 2"),
         ({"anneal": 0.5, "stages": 2}, "anneal=0.5 needs stages=1"),

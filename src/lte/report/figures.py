@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -75,6 +75,58 @@ def tradeoff_figure(rows: Sequence[Row], title: str, file: Path) -> None:
             label=series,
         )
     axes.set(xlabel="FFN sparsity (%)", ylabel="loss (nats)" if by_loss else rows[0].metric, title=title)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=130)
+
+
+def settings_figure(rows: Sequence[Row], title: str, file: Path) -> None:
+    """One dot per setting, with its standard deviation over seeds, and the sparsity it was measured at.
+
+    Args:
+        rows: of :func:`lte.report.studies.read_rows`.
+        title: of the figure.
+        file: the PNG to write.
+    """
+    figure = Figure(figsize=(6.4, 0.9 + 0.32 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    heights = range(len(rows), 0, -1)
+    axes.errorbar(
+        [row.loss.mean for row in rows],
+        list(heights),
+        xerr=[row.loss.deviation for row in rows],
+        fmt="o",
+        markersize=5,
+        capsize=2,
+        color="#4472a8",
+    )
+    names = [" ".join(part for part in (row.series, row.setting) if part) for row in rows]
+    axes.set_yticks(
+        list(heights),
+        [f"{name} ({row.sparsity.mean:.0f} %)" for name, row in zip(names, rows, strict=True)],
+        fontsize=8,
+    )
+    axes.set(xlabel="loss (nats)", title=title)
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(file, dpi=130)
+
+
+def scores_figure(histograms: Mapping[str, Sequence[Sequence[float]]], file: Path) -> None:
+    """Where the scores of different routers lie, over all layers.
+
+    Args:
+        histograms: name -> [L][bins] counts of scores over (0, 1).
+        file: the PNG to write.
+    """
+    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for name, layers in histograms.items():
+        counts = [sum(column) for column in zip(*layers, strict=True)]
+        centres = [(i + 0.5) / len(counts) for i in range(len(counts))]
+        axes.plot(centres, [100 * count / sum(counts) for count in counts], marker="o", markersize=3, label=name)
+    axes.set(xlabel="router score", ylabel="share of scores (%)", yscale="log", title="Scores after training")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=130)

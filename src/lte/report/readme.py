@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from lte.report.figures import tradeoff_figure
+from lte.report.figures import scores_figure, settings_figure, tradeoff_figure
 from lte.report.studies import Row, read_rows
 
 TITLES = {
@@ -86,7 +86,8 @@ def _rows_table(found: list[Row], *, layers: bool = False) -> str:
 
 
 def _ablation(results: Path, name: str) -> str:
-    return _rows_table(read_rows(results / "ablations" / name), layers=True)
+    found = read_rows(results / "ablations" / name)
+    return _rows_table(found, layers=True) if found else "Not run yet.\n"
 
 
 def _choices(results: Path) -> str:
@@ -211,11 +212,15 @@ def main(root: Path) -> None:
         page.write_text(fill(page.read_text(), root / "results"))
     figures = root / "docs" / "figures"
     figures.mkdir(exist_ok=True)
-    for kind in ("compare", "ablations"):
-        for folder in sorted((root / "results" / kind).glob("*/")):
-            tradeoff_figure(
-                read_rows(folder), TITLES.get(folder.name, folder.name), figures / f"{kind}-{folder.name}.png"
-            )
+    for folder in sorted((root / "results" / "compare").glob("*/")):
+        tradeoff_figure(read_rows(folder), TITLES[folder.name], figures / f"compare-{folder.name}.png")
+    for folder in sorted((root / "results" / "ablations").glob("*/")):
+        settings_figure(read_rows(folder), f"Towards 70 %: {folder.name}", figures / f"ablation-{folder.name}.png")
+    routers = root / "results" / "ablations" / "router"
+    records = [json.loads(path.read_text()) for path in sorted(routers.glob("*seed=0.json"))]
+    shown = ("linear, fitted start", "softmax top-k")
+    if found := {r["series"]: r["score_histogram"] for r in records if r["series"] in shown}:
+        scores_figure(found, figures / "scores.png")
 
 
 if __name__ == "__main__":

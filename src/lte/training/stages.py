@@ -12,6 +12,9 @@ from transformers import get_scheduler
 from lte.nn import Mode
 from lte.training.arguments import LTETrainingArguments
 
+ROUTERS_SLOW = 0.8
+"""Share of a single stage after which thresholds are moved beside the efficiency loss."""
+
 
 @dataclass(frozen=True)
 class StagePlan:
@@ -54,6 +57,10 @@ class StagePlan:
         if self.stages == 1:
             return Mode.STRAIGHT_THROUGH
         return Mode.SOFT if self.stage(step) == 1 else Mode.HARD
+
+    def routers_slow(self, step: int) -> bool:
+        """Whether routers are frozen, or their learning rate is nearly used up."""
+        return self.stage(step) == 2 or (self.stages == 1 and step >= ROUTERS_SLOW * self.stage1_steps)
 
     def hardness(self, step: int) -> float:
         """How far the gate is from the scores (0) to the mask (1), in a single stage."""

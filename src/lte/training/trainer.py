@@ -27,6 +27,9 @@ from lte.training.stages import StagePlan, learning_rate_factors
 
 logger = logging.getLogger(__name__)
 
+ROUTER_WIDTH = 192
+"""Width of a router's input up to which ``router_learning_rate`` holds as it is; above, it falls with the width."""
+
 OPENING_TOKENS, LANDING_TOKENS = 8192, 32768
 """Of the training data, on which the thresholds' first and last move are measured; texts differ by a point or two."""
 
@@ -138,7 +141,7 @@ class LTETrainer(Trainer):
         if self.optimizer is None:
             target = self.model if model is None else model
             routers = {
-                id(parameter)
+                id(parameter): self._rate_scale(parameter)
                 for module in target.modules()
                 if isinstance(module, ThresholdRouter)
                 for parameter in module.parameters()
@@ -149,12 +152,15 @@ class LTETrainer(Trainer):
             groups = [
                 {"params": [p for n, p in of_model if n in decayed], "weight_decay": self.args.weight_decay},
                 {"params": [p for n, p in of_model if n not in decayed], "weight_decay": 0.0},
-                {
-                    "params": [p for _, p in named if id(p) in routers],
-                    "weight_decay": self.args.router_weight_decay,
-                    "lr": self.args.router_learning_rate,
-                },
             ]
+            for scale in sorted(set(routers.values()), reverse=True):
+                groups.append(
+                    {
+                        "params": [p for _, p in named if routers.get(id(p)) == scale],
+                        "weight_decay": self.args.router_weight_decay,
+                        "lr": self.args.router_learning_rate * scale,
+                    }
+                )
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, target)
             self.optimizer = optimizer_class(groups, **kwargs)
         return self.optimizer
@@ -163,9 +169,9 @@ class LTETrainer(Trainer):
         """Warm-up and decay anew in each stage; the routers' rate is 0 in stage 2."""
         if self.lr_scheduler is None:
             model_factor, router_factor = learning_rate_factors(self.args, self.plan)
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer or self.optimizer, [model_factor, model_factor, router_factor]
-            )
+            optimizer = optimizer or self.optimizer
+            factors = [model_factor, model_factor] + [router_factor] * (len(optimizer.param_groups) - 2)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -227,9 +233,10 @@ class LTETrainer(Trainer):
             return
         step = self.state.global_step - 1
         active = self.accelerator.reduce(torch.as_tensor(self._step_active), "sum")
-        frozen = self.plan.stage(step) == 2 or self.args.router_learning_rate == 0
-        shift = self.controller.update(1 - float(active / self._step_tokens), self._target_ramp(step), frozen=frozen)
-        if frozen:
+        ramp = self._target_ramp(step)
+        self.controller.update(1 - float(active / self._step_tokens), ramp)
+        if self.args.router_learning_rate == 0 or self.plan.routers_slow(step):
+            shift = self.controller.shift(ramp)
             set_thresholds(self.model, [shifted(threshold, shift) for threshold in thresholds_of(self.model)])
 
     def begin(self) -> None:
@@ -256,6 +263,12 @@ class LTETrainer(Trainer):
         norm = gradient_norm(self.model)
         if not torch.isfinite(norm):
             raise self._non_finite(f"the gradient norm is {float(norm)}")
+
+    def _rate_scale(self, parameter: Tensor) -> float:
+        """Of the routers' learning rate: Adam moves a logit by the rate times the width, whatever the gradient."""
+        if self.args.stages == 2 or parameter.ndim < 2:
+            return 1.0
+        return min(1.0, ROUTER_WIDTH / max(parameter.shape[1], 1))
 
     def _target_ramp(self, step: int) -> float:
         return self.plan.ramp(step, 0.0, self.args.target_warmup)
