@@ -95,6 +95,12 @@ def test_set_that_is_not_yaml():
         load_recipe(None, FLAGS, ["training.eta=[1"])
 
 
+def test_epochs_are_refused_for_two_stages_wherever_they_stand(tmp_path):
+    recipe = load_recipe(None, {**FLAGS, "training.num_train_epochs": 5.0}, ["training.eta=1", "training.stages=2"])
+    with pytest.raises(ConfigError, match="give stage1_epochs and stage2_epochs"):
+        recipe.arguments(lte.LTETrainingArguments, output_dir=str(tmp_path))
+
+
 def test_the_paper_recipe_is_the_published_one_and_can_be_changed(tmp_path):
     paper = {**FLAGS, "recipe": "paper", "training.eta": 1.0}
     recipe = load_recipe(None, paper, ["sparsity.grouping=random", "training.lambda_sep=0.25"])

@@ -57,14 +57,32 @@ def test_parts_share_a_study(tmp_path):
         missing(study, only="x")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"evaluate": {"limit": 3}}, "evaluate.data is missing"),
+        ({"evaluate": {"data": "d", "limt": 3}}, "did you mean 'limit'"),
+        ({"series": {"a": {"set": {"training.etaa": 1}}}}, "did you mean 'eta'"),
+        ({"series": {"a b": SERIES["dense"], "a,b": SERIES["dense"]}}, "two points are called 'a-b-seed=0'"),
+        ({"series": {"a": {**SERIES["dense"], "dial": [0.5]}}}, "'a' is dense and has no dial"),
+        (
+            {"series": {"a": {"set": {"sparsity.method": "topk", "training.target_sparsity": 0.5}}}},
+            "which has a sparsity of its own",
+        ),
+    ],
+)
+def test_a_mistake_in_a_study_is_found_before_anything_runs(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        load_study(write(tmp_path, **changes))
+
+
 def test_bad_studies(tmp_path):
     with pytest.raises(ConfigError, match="unknown key 'evaluat'; did you mean 'evaluate'"):
         load_study(write(tmp_path, evaluat={}))
     with pytest.raises(ConfigError, match="no recipe file"):
         load_study(tmp_path / "none.yaml")
-    study = load_study(write(tmp_path, base={"model": "m", "data": "d", "task": "lm", "modle": 1}))
     with pytest.raises(ConfigError, match="unknown key 'modle'"):
-        list(points(study))
+        load_study(write(tmp_path, base={"model": "m", "data": "d", "task": "lm", "modle": 1}))
 
 
 def test_a_sweep_runs_what_is_missing_and_the_rows_average_over_seeds(tmp_path, folder):  # noqa: F811

@@ -14,19 +14,20 @@ from lte.nn import Mode, SparseFFN, set_mode, sparse_ffns
 
 
 def sample_batches(
-    rows: Any, collate: Callable[[list[Any]], Mapping[str, Tensor]], tokens: int
+    rows: Any, collate: Callable[[list[Any]], Mapping[str, Tensor]], tokens: int, batch_size: int = 8
 ) -> list[Mapping[str, Tensor]]:
-    """Some rows from all over a data set, in batches of eight, until they hold about so many tokens.
+    """Some rows from all over a data set, in batches, until they hold about so many tokens.
 
     Args:
         rows: of a data set with a length.
         collate: rows to a batch of model inputs.
         tokens: wanted; padding counts.
+        batch_size: rows of a batch.
     """
     longest = max(int(collate([rows[i]])["input_ids"].numel()) for i in range(0, len(rows), max(1, len(rows) // 8)))
     count = min(len(rows), max(1, -(-tokens // longest)))
     chosen = [index * len(rows) // count for index in range(count)]
-    return [collate([rows[i] for i in chosen[start : start + 8]]) for start in range(0, count, 8)]
+    return [collate([rows[i] for i in chosen[start : start + batch_size]]) for start in range(0, count, batch_size)]
 
 
 def collect_calibration(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> list[Calibration]:
@@ -37,7 +38,7 @@ def collect_calibration(model: nn.Module, batches: Iterable[Mapping[str, Tensor]
         batches: model inputs. Where all have ``labels``, the sensitivity of the loss is measured too.
 
     Returns:
-        In layer order, in float32 on the CPU, padding left out.
+        In layer order, in the model's dtype on the CPU, padding left out.
     """
     ffns = sparse_ffns(model)
     watches = [_Watch() for _ in ffns]
@@ -46,6 +47,8 @@ def collect_calibration(model: nn.Module, batches: Iterable[Mapping[str, Tensor]
     model.eval()
     set_mode(model, Mode.DENSE)
     with ExitStack() as stack:
+        stack.callback(model.train, was_training)
+        stack.callback(set_mode, model, Mode.HARD)
         stack.enter_context(_frozen(model))
         for ffn, watch in zip(ffns, watches, strict=True):
             stack.enter_context(ffn.register_forward_hook(watch))
@@ -58,8 +61,6 @@ def collect_calibration(model: nn.Module, batches: Iterable[Mapping[str, Tensor]
                 gradients = _gradients(result.loss, watches) if "labels" in inputs else [None] * len(ffns)
             for watch, gradient in zip(watches, gradients, strict=True):
                 watch.keep(keep, gradient)
-    set_mode(model, Mode.HARD)
-    model.train(was_training)
     return [watch.calibration() for watch in watches]
 
 
@@ -83,8 +84,8 @@ class _Watch:
         """Take over what the last forward left, for the tokens that count."""
         assert self.latest is not None
         x, hidden = (t if token_mask is None else t[token_mask] for t in self.latest)
-        self.inputs.append(x.float().cpu())
-        self.hidden.append(hidden.float().cpu())
+        self.inputs.append(x.cpu())
+        self.hidden.append(hidden.cpu())
         if gradient is not None:
             self.squares.append(float(gradient.float().square().sum(-1).mean()))
         self.latest = self.output = None

@@ -243,6 +243,7 @@ def evaluate(
     json_file: JsonFile = None,
 ) -> None:
     """Quality, achieved sparsity and FLOPs of a model."""
+    from lte.hub import read_config
     from lte.runs import trained_task
     from lte.tasks import TaskConfig, build_task
 
@@ -264,6 +265,8 @@ def evaluate(
         "limit": limit,
     }
     check_json_target(json_file)
+    if baseline is not None:
+        read_config(baseline)
     flags = {key: value for key, value in given.items() if value is not None}
     built = build_task(TaskConfig(**{**trained_task(model, task), **flags}))
     result = _evaluate(

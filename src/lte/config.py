@@ -53,6 +53,9 @@ class MethodConfig(pydantic.BaseModel):
     def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> ThresholdRouter:
         """A router with uninitialised parameters, on the device and in the dtype of ``like``."""
 
+    has_thresholds: ClassVar[bool] = True
+    """Whether a sparsity can be asked of it, by training or by moving thresholds."""
+
     @property
     def needs_calibration(self) -> bool:
         """Whether the grouping, or the routers' initialisation, looks at calibration data."""

@@ -74,9 +74,10 @@ class Recipe(pydantic.BaseModel):
         fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
         values = {"seed": self.seed, **defaults}
         preset = PRESETS[self.recipe]["training"] if "stages" in fields else {}
-        for key, value in {**preset, **self.training}.items():
-            if key == "num_train_epochs" and values.get("stages") == 2:
-                raise ConfigError("training.num_train_epochs needs stages=1; give stage1_epochs and stage2_epochs")
+        given = {**preset, **self.training}
+        if given.get("stages") == 2 and "num_train_epochs" in given:
+            raise ConfigError("training.num_train_epochs needs stages=1; give stage1_epochs and stage2_epochs")
+        for key, value in given.items():
             if key not in fields or key == "output_dir":
                 near = difflib.get_close_matches(key, [name for name in fields if name != "output_dir"], n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""

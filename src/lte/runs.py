@@ -16,10 +16,10 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from lte.calibration import sample_batches
-from lte.config import OperatingPoint
+from lte.config import MethodConfig, OperatingPoint
 from lte.errors import ConfigError
 from lte.evaluate import check_direction, load_for_evaluation, load_tokenizer, versions
-from lte.hub import is_sparse_config, load, load_weights, read_config
+from lte.hub import default_device, is_sparse_config, load, load_weights, read_config
 from lte.recipe import Recipe, dump_recipe, load_recipe
 from lte.sparsify import sparsify
 from lte.tasks import Task, build_task
@@ -74,18 +74,21 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> d
     method = recipe.method()
     out = Path(recipe.out)
     args = recipe.arguments(LTETrainingArguments, output_dir=str(out / "checkpoints"), **RUN_DEFAULTS)
+    _check_target(method, args.target_sparsity)
     if (done := _finished(out, recipe, resume=resume, overwrite=overwrite)) is not None:
         return done
     check_folder(out, recipe, resume=resume, overwrite=overwrite)
     tokenizer, task, rows = _read_inputs(recipe)
+    # A teacher with a head nobody trained would teach noise.
+    teacher = _load_dense(recipe, task, tokenizer, new_head=False) if args.distill else None
     checkpoint = last_complete_checkpoint(args.output_dir) if resume else None
     if checkpoint is not None:
         model = load(checkpoint, dtype=_dtype(recipe))
     else:
-        model = _load_dense(recipe, task, tokenizer)
-        seen = sample_batches(rows, task.collator(tokenizer), CALIBRATION_TOKENS) if method.needs_calibration else None
-        sparsify(model, method, calibration=seen)
-    teacher = _load_dense(recipe, task, tokenizer) if args.distill else None
+        model = _load_dense(recipe, task, tokenizer).to(args.device)
+        size = min(8, args.per_device_train_batch_size)
+        seen = sample_batches(rows, task.collator(tokenizer), CALIBRATION_TOKENS, size)
+        sparsify(model, method, calibration=seen if method.needs_calibration else None)
     claim_folder(out, recipe, overwrite=overwrite)
     trainer = LTETrainer(
         model=model,
@@ -106,6 +109,15 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> d
     return _save_trained(trainer, tokenizer, out, summary)
 
 
+def check_recipe(recipe: Recipe, command: str) -> None:
+    """ConfigError where a recipe's settings are not those of ``train``, ``sparsify`` or ``finetune``."""
+    if command == "finetune":
+        recipe.arguments(TrainingArguments, output_dir=recipe.out, **RUN_DEFAULTS)
+    else:
+        args = recipe.arguments(LTETrainingArguments, output_dir=recipe.out, **RUN_DEFAULTS)
+        _check_target(recipe.method(), args.target_sparsity)
+
+
 def make_sparse(recipe: Recipe, *, overwrite: bool = False) -> dict[str, Any]:
     """Make a dense model sparse without training it: grouping, fitted routers, thresholds for the target.
 
@@ -113,12 +125,15 @@ def make_sparse(recipe: Recipe, *, overwrite: bool = False) -> dict[str, Any]:
     """
     method, started = recipe.method(), time.perf_counter()
     target = recipe.training.get("target_sparsity")
-    if target is None:
-        raise ConfigError("target_sparsity is missing; give --target-sparsity, for instance 0.3")
+    if not isinstance(target, float) or not 0 < target < 1:
+        raise ConfigError(
+            f"target_sparsity={target} must lie between 0 and 1; give --target-sparsity, for instance 0.3"
+        )
+    _check_target(method, target)
     out = Path(recipe.out)
     check_folder(out, recipe, resume=False, overwrite=overwrite)
     tokenizer, task, rows = _read_inputs(recipe)
-    model = _load_dense(recipe, task, tokenizer)
+    model = _load_dense(recipe, task, tokenizer).to(default_device())
     collate = task.collator(tokenizer)
     sparsify(model, method, calibration=sample_batches(rows, collate, CALIBRATION_TOKENS))
     found = find_thresholds(model, sample_batches(rows, collate, DIAL_TOKENS), target)
@@ -271,9 +286,17 @@ def _dtype(recipe: Recipe) -> Any:
     return "auto" if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
 
 
-def _load_dense(recipe: Recipe, task: Task, tokenizer: Any) -> Any:
+def _check_target(method: MethodConfig, target: float | None) -> None:
+    if target is not None and not method.has_thresholds:
+        raise ConfigError(
+            f"target_sparsity={target} is not for method={method.method!r}, which has a sparsity of its own "
+            "(--set sparsity.sparsity=...); give --eta 0 instead"
+        )
+
+
+def _load_dense(recipe: Recipe, task: Task, tokenizer: Any, *, new_head: bool | None = None) -> Any:
     kwargs = task.model_kwargs(recipe.data, tokenizer)
-    new_head = task.config.name == "classify"
+    new_head = task.config.name == "classify" if new_head is None else new_head
     return load_weights(task.auto_class, recipe.model, new_head=new_head, dtype=_dtype(recipe), **kwargs)
 
 

@@ -50,7 +50,7 @@ def sparsify(
     """
     if sparse_ffns(model):
         raise ConfigError("the model is sparse already; load the dense checkpoint to start again")
-    group = get_grouping(config.grouping)
+    get_grouping(config.grouping)
     batches = list(calibration or ()) if config.needs_calibration else []
     if config.needs_calibration and not batches:
         raise ConfigError(
@@ -58,8 +58,24 @@ def sparsify(
             "calibration=batches), with batches of model inputs, best with their labels; or choose "
             "grouping='kmeans', router_init='random'"
         )
+    before = [(module, dict(module._modules)) for module in model.modules()]
+    try:
+        _convert(model, config, batches)
+    except BaseException:
+        # Neurons may be in another order by now, which changes nothing; the dense modules come back.
+        for module, children in before:
+            module._modules.clear()
+            module._modules.update(children)
+        raise
+    enable_dial(model)
+    model.config.quantization_config = SparsityConfig(config, version("learn-to-be-efficient"))  # type: ignore[union-attr]
+    return model
+
+
+def _convert(model: nn.Module, config: MethodConfig, batches: list[Mapping[str, Tensor]]) -> None:
     install_sparse_ffns(model, config)
     ffns = sparse_ffns(model)
+    group = get_grouping(config.grouping)
     seen = collect_calibration(model, batches) if batches else None
     for ffn in ffns:
         grouping = group(
@@ -73,9 +89,6 @@ def sparsify(
             seen[ffn.layer_index] = seen[ffn.layer_index].permuted(grouping)
         logger.info("layer %d: grouped %d neurons by %s", ffn.layer_index, ffn.weights().d_ff, config.grouping)
     config.init_routers(ffns, seen, torch.Generator().manual_seed(config.seed))
-    enable_dial(model)
-    model.config.quantization_config = SparsityConfig(config, version("learn-to-be-efficient"))  # type: ignore[union-attr]
-    return model
 
 
 def install_sparse_ffns(model: nn.Module, config: MethodConfig) -> None:

@@ -21,7 +21,7 @@ from lte.config import validate_model
 from lte.errors import ConfigError
 from lte.evaluate import evaluate, load_for_evaluation
 from lte.recipe import Recipe, parse_recipe, put, read_yaml
-from lte.runs import DIAL_TOKENS, finetune, make_sparse, train, write_whole
+from lte.runs import DIAL_TOKENS, check_recipe, finetune, make_sparse, train, write_whole
 from lte.tasks import TaskConfig, build_task
 from lte.thresholds import find_thresholds, set_thresholds, thresholds_of
 
@@ -95,8 +95,20 @@ class Point:
 
 
 def load_study(path: Path) -> Study:
-    """Read a study; ConfigError where it is not one."""
-    return validate_model(Study, read_yaml(path), str(path))
+    """Read a study, and look at every point's settings; ConfigError where one is wrong."""
+    study = validate_model(Study, read_yaml(path), str(path))
+    if "data" not in study.evaluate:
+        raise ConfigError(f"{path}: evaluate.data is missing; name the evaluation data")
+    names = set()
+    for point in points(study):
+        if point.name in names:
+            raise ConfigError(f"{path}: two points are called {point.name!r}; rename a series")
+        names.add(point.name)
+        if point.dial and point.command == "finetune":
+            raise ConfigError(f"{path}: series {point.series!r} is dense and has no dial")
+        check_recipe(point.recipe, point.command)
+        _scored_task(point, study)
+    return study
 
 
 def points(study: Study) -> Iterator[Point]:
@@ -118,10 +130,8 @@ def run_point(point: Point, study: Study, *, overwrite: bool = True) -> dict[str
     """
     run: Callable[..., dict[str, Any]] = {"train": train, "sparsify": make_sparse, "finetune": finetune}[point.command]
     summary = run(point.recipe, overwrite=overwrite and Path(point.recipe.out).is_dir())
-    settings = dict(study.evaluate)
-    data, batch_size = settings.pop("data"), settings.pop("batch_size", 16)
-    task_settings = point.recipe.task.model_dump(exclude_defaults=True, exclude={"limit", "split"})
-    task = build_task(TaskConfig(**{**task_settings, **settings}))
+    data, batch_size = study.evaluate["data"], study.evaluate.get("batch_size", 16)
+    task = build_task(_scored_task(point, study))
     dense = point.command == "finetune"
     model, tokenizer = load_for_evaluation(point.recipe.out, task, dense=dense)
     about = {key: summary[key] for key in ("recipe", "steps", "seconds")} | {"threads": torch.get_num_threads()}
@@ -147,6 +157,12 @@ def run_point(point: Point, study: Study, *, overwrite: bool = True) -> dict[str
     record = score(point.file, {})
     shutil.rmtree(point.recipe.out)
     return record
+
+
+def _scored_task(point: Point, study: Study) -> TaskConfig:
+    trained = point.recipe.task.model_dump(exclude_defaults=True, exclude={"limit", "split"})
+    scored = {key: value for key, value in study.evaluate.items() if key not in ("data", "batch_size")}
+    return TaskConfig(**{**trained, **scored})
 
 
 def missing(study: Study, *, only: str = "*", part: str = "1/1") -> list[Point]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,11 +53,12 @@ def set_sparsity(model: Any, sparsity: float) -> None:
             "the model has no operating points; make some: lte calibrate MODEL --data FILE --target-sparsity 0.5,0.7"
         )
     low, high = points[0].sparsity, points[-1].sparsity
-    if not low <= sparsity <= high:
+    if not low - MISSED <= sparsity <= high + MISSED:
         raise ConfigError(
-            f"sparsity={sparsity} is outside of what the model was calibrated for, {low:.3g} to {high:.3g}; "
+            f"sparsity={sparsity} is outside of what the model was calibrated for, {low:.4f} to {high:.4f}; "
             "calibrate it further with lte calibrate"
         )
+    sparsity = min(max(sparsity, low), high)
     above = next(point for point in points if point.sparsity >= sparsity)
     below = next(point for point in reversed(points) if point.sparsity <= sparsity)
     gap = above.sparsity - below.sparsity
@@ -73,7 +74,7 @@ def set_sparsity(model: Any, sparsity: float) -> None:
 
 def enable_dial(model: Any) -> None:
     """Give a sparse model its :func:`set_sparsity` method."""
-    model.set_sparsity = MethodType(set_sparsity, model)
+    model.set_sparsity = partial(set_sparsity, model)  # a bound method would not survive pickling
 
 
 def apply_config(model: nn.Module, config: SparsityConfig) -> None:
@@ -115,10 +116,15 @@ def calibrate(
             f"sparsity {sparsity} cannot be reached by moving thresholds: the nearest was {found.sparsity:.3f}, as too "
             "many scores are equal there (a separability loss does that); train for that sparsity instead"
         )
-    config = model.config.quantization_config
-    others = [point for point in config.operating_points if abs(point.sparsity - found.sparsity) > DISTINCT]
-    config.operating_points = sorted([*others, found], key=lambda point: point.sparsity)
+    remember(model, found)
     return found
+
+
+def remember(model: Any, point: OperatingPoint) -> None:
+    """Add an operating point, in place of one for the same sparsity."""
+    config = model.config.quantization_config
+    others = [other for other in config.operating_points if abs(other.sparsity - point.sparsity) > DISTINCT]
+    config.operating_points = sorted([*others, point], key=lambda each: each.sparsity)
 
 
 def find_thresholds(
@@ -182,33 +188,36 @@ def measure_sparsity(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> flo
 def _measure(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, list[float]]:
     """Histogram of every layer's logits, [L, BINS] with rows summing to 1, and its sparsity at the thresholds."""
     n_layers = len(sparse_ffns(model))
+    device = next(model.parameters()).device
     histogram = torch.zeros(n_layers, BINS, dtype=torch.float64)
-    active = torch.zeros(n_layers, dtype=torch.float64)
+    active = torch.zeros(n_layers, dtype=torch.long, device=device)
     token_mask: Tensor | None = None
 
     def observe(layer: int, routing: Routing) -> None:
         scores_TE, mask_TE = (t.flatten(0, -2) for t in (routing.scores, routing.mask))
         if token_mask is not None:
             scores_TE, mask_TE = scores_TE[token_mask], mask_TE[token_mask]
-        logits = torch.logit(scores_TE.float().cpu(), eps=1e-9)
-        histogram[layer] += torch.histc(logits.clamp(-LOGIT_RANGE, LOGIT_RANGE), BINS, -LOGIT_RANGE, LOGIT_RANGE)
-        active[layer] += mask_TE.sum().cpu()
+        logits = torch.logit(scores_TE.float(), eps=1e-9).clamp(-LOGIT_RANGE, LOGIT_RANGE)
+        histogram[layer] += torch.histc(logits, BINS, -LOGIT_RANGE, LOGIT_RANGE).cpu()
+        active[layer] += mask_TE.sum()
 
-    device = next(model.parameters()).device
+    body = getattr(model, "base_model", model)  # logits are not needed, and take memory
     was_training = model.training
     model.eval()
     set_mode(model, Mode.HARD)
-    with observe_routing(model, observe):
-        for batch in batches:
-            inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
-            mask = inputs.get("attention_mask")
-            token_mask = None if mask is None else mask.flatten().bool()
-            model(**inputs)
-    model.train(was_training)
+    try:
+        with observe_routing(model, observe):
+            for batch in batches:
+                inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+                mask = inputs.get("attention_mask")
+                token_mask = None if mask is None else mask.flatten().bool()
+                body(**inputs)
+    finally:
+        model.train(was_training)
     seen = histogram.sum(1)
     if not seen.all():
         raise ConfigError("the calibration data holds no tokens")
-    return histogram / seen[:, None], (1 - active / seen).tolist()
+    return histogram / seen[:, None], (1 - active.cpu() / seen).tolist()
 
 
 def _quantile(histogram: Tensor, share: float) -> float:

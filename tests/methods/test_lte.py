@@ -62,9 +62,23 @@ def test_without_calibration_data_the_error_says_what_else_there_is():
         lte.sparsify(models.build("llama"), lte.LTEConfig(expert_size=8), calibration=[])
 
 
+def test_a_failed_calibration_leaves_the_dense_model():
+    model = models.build("opt").train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    batch = models.inputs(2, 8)
+    with pytest.raises(ValueError, match="batch_size"):
+        lte.sparsify(model, lte.LTEConfig(expert_size=8), calibration=[{**batch, "labels": torch.zeros(3, 8).long()}])
+    assert not sparse_ffns(model)
+    assert model.training
+    assert model.state_dict().keys() == before.keys()
+    torch.testing.assert_close(dict(model.state_dict()), before)
+    lte.sparsify(model, lte.LTEConfig(expert_size=8), calibration=labelled("opt"))
+
+
 def test_a_router_without_bias_cannot_start_elsewhere_than_at_a_half():
     with pytest.raises(ConfigError, match="router_bias=false needs router_init=random and router_init_score=0.5"):
-        lte.LTEConfig(router_bias=False)
+        lte.LTEConfig(router_bias=False, router_init="energy")
+    assert lte.LTEConfig(router_bias=False).router_init == "random"  # also what older checkpoints mean
 
 
 @pytest.mark.parametrize("settings", [{"router_rank": 4}, {"method": "topk", "sparsity": 0.75}])

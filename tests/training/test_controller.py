@@ -114,6 +114,25 @@ def test_distillation_needs_a_teacher_and_is_the_divergence_from_it(tmp_path):
     assert first["task_loss"] == pytest.approx(0.0, abs=1e-5)
 
 
+def test_a_teacher_must_be_dense_and_have_something_to_say(tmp_path):
+    model = sparse_model()
+    args = lte.LTETrainingArguments(output_dir=str(tmp_path), eta=0.0, distill=0.5, use_cpu=True)
+    with pytest.raises(ConfigError, match="a copy of its own"):
+        lte.LTETrainer(model=model, args=args, teacher=model, train_dataset=rows())
+    teacher = models.build("bert")
+    teacher.config.problem_type = "regression"
+    with pytest.raises(ConfigError, match="has one output"):
+        lte.LTETrainer(model=model, args=args, teacher=teacher, train_dataset=rows())
+
+
+def test_training_on_forgets_the_old_operating_points(tmp_path):
+    model = sparse_model(router_init_score=0.5)
+    lte.calibrate(model, [models.inputs(4, 12)], 0.3)
+    run = trainer(tmp_path, model, stages=1, max_steps=2, target_sparsity=0.6)
+    run.train()
+    assert [point.sparsity for point in model.config.quantization_config.operating_points] == [run.landed.sparsity]
+
+
 def test_a_top_k_router_has_no_target(tmp_path):
     config = lte.TopKConfig(expert_size=models.EXPERT, grouping="random", sparsity=0.5)
     with pytest.raises(ConfigError, match="target_sparsity needs routers with a threshold"):

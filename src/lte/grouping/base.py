@@ -73,8 +73,9 @@ class Calibration:
         ones = torch.ones(len(self.inputs_TD), 1, device=self.inputs_TD.device)
         design = torch.cat([self.inputs_TD.float(), ones], dim=1)
         gram = design.T @ design
-        ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
-        return LinearFit(torch.linalg.solve(gram + ridge, design.T @ targets_TK), gram)
+        gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+        factor = torch.linalg.cholesky(gram)
+        return LinearFit(torch.cholesky_solve(design.T @ targets_TK, factor), factor)
 
 
 RIDGE = 1e-2
@@ -87,11 +88,11 @@ class LinearFit:
 
     Attributes:
         coefficients: [D + 1, K], the intercept last.
-        gram: [D + 1, D + 1], of the inputs with their column of ones.
+        factor: [D + 1, D + 1], Cholesky factor of the inputs' Gram matrix with its ridge.
     """
 
     coefficients: Tensor
-    gram: Tensor
+    factor: Tensor
 
     @property
     def weight(self) -> Tensor:
@@ -104,10 +105,8 @@ class LinearFit:
         return self.coefficients[-1]
 
     def features(self) -> Tensor:
-        """Rows with the inner products of the predictions over the calibration tokens: [K, D + 1] instead of [K, T]."""
-        values, vectors = torch.linalg.eigh(self.gram.double())
-        root = vectors * values.clamp_min(0).sqrt()
-        return (self.coefficients.T.double() @ root).float()
+        """Rows with the predictions' inner products over all tokens, but for the ridge: [K, D + 1], not [K, T]."""
+        return self.coefficients.T @ self.factor
 
 
 class GroupingFn(Protocol):

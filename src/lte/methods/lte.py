@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 import torch
@@ -39,6 +39,11 @@ class LTEConfig(MethodConfig):
     router_init: Literal["energy", "random"] = "energy"
     router_init_std: Annotated[float | None, pydantic.Field(ge=0)] = None
     router_init_score: Annotated[float | None, pydantic.Field(gt=0, lt=1)] = None
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _start_without_bias(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return values if values.get("router_bias", True) else {"router_init": "random", **values}
 
     @pydantic.model_validator(mode="after")
     def _bias_for_score(self) -> LTEConfig:
@@ -92,11 +97,11 @@ def _fit_routers(ffns: Sequence[SparseFFN], calibration: Sequence[Calibration], 
         norms_TE = _output_norms(ffn, seen)
         scale = seen.sensitivity if seen.sensitivity is not None else 1 / float(norms_TE.mean())
         if isinstance(ffn.router, LowRankRouter):
-            features = torch.relu(seen.inputs_TD @ ffn.router.reduce.detach().float().cpu().T)
+            features = torch.relu(seen.inputs_TD.float() @ ffn.router.reduce.detach().float().cpu().T)
             seen = replace(seen, inputs_TD=features)
         fit = seen.fit(norms_TE * scale)
         fits.append(fit)
-        predictions.append((seen.inputs_TD @ fit.weight.T + fit.bias).flatten())
+        predictions.append((seen.inputs_TD.float() @ fit.weight.T + fit.bias).flatten())
     every = torch.cat(predictions)
     spread, centre = float(every.std()), float(every.median())
     slope = std / spread if spread > 0 else 0.0
@@ -110,7 +115,7 @@ def _fit_routers(ffns: Sequence[SparseFFN], calibration: Sequence[Calibration], 
 def _output_norms(ffn: SparseFFN, seen: Calibration) -> Tensor:
     """Norm of every expert's output, [T, E]."""
     down_EKD = ffn.weights().down.detach().float().cpu().unflatten(0, (ffn.router.n_experts, -1))
-    hidden_TEK = seen.hidden_TF.unflatten(1, (ffn.router.n_experts, -1))
+    hidden_TEK = seen.hidden_TF.float().unflatten(1, (ffn.router.n_experts, -1))
     return torch.stack(
         [(hidden_TEK[:, expert] @ down_KD).norm(dim=1) for expert, down_KD in enumerate(down_EKD)], dim=1
     )

@@ -25,6 +25,7 @@ class TopKConfig(MethodConfig):
     """
 
     method = "topk"
+    has_thresholds = False
 
     sparsity: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.5
     noise: Annotated[float, pydantic.Field(ge=0)] = 1.0

@@ -59,8 +59,8 @@ class StagePlan:
         return Mode.SOFT if self.stage(step) == 1 else Mode.HARD
 
     def routers_slow(self, step: int) -> bool:
-        """Whether routers are frozen, or their learning rate is nearly used up."""
-        return self.stage(step) == 2 or (self.stages == 1 and step >= ROUTERS_SLOW * self.stage1_steps)
+        """Whether the routers' learning rate is nearly used up, in a single stage."""
+        return self.stages == 1 and step >= ROUTERS_SLOW * self.stage1_steps
 
     def hardness(self, step: int) -> float:
         """How far the gate is from the scores (0) to the mask (1), in a single stage."""

@@ -18,7 +18,7 @@ from lte.calibration import sample_batches
 from lte.config import OperatingPoint
 from lte.errors import CheckpointError, ConfigError, NonFiniteLossError
 from lte.nn import Mode, Routing, ThresholdRouter, observe_routing, set_mode, sparse_ffns
-from lte.thresholds import MISSED, find_thresholds, measure_sparsity, set_thresholds, shifted, thresholds_of
+from lte.thresholds import MISSED, find_thresholds, measure_sparsity, remember, set_thresholds, shifted, thresholds_of
 from lte.training.arguments import STAGE_LENGTHS, LTETrainingArguments, refuse_reentrant
 from lte.training.callbacks import StepProgress, gradient_norm, last_complete_checkpoint
 from lte.training.controller import SparsityController
@@ -195,10 +195,11 @@ class LTETrainer(Trainer):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         routings: list[Routing] = []
+        labels = inputs.get("labels")
         with observe_routing(self.model, lambda layer, routing: routings.append(routing)):
             task, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if self.teacher is not None:
-            divergence = self._divergence(outputs, inputs, num_items_in_batch)
+            divergence = self._divergence(outputs, inputs, labels, num_items_in_batch)
             task = (1 - self.args.distill) * task + self.args.distill * divergence
         if not (self.model_accepts_loss_kwargs and num_items_in_batch is not None):
             task = task / self.current_gradient_accumulation_steps
@@ -235,7 +236,7 @@ class LTETrainer(Trainer):
         active = self.accelerator.reduce(torch.as_tensor(self._step_active), "sum")
         ramp = self._target_ramp(step)
         self.controller.update(1 - float(active / self._step_tokens), ramp)
-        if self.args.router_learning_rate == 0 or self.plan.routers_slow(step):
+        if self._routers_frozen(step) or self.plan.routers_slow(step):
             shift = self.controller.shift(ramp)
             set_thresholds(self.model, [shifted(threshold, shift) for threshold in thresholds_of(self.model)])
 
@@ -245,10 +246,12 @@ class LTETrainer(Trainer):
         Routers that start sparser than the target would have the model learn to do without what it may keep, so
         thresholds are lowered first.
         """
+        self.model.config.quantization_config.operating_points = []
         if self.controller is None:
             return
+        self.controller = SparsityController(self.controller.target)
         saved = (self.state.stateful_callbacks or {}).get(_StageSwitch.__name__)
-        if self.state.global_step and isinstance(saved, dict):
+        if self.state.global_step and isinstance(saved, dict) and "controller" in saved["attributes"]:
             self.controller.restore(saved["attributes"]["controller"])
             set_thresholds(self.model, saved["attributes"]["thresholds"])
         elif self.plan.stages == 1:
@@ -264,6 +267,9 @@ class LTETrainer(Trainer):
         if not torch.isfinite(norm):
             raise self._non_finite(f"the gradient norm is {float(norm)}")
 
+    def _routers_frozen(self, step: int) -> bool:
+        return self.plan.stage(step) == 2 or self.args.router_learning_rate == 0
+
     def _rate_scale(self, parameter: Tensor) -> float:
         """Of the routers' learning rate: Adam moves a logit by the rate times the width, whatever the gradient."""
         if self.args.stages == 2 or parameter.ndim < 2:
@@ -276,15 +282,23 @@ class LTETrainer(Trainer):
     def _prepare_teacher(self, teacher: Any) -> Any:
         if not self.args.distill:
             return None
-        if teacher is None:
-            raise ConfigError(f"distill={self.args.distill} needs the dense model: LTETrainer(..., teacher=model)")
+        if teacher is None or sparse_ffns(teacher):
+            raise ConfigError(
+                f"distill={self.args.distill} needs the dense model, a copy of its own: LTETrainer(..., teacher=model)"
+            )
+        if getattr(teacher.config, "problem_type", None) == "regression" or (
+            "Classification" in type(teacher).__name__ and teacher.config.num_labels == 1
+        ):
+            raise ConfigError(f"distill={self.args.distill} needs predicted probabilities; this model has one output")
         return teacher.requires_grad_(False).eval().to(self.args.device)
 
-    def _divergence(self, outputs: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
+    def _divergence(
+        self, outputs: Any, inputs: dict[str, Any], labels: Tensor | None, num_items_in_batch: Any
+    ) -> Tensor:
         """KL divergence from the dense model's predictions, averaged as the task loss is."""
-        with torch.no_grad():
+        with torch.no_grad(), self.accelerator.autocast():
             wanted = self.teacher(**{key: value for key, value in inputs.items() if key != "labels"}).logits
-        found, labels = outputs.logits, inputs.get("labels")
+        found = outputs.logits
         if found.dim() == 3 and labels is not None:
             learned = labels[:, 1:] != -100
             found, wanted = found[:, :-1][learned], wanted[:, :-1][learned]
@@ -300,16 +314,18 @@ class LTETrainer(Trainer):
     def _land(self, target: float) -> None:
         """Move the thresholds by what the controller left, measured as inference will run: without dropout."""
         self.landed = find_thresholds(self.model, self._sample(LANDING_TOKENS), target)
+        remember(self.model, self.landed)
         if abs(self.landed.sparsity - target) > MISSED:
             logger.warning("target_sparsity=%s was not reached: the model is at %.3f", target, self.landed.sparsity)
 
     def _sample(self, tokens: int) -> list[Any]:
         """Batches of rows from all over the training data; the same ones in every process."""
+        size = min(8, self.args.per_device_train_batch_size)
         if isinstance(self.train_dataset, Dataset):
             rows = self._remove_unused_columns(self.train_dataset, "training")
-            return sample_batches(rows, self.data_collator, tokens)
+            return sample_batches(rows, self.data_collator, tokens, size)
         collate = self._get_collator_with_removed_columns(self.data_collator, "training")
-        return sample_batches(self.train_dataset, collate, tokens)
+        return sample_batches(self.train_dataset, collate, tokens, size)
 
     @property
     def _threshold(self) -> float:
@@ -321,7 +337,9 @@ class LTETrainer(Trainer):
         # Gradients are averaged over processes, while the token count is of all of them.
         share = self.accelerator.num_processes / self._step_tokens
         efficiency, separability = totals.efficiency * share, totals.separability * share
-        if self.controller is None:
+        if self._routers_frozen(step):
+            eta = 0.0
+        elif self.controller is None:
             eta = (args.eta or 0.0) * self.plan.ramp(step, 0.0, args.eta_warmup)
         else:
             eta = self.controller.eta(self._target_ramp(step))
