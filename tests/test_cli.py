@@ -159,6 +159,24 @@ def test_train_to_a_target_then_turn_the_dial(folder, tmp_path):
     assert points[0]["thresholds"][0] < threshold < points[1]["thresholds"][0]
 
 
+@pytest.mark.parametrize("method", ["lte", "oracle"])
+def test_sparsify_without_training(folder, tmp_path, method):
+    out, record = tmp_path / "sparse", tmp_path / "f.json"
+    words = ("sparsify", "--model", folder / "dense", "--task", "lm", "--data", folder / "text.txt", "--out", out)
+    more = ("--expert-size", 8, "--context-length", 16, "--set", f"sparsity.method={method}")
+    result = run(*words, *more, "--target-sparsity", 0.4)
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    result = run("evaluate", out, "--data", folder / "text.txt", "--baseline", folder / "dense", "--json", record)
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    found = json.loads(record.read_text())
+    assert found["sparsity"] == pytest.approx(0.4, abs=0.03)
+    assert found["baseline"]["sparsity"] == 0
+    assert found["value"] != found["baseline"]["value"]
+    assert str(folder / "dense").rpartition("/")[2] in result.output
+    assert "must lie between 0 and 1" in fails(*words[:-1], tmp_path / "other", *more, "--target-sparsity", 30)
+    assert "no model folder" in fails("evaluate", out, "--data", folder / "text.txt", "--baseline", folder / "none/x/y")
+
+
 def test_calibrate_says_what_is_wrong(folder, trained):
     words = ("calibrate", trained, "--data", folder / "text.txt", "--target-sparsity")
     assert "'half' is no list of numbers" in fails(*words, "half")
