@@ -37,8 +37,8 @@ class LTETrainingArguments(TrainingArguments):
         lambda_start, lambda_full: shares of the training (of stage 1) at which lambda begins to rise from 0, and is
             reached.
         sep_epsilon: added to the squared distance to the threshold in the separability loss.
-        router_learning_rate: of the routers; in a single stage, of weights on inputs of width D it is that times
-            ``min(1, 192 / D)``. They are frozen in stage 2.
+        router_learning_rate: of the routers; in a single stage, that of weights on inputs of width D is multiplied by
+            ``192 / D``. They are frozen in stage 2.
         router_weight_decay: of the routers.
         stage1_epochs, stage2_epochs: with ``stages=2``, length of each stage in passes over the data, 1 by default.
         stage1_steps, stage2_steps: the same in optimiser steps; given, it replaces the epochs.
@@ -58,7 +58,7 @@ class LTETrainingArguments(TrainingArguments):
     lambda_start: float = 0.3
     lambda_full: float = 0.8
     sep_epsilon: float = 0.25
-    router_learning_rate: float = 3e-3
+    router_learning_rate: float = 1e-3
     router_weight_decay: float = 0.1
     stage1_epochs: float | None = None
     stage2_epochs: float | None = None

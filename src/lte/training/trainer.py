@@ -28,7 +28,7 @@ from lte.training.stages import StagePlan, learning_rate_factors
 logger = logging.getLogger(__name__)
 
 ROUTER_WIDTH = 192
-"""Width of a router's input up to which ``router_learning_rate`` holds as it is; above, it falls with the width."""
+"""Width of a router's input for which ``router_learning_rate`` holds as it is."""
 
 OPENING_TOKENS, LANDING_TOKENS = 8192, 32768
 """Of the training data, on which the thresholds' first and last move are measured; texts differ by a point or two."""
@@ -274,7 +274,7 @@ class LTETrainer(Trainer):
         """Of the routers' learning rate: Adam moves a logit by the rate times the width, whatever the gradient."""
         if self.args.stages == 2 or parameter.ndim < 2:
             return 1.0
-        return min(1.0, ROUTER_WIDTH / max(parameter.shape[1], 1))
+        return ROUTER_WIDTH / max(parameter.shape[1], 1)
 
     def _target_ramp(self, step: int) -> float:
         return self.plan.ramp(step, 0.0, self.args.target_warmup)
