@@ -213,14 +213,16 @@ def main(root: Path) -> None:
     figures = root / "docs" / "figures"
     figures.mkdir(exist_ok=True)
     for folder in sorted((root / "results" / "compare").glob("*/")):
-        tradeoff_figure(read_rows(folder), TITLES[folder.name], figures / f"compare-{folder.name}.png")
+        if found := read_rows(folder):
+            tradeoff_figure(found, TITLES[folder.name], figures / f"compare-{folder.name}.png")
     for folder in sorted((root / "results" / "ablations").glob("*/")):
-        settings_figure(read_rows(folder), f"Towards 70 %: {folder.name}", figures / f"ablation-{folder.name}.png")
+        if found := read_rows(folder):
+            settings_figure(found, folder.name, figures / f"ablation-{folder.name}.png")
     routers = root / "results" / "ablations" / "router"
     records = [json.loads(path.read_text()) for path in sorted(routers.glob("*seed=0.json"))]
     shown = ("linear, fitted start", "softmax top-k")
-    if found := {r["series"]: r["score_histogram"] for r in records if r["series"] in shown}:
-        scores_figure(found, figures / "scores.png")
+    if histograms := {r["series"]: r["score_histogram"] for r in records if r["series"] in shown}:
+        scores_figure(histograms, figures / "scores.png")
 
 
 if __name__ == "__main__":
