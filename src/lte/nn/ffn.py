@@ -67,6 +67,8 @@ class SparseFFN(nn.Module):
         self.mode = Mode.HARD
         self.hardness = 1.0
         """Of straight-through mode, see :func:`lte.nn.gates.straight_through`."""
+        self.keep_layout = False
+        """Whether an optimiser may hold state for the parameters: fused ones mistake it for another layout's."""
         self.observer: RoutingObserver | None = None
         self.choose_path: PathChooser = path_unmeasured
         self._packed: tuple[list[int], FFNWeights] | None = None
@@ -85,8 +87,10 @@ class SparseFFN(nn.Module):
         """
         if self.mode == Mode.HARD and self._is_inference():
             impl, max_density = self.choose_path(x.numel() // x.shape[-1])
-            if impl != "reference":
+            if impl != "reference" and (not self.keep_layout or self._is_packed()):
                 return self._operate(x, impl, max_density)
+        elif self.training and torch.is_grad_enabled():
+            self.keep_layout = True
         hidden = self.hidden(x)
         if self.mode != Mode.DENSE:
             routing = self.router(x)
@@ -121,18 +125,26 @@ class SparseFFN(nn.Module):
         return [self._part(role) for role in self.roles if role in PROJECTIONS]
 
     def packed_weights(self) -> FFNWeights:
-        """The weights, every neuron's row contiguous; laid out so on first use, in place, no value changed."""
+        """The weights, every neuron's row contiguous; laid out so on first use, in place, no value changed.
+
+        A model that is being trained is not laid out anew by running it (``keep_layout``), only by
+        :func:`lte.prepare_for_inference`.
+        """
         if torch.compiler.is_compiling():  # a graph has no pointers; it is made of a model that is packed
             return self.weights()
         pointers = [p.data_ptr() for p in self._ffn_parameters()]
         if self._packed is None or self._packed[0] != pointers:
             weights = self.weights()
-            if not all(w is None or w.stride(1) == 1 for w in (weights.up, weights.gate, weights.down)):
+            if not self._is_packed():
                 self.pack()
                 weights = self.weights()
                 pointers = [p.data_ptr() for p in self._ffn_parameters()]
             self._packed = pointers, weights
         return self._packed[1]
+
+    def _is_packed(self) -> bool:
+        weights = self.weights()
+        return all(w is None or w.stride(1) == 1 for w in (weights.up, weights.gate, weights.down))
 
     def _ffn_parameters(self) -> list[nn.Parameter]:
         return [p for module in self.projections() for p in module._parameters.values() if p is not None]

@@ -84,6 +84,8 @@ class LTETrainer(Trainer):
         correct_loss_scaling(self)
         # The losses are scaled here, over all the tokens of an optimiser step.
         self.loss_is_scaled_for_ga = True
+        for ffn in sparse_ffns(self.model):
+            ffn.keep_layout = True
         self._plan: StagePlan | None = None
         self._asked_steps = self.args.max_steps
         self._step_tokens: Tensor | None = None
