@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
 from lte.bench.rows import Row
 from lte.methods import LTEConfig
@@ -67,6 +68,7 @@ def bench_step(
                 watch = _Watch()
                 trainer = make(_arguments(kind, folder, batch, steps + WARM_STEPS))
                 trainer.add_callback(watch)
+                trainer.remove_callback(PrinterCallback)
                 watch.count_saved(trainer)
                 trainer.train()
                 seconds[kind] += watch.seconds[WARM_STEPS:]
