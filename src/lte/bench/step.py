@@ -45,7 +45,7 @@ def bench_step(
         report: called with a line for every round.
 
     Returns:
-        A row for ``fine-tuning`` (transformers.Trainer, AdamW) and one for ``lte``: median ``ms_per_step``;
+        A row with its ``model`` for ``fine-tuning`` (transformers.Trainer, AdamW) and one for ``lte``: median ``ms_per_step``;
         ``mbytes``, the most that parameters, gradients, optimiser state and tensors saved for the backward pass take
         together; and both as ratios to fine-tuning, ``time_ratio`` and ``memory_ratio``.
     """
@@ -76,6 +76,7 @@ def bench_step(
     times = {kind: 1e3 * statistics.median(values) for kind, values in seconds.items()}
     return [
         {
+            "model": str(model.config.name_or_path),
             "training": kind,
             "batch": batch,
             "context": context,

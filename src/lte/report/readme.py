@@ -179,7 +179,7 @@ def _step(results: Path) -> str:
     records = [record for record in _read(results / "speed").values() if "bench step" in record["command"]]
     rows = [
         [
-            f"`{record['model']}`",
+            f"`{row['model']}`",
             row["training"],
             f"{row['batch']} x {row['context']}",
             f"{row['ms_per_step']:.0f}",
