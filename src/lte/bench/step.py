@@ -45,7 +45,7 @@ def bench_step(
         report: called with a line for every round.
 
     Returns:
-        A row with its ``model`` for ``fine-tuning`` (transformers.Trainer, AdamW) and one for ``lte``: median ``ms_per_step``;
+        A row for ``fine-tuning`` (transformers.Trainer, AdamW) and one for ``lte``: ``model``; median ``ms_per_step``;
         ``mbytes``, the most that parameters, gradients, optimiser state and tensors saved for the backward pass take
         together; and both as ratios to fine-tuning, ``time_ratio`` and ``memory_ratio``.
     """
