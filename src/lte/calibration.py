@@ -30,6 +30,13 @@ def sample_batches(
     return [collate([rows[i] for i in chosen[start : start + batch_size]]) for start in range(0, count, batch_size)]
 
 
+def device_inputs(batch: Mapping[str, Tensor], device: torch.device) -> tuple[dict[str, Tensor], Tensor | None]:
+    """A batch on a device, and the flat mask of its real tokens; None where all are."""
+    inputs = {name: value.to(device) for name, value in batch.items()}
+    mask = inputs.get("attention_mask")
+    return inputs, None if mask is None else mask.flatten().bool()
+
+
 def collect_calibration(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> list[Calibration]:
     """Run the dense function of a sparsified model over some batches; one :class:`Calibration` per FFN.
 
@@ -53,9 +60,7 @@ def collect_calibration(model: nn.Module, batches: Iterable[Mapping[str, Tensor]
         for ffn, watch in zip(ffns, watches, strict=True):
             stack.enter_context(ffn.register_forward_hook(watch))
         for batch in batches:
-            inputs = {name: value.to(device) for name, value in batch.items()}
-            mask = inputs.get("attention_mask")
-            keep = None if mask is None else mask.flatten().bool()
+            inputs, keep = device_inputs(batch, device)
             with torch.set_grad_enabled("labels" in inputs):
                 result = model(**inputs)
                 gradients = _gradients(result.loss, watches) if "labels" in inputs else [None] * len(ffns)

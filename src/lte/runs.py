@@ -23,7 +23,7 @@ from lte.hub import default_device, is_sparse_config, load, load_weights, read_c
 from lte.recipe import Recipe, dump_recipe, load_recipe
 from lte.sparsify import sparsify
 from lte.tasks import Task, build_task
-from lte.thresholds import calibrate, find_thresholds
+from lte.thresholds import DIAL_TOKENS, calibrate, find_thresholds
 from lte.training import (
     FiniteGradients,
     JsonLinesLog,
@@ -41,9 +41,6 @@ RUN_FILE = "lte_run.json"
 
 CALIBRATION_TOKENS = 8192
 """Tokens of the training data that grouping and initialisation see."""
-
-DIAL_TOKENS = 32768
-"""Tokens of a text on which thresholds are found."""
 
 RUN_DEFAULTS: dict[str, Any] = {
     "save_steps": 0.2,
@@ -86,9 +83,11 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> d
         model = load(checkpoint, dtype=_dtype(recipe))
     else:
         model = _load_dense(recipe, task, tokenizer).to(args.device)
-        size = min(8, args.per_device_train_batch_size)
-        seen = sample_batches(rows, task.collator(tokenizer), CALIBRATION_TOKENS, size)
-        sparsify(model, method, calibration=seen if method.needs_calibration else None)
+        seen = None
+        if method.needs_calibration:
+            size = min(8, args.per_device_train_batch_size)
+            seen = sample_batches(rows, task.collator(tokenizer), CALIBRATION_TOKENS, size)
+        sparsify(model, method, calibration=seen)
     claim_folder(out, recipe, overwrite=overwrite)
     trainer = LTETrainer(
         model=model,
@@ -101,7 +100,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> d
     )
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    summary = _summary(recipe, trainer, started)
+    summary = _summary(recipe, trainer.state.global_step, started)
     if trainer.landed is not None:
         summary |= _point_sparsity(trainer.landed)
     else:
@@ -138,14 +137,7 @@ def make_sparse(recipe: Recipe, *, overwrite: bool = False) -> dict[str, Any]:
     sparsify(model, method, calibration=sample_batches(rows, collate, CALIBRATION_TOKENS))
     found = find_thresholds(model, sample_batches(rows, collate, DIAL_TOKENS), target)
     claim_folder(out, recipe, overwrite=overwrite)
-    summary = {
-        "recipe": recipe.model_dump(mode="json", exclude_defaults=True),
-        "steps": 0,
-        "seconds": round(time.perf_counter() - started, 1),
-        "versions": versions(),
-        **_point_sparsity(found),
-    }
-    return _save(model, tokenizer, out, summary)
+    return _save(model, tokenizer, out, _summary(recipe, 0, started) | _point_sparsity(found))
 
 
 def finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -177,7 +169,7 @@ def finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -
     trainer.remove_callback(PrinterCallback)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    return _save_trained(trainer, tokenizer, out, _summary(recipe, trainer, started))
+    return _save_trained(trainer, tokenizer, out, _summary(recipe, trainer.state.global_step, started))
 
 
 def calibrate_checkpoint(
@@ -193,7 +185,7 @@ def calibrate_checkpoint(
     """Find the thresholds for some sparsities on a text, and write them into a checkpoint's ``config.json``.
 
     Args:
-        path: folder of a sparse model; nothing but its ``config.json`` is written, and that at the end.
+        path: folder of a sparse model; its ``config.json`` and the sparsity in its run file are written, at the end.
         data: the text.
         task: how to read it.
         sparsities: every one becomes an operating point; the model is left at the last.
@@ -323,10 +315,10 @@ def _check_same_recipe(old: Recipe, new: Recipe, file: Path) -> None:
         )
 
 
-def _summary(recipe: Recipe, trainer: Trainer, started: float) -> dict[str, Any]:
+def _summary(recipe: Recipe, steps: int, started: float) -> dict[str, Any]:
     return {
         "recipe": recipe.model_dump(mode="json", exclude_defaults=True),
-        "steps": trainer.state.global_step,
+        "steps": steps,
         "seconds": round(time.perf_counter() - started, 1),
         "versions": versions(),
     }

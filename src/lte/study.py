@@ -21,9 +21,9 @@ from lte.config import validate_model
 from lte.errors import ConfigError
 from lte.evaluate import evaluate, load_for_evaluation
 from lte.recipe import Recipe, parse_recipe, put, read_yaml
-from lte.runs import DIAL_TOKENS, check_recipe, finetune, make_sparse, train, write_whole
+from lte.runs import check_recipe, finetune, make_sparse, train, write_whole
 from lte.tasks import TaskConfig, build_task
-from lte.thresholds import find_thresholds, set_thresholds, thresholds_of
+from lte.thresholds import DIAL_TOKENS, find_thresholds, set_thresholds, thresholds_of
 
 SCORE_BINS = 20
 """Of the histograms of scores in a point's JSON."""
@@ -120,16 +120,10 @@ def points(study: Study) -> Iterator[Point]:
                 yield _point(study, name, series, grids[name][rank])
 
 
-def run_point(point: Point, study: Study, *, overwrite: bool = True) -> dict[str, Any]:
-    """Train, evaluate, write the JSON, delete the model.
-
-    Args:
-        point: of :func:`points`.
-        study: it belongs to.
-        overwrite: empty the run's folder first, should one be left from an interrupted study.
-    """
+def run_point(point: Point, study: Study) -> dict[str, Any]:
+    """Train, evaluate, write the JSON, delete the model; what an interrupted study left of the run is emptied first."""
     run: Callable[..., dict[str, Any]] = {"train": train, "sparsify": make_sparse, "finetune": finetune}[point.command]
-    summary = run(point.recipe, overwrite=overwrite and Path(point.recipe.out).is_dir())
+    summary = run(point.recipe, overwrite=Path(point.recipe.out).is_dir())
     data, batch_size = study.evaluate["data"], study.evaluate.get("batch_size", 16)
     task = build_task(_scored_task(point, study))
     dense = point.command == "finetune"

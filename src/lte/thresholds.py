@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lte.calibration import device_inputs
 from lte.config import OperatingPoint, SparsityConfig
 from lte.errors import CalibrationError, ConfigError
 from lte.nn import Mode, Routing, observe_routing, set_mode, sparse_ffns
@@ -21,6 +22,9 @@ TOLERANCE, MISSED, DISTINCT = 0.002, 0.01, 0.005
 """Differences of sparsity: where a search ends, where it has failed, where two operating points are two."""
 
 MAX_MOVES = 8
+
+DIAL_TOKENS = 32768
+"""Tokens of a text on which thresholds are found: parts of one text differ by a percentage point or two."""
 
 
 def thresholds_of(model: nn.Module) -> list[float]:
@@ -208,9 +212,8 @@ def _measure(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> tuple[Tenso
     try:
         with observe_routing(model, observe):
             for batch in batches:
-                inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
-                mask = inputs.get("attention_mask")
-                token_mask = None if mask is None else mask.flatten().bool()
+                inputs, token_mask = device_inputs(batch, device)
+                inputs.pop("labels", None)
                 body(**inputs)
     finally:
         model.train(was_training)

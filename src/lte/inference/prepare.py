@@ -66,6 +66,7 @@ def prepare_for_inference(
         return model
     for ffn in ffns:
         ffn.pack(streaming_copy)
+        ffn.keep_layout = False  # until the next training step; asking on every call costs decoding time
     if not 0 <= expected_sparsity <= 1:
         raise ConfigError(f"expected_sparsity={expected_sparsity} is out of range; it is a share, from 0 to 1")
     if requested_backend(impl) in ("auto", "fastest"):

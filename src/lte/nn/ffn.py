@@ -87,7 +87,7 @@ class SparseFFN(nn.Module):
         """
         if self.mode == Mode.HARD and self._is_inference():
             impl, max_density = self.choose_path(x.numel() // x.shape[-1])
-            if impl != "reference" and (not self.keep_layout or self._is_packed()):
+            if impl != "reference" and (not self.keep_layout or _is_packed(self.weights())):
                 return self._operate(x, impl, max_density)
         elif self.training and torch.is_grad_enabled():
             self.keep_layout = True
@@ -135,16 +135,12 @@ class SparseFFN(nn.Module):
         pointers = [p.data_ptr() for p in self._ffn_parameters()]
         if self._packed is None or self._packed[0] != pointers:
             weights = self.weights()
-            if not self._is_packed():
+            if not _is_packed(weights):
                 self.pack()
                 weights = self.weights()
                 pointers = [p.data_ptr() for p in self._ffn_parameters()]
             self._packed = pointers, weights
         return self._packed[1]
-
-    def _is_packed(self) -> bool:
-        weights = self.weights()
-        return all(w is None or w.stride(1) == 1 for w in (weights.up, weights.gate, weights.down))
 
     def _ffn_parameters(self) -> list[nn.Parameter]:
         return [p for module in self.projections() for p in module._parameters.values() if p is not None]
@@ -224,6 +220,11 @@ def path_unmeasured(tokens: int) -> tuple[str, float]:
         return "auto", 1.0
     forced = None if torch.compiler.is_compiling() else requested_backend("auto")
     return ("reference", 1.0) if forced in (None, "auto") else ("auto", 1.0)
+
+
+def _is_packed(weights: FFNWeights) -> bool:
+    """Whether every neuron's row is contiguous."""
+    return all(w is None or w.stride(1) == 1 for w in (weights.up, weights.gate, weights.down))
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -18,7 +18,16 @@ from lte.calibration import sample_batches
 from lte.config import OperatingPoint
 from lte.errors import CheckpointError, ConfigError, NonFiniteLossError
 from lte.nn import Mode, Routing, ThresholdRouter, observe_routing, set_mode, sparse_ffns
-from lte.thresholds import MISSED, find_thresholds, measure_sparsity, remember, set_thresholds, shifted, thresholds_of
+from lte.thresholds import (
+    DIAL_TOKENS,
+    MISSED,
+    find_thresholds,
+    measure_sparsity,
+    remember,
+    set_thresholds,
+    shifted,
+    thresholds_of,
+)
 from lte.training.arguments import STAGE_LENGTHS, LTETrainingArguments, refuse_reentrant
 from lte.training.callbacks import StepProgress, gradient_norm, last_complete_checkpoint
 from lte.training.controller import SparsityController
@@ -30,8 +39,8 @@ logger = logging.getLogger(__name__)
 ROUTER_WIDTH = 192
 """Width of a router's input for which ``router_learning_rate`` holds as it is."""
 
-OPENING_TOKENS, LANDING_TOKENS = 8192, 32768
-"""Of the training data, on which the thresholds' first and last move are measured; texts differ by a point or two."""
+OPENING_TOKENS = 8192
+"""Of the training data, on which the thresholds' first move is measured."""
 
 
 class LTETrainer(Trainer):
@@ -315,7 +324,7 @@ class LTETrainer(Trainer):
     @torch.no_grad()
     def _land(self, target: float) -> None:
         """Move the thresholds by what the controller left, measured as inference will run: without dropout."""
-        self.landed = find_thresholds(self.model, self._sample(LANDING_TOKENS), target)
+        self.landed = find_thresholds(self.model, self._sample(DIAL_TOKENS), target)
         remember(self.model, self.landed)
         if abs(self.landed.sparsity - target) > MISSED:
             logger.warning("target_sparsity=%s was not reached: the model is at %.3f", target, self.landed.sparsity)
