@@ -16,7 +16,7 @@ from lte.nn import Mode, SparseFFN, set_mode, sparse_ffns
 def sample_batches(
     rows: Any, collate: Callable[[list[Any]], Mapping[str, Tensor]], tokens: int, batch_size: int = 8
 ) -> list[Mapping[str, Tensor]]:
-    """Some rows from all over a data set, in batches, until they hold about so many tokens.
+    """Some rows from all over a data set, in batches of similar length, until they hold about so many tokens.
 
     Args:
         rows: of a data set with a length.
@@ -26,8 +26,9 @@ def sample_batches(
     """
     longest = max(int(collate([rows[i]])["input_ids"].numel()) for i in range(0, len(rows), max(1, len(rows) // 8)))
     count = min(len(rows), max(1, -(-tokens // longest)))
-    chosen = [index * len(rows) // count for index in range(count)]
-    return [collate([rows[i] for i in chosen[start : start + batch_size]]) for start in range(0, count, batch_size)]
+    chosen = [rows[index * len(rows) // count] for index in range(count)]
+    chosen.sort(key=lambda row: collate([row])["input_ids"].numel())
+    return [collate(chosen[start : start + batch_size]) for start in range(0, count, batch_size)]
 
 
 def device_inputs(batch: Mapping[str, Tensor], device: torch.device) -> tuple[dict[str, Tensor], Tensor | None]:

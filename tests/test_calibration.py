@@ -1,0 +1,26 @@
+"""Sampling rows to look at."""
+
+from datasets import Dataset
+
+from lte.calibration import sample_batches
+from lte.tasks.collate import PaddingCollator
+
+
+def rows_of(lengths):
+    """Rows whose first token is their number."""
+    return Dataset.from_list(
+        [{"input_ids": [i] * n, "attention_mask": [1] * n, "labels": [i] * n} for i, n in enumerate(lengths)]
+    )
+
+
+def test_a_sample_comes_from_all_over_the_data():
+    batches = sample_batches(rows_of([10] * 100), PaddingCollator(0), 100, 4)
+    assert sorted(int(i) for batch in batches for i in batch["input_ids"][:, 0]) == list(range(0, 100, 10))
+    assert [len(batch["input_ids"]) for batch in batches] == [4, 4, 2]
+
+
+def test_batches_hold_rows_of_similar_length():
+    lengths = [5, 40, 7, 38, 6, 39, 8, 37]
+    batches = sample_batches(rows_of(lengths), PaddingCollator(0), 10_000, 4)
+    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(4, 8), (4, 40)]
+    assert sum(int(batch["attention_mask"].sum()) for batch in batches) == sum(lengths)
