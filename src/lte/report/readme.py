@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lte.report.figures import scores_figure, settings_figure, tradeoff_figure
-from lte.report.studies import Row, read_rows
+from lte.report.studies import Row, Spread, interpolated, read_rows
 
 TITLES = {
     "stories": "A 3.1 M-parameter LLaMA trained to saturation, TinyStories",
@@ -27,6 +27,7 @@ def fill(text: str, results: Path) -> str:
     blocks: dict[str, Callable[[Path], str]] = {
         "quickstart": _quickstart,
         "compare": _compare,
+        "reached": _reached,
         "choices": _choices,
         "ffn": _ffn,
         "decode": _decode,
@@ -55,17 +56,45 @@ def _quickstart(results: Path) -> str:
     return f"{table}\nTook {record['seconds']:.0f} s on 2 CPU cores; read from `results/quickstart.json`.\n"
 
 
-def _compare(results: Path) -> str:
-    parts = []
+def _compared(results: Path) -> Iterable[tuple[str, str, list[Row]]]:
     for folder, title in TITLES.items():
-        found = read_rows(results / "compare" / folder)
-        if found:
-            parts.append(f"**{title}**\n\n{_rows_table(found)}\n![{title}](docs/figures/compare-{folder}.png)\n")
+        if found := read_rows(results / "compare" / folder):
+            yield folder, title, found
+
+
+def _compare(results: Path) -> str:
+    parts = [
+        f"**{title}** (`lte sweep recipes/compare/{folder}.yaml`)\n\n{_rows_table(found)}\n"
+        f"![{title}](figures/compare-{folder}.png)\n"
+        for folder, title, found in _compared(results)
+    ]
     note = (
         "Each row is the mean of its runs (one seed each) and their standard deviation; a run is one file in "
-        "`results/compare/<task>/`, made by `lte sweep recipes/compare/<task>.yaml`.\n"
+        "`results/compare/`.\n"
     )
     return "\n".join([*parts, note])
+
+
+def _reached(results: Path) -> str:
+    parts = []
+    for _, title, found in _compared(results):
+        dense = next(row for row in found if row.series == "dense")
+        paper = [row for row in found if row.series == "paper"]
+        by_loss = dense.metric == "perplexity"
+        table = [["dense, as many steps", str(dense.seeds), "0.0", _quality(dense, by_loss).text(), "-"]]
+        for row in (row for row in found if row.series == "single-stage"):
+            at_same = interpolated(paper, row.sparsity.mean, by_loss=by_loss)
+            asked = 100 * float(row.setting.rpartition(" ")[2])
+            cells = [str(row.seeds), row.sparsity.text(".1f"), _quality(row, by_loss).text(), _number(at_same, ".3f")]
+            table.append([f"`--target-sparsity` {asked:.0f} %", *cells])
+        metric = "loss (nats)" if by_loss else dense.metric
+        head = [title, "seeds", "FFN sparsity %", metric, "published recipe, same sparsity"]
+        parts.append(_markdown(head, table))
+    return "\n".join(parts)
+
+
+def _quality(row: Row, by_loss: bool) -> Spread:
+    return row.loss if by_loss else row.value
 
 
 def _rows_table(found: list[Row], *, layers: bool = False) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,6 +65,22 @@ def read_rows(folder: Path) -> list[Row]:
         groups.setdefault((record["series"], setting), []).append(record)
     found = [_row(series, setting, records) for (series, setting), records in groups.items()]
     return sorted(found, key=lambda row: (row.series != "dense", row.series, row.sparsity.mean))
+
+
+def interpolated(rows: Sequence[Row], sparsity: float, *, by_loss: bool) -> float | None:
+    """What a series reaches at a sparsity between two of its settings, on the line between them; None outside.
+
+    Args:
+        rows: the series, by sparsity.
+        sparsity: in percent.
+        by_loss: of the loss, else of the metric.
+    """
+    for low, high in itertools.pairwise(rows):
+        if low.sparsity.mean <= sparsity <= high.sparsity.mean:
+            share = (sparsity - low.sparsity.mean) / max(high.sparsity.mean - low.sparsity.mean, 1e-9)
+            ends = [(row.loss if by_loss else row.value).mean for row in (low, high)]
+            return ends[0] + share * (ends[1] - ends[0])
+    return None
 
 
 def _row(series: str, setting: str, records: list[dict[str, Any]]) -> Row:
