@@ -46,6 +46,28 @@ def test_per_layer_reaches_it_in_every_layer():
     assert sparsity(model, batches())[1] == pytest.approx([0.6] * models.LAYERS, abs=0.01)
 
 
+def test_one_kind_of_threshold_is_not_taken_for_the_other():
+    model = sparse_model().eval()
+    sparse_ffns(model)[0].router.weight.data.mul_(5)
+    lte.calibrate(model, batches(), 0.6)
+    apart = sparsity(model, batches())[1]
+    assert max(apart) - min(apart) > 0.05
+    lte.calibrate(model, batches(), 0.6, per_layer=True)
+    assert sparsity(model, batches())[1] == pytest.approx([0.6] * models.LAYERS, abs=0.005)
+    point = lte.calibrate(model, batches(), 0.6)
+    assert len(set(point.thresholds)) == 1
+    assert sparsity(model, batches())[1] == pytest.approx(apart, abs=0.01)
+
+
+def test_operating_points_are_of_one_kind():
+    model = sparse_model().eval()
+    for target in (0.3, 0.7):
+        lte.calibrate(model, batches(), target)
+    lte.calibrate(model, batches(), 0.5, per_layer=True)
+    points = model.config.quantization_config.operating_points
+    assert [(round(point.sparsity, 1), point.per_layer) for point in points] == [(0.5, True)]
+
+
 def test_padding_does_not_count():
     model, data = sparse_model().eval(), batches(1)
     padded = {k: torch.cat([v, torch.zeros(4, 30, dtype=v.dtype)], dim=1) for k, v in data[0].items()}
@@ -116,14 +138,38 @@ def test_what_cannot_be_reached_leaves_the_model_as_it_was():
     assert thresholds_of(model) == before
 
 
+def test_an_interruption_leaves_the_model_as_it_was():
+    model = sparse_model().eval()
+    before = thresholds_of(model)
+
+    def interrupt(done: int, total: int) -> None:
+        if done == 1:
+            assert thresholds_of(model) != before
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lte.calibrate(model, batches(), 0.9, progress=interrupt)
+    assert thresholds_of(model) == before == model.config.quantization_config.thresholds
+
+
+def test_a_dense_model_has_no_dial():
+    for ask in (lambda model: lte.calibrate(model, batches(1), 0.5), lambda model: lte.set_sparsity(model, 0.5)):
+        with pytest.raises(ConfigError, match=r"LlamaForCausalLM is dense and has no thresholds.*lte.sparsify"):
+            ask(models.build("llama"))
+
+
 def test_bad_requests():
     model = sparse_model()
     with pytest.raises(ConfigError, match="no operating points; make some: lte calibrate"):
         model.set_sparsity(0.5)
     with pytest.raises(ConfigError, match=r"target sparsity 1.0 must lie between 0 and 1"):
         lte.calibrate(model, batches(1), 1.0)
+    with pytest.raises(ConfigError, match="sparsity='0.5' must be a number"):
+        model.set_sparsity("0.5")
     with pytest.raises(ConfigError, match="3 thresholds were given for 2"):
         set_thresholds(model, [0.5] * 3)
     config = lte.TopKConfig(expert_size=models.EXPERT, grouping="random")
-    with pytest.raises(ConfigError, match="TopKSoftmaxRouter has no threshold"):
+    with pytest.raises(
+        ConfigError, match="TopKSoftmaxRouter has no threshold to calibrate: it always runs the same share"
+    ):
         lte.calibrate(lte.sparsify(models.build("llama"), config), batches(1), 0.5)

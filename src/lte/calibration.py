@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -9,8 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lte.errors import ConfigError
 from lte.grouping import Calibration
 from lte.nn import Mode, SparseFFN, set_mode, sparse_ffns
+
+PROBED_ROWS = 64
+"""Rows from whose length the number of rows for some tokens is estimated."""
 
 
 def sample_batches(
@@ -21,14 +26,27 @@ def sample_batches(
     Args:
         rows: of a data set with a length.
         collate: rows to a batch of model inputs.
-        tokens: wanted; padding counts.
+        tokens: wanted, padding left out.
         batch_size: rows of a batch.
+
+    Raises:
+        ConfigError: there are no rows.
     """
-    longest = max(int(collate([rows[i]])["input_ids"].numel()) for i in range(0, len(rows), max(1, len(rows) // 8)))
-    count = min(len(rows), max(1, -(-tokens // longest)))
-    chosen = [rows[index * len(rows) // count] for index in range(count)]
-    chosen.sort(key=lambda row: collate([row])["input_ids"].numel())
-    return [collate(chosen[start : start + batch_size]) for start in range(0, count, batch_size)]
+    if not len(rows):
+        raise ConfigError("the data set has no rows to calibrate on; give one that has")
+    probed = [_real_tokens(collate([row])) for row in _spread(rows, PROBED_ROWS)]
+    chosen = _spread(rows, max(1, round(tokens * len(probed) / sum(probed))))
+    chosen.sort(key=lambda row: _real_tokens(collate([row])))
+    return [collate(chosen[start : start + batch_size]) for start in range(0, len(chosen), batch_size)]
+
+
+def _spread(rows: Any, count: int) -> list[Any]:
+    count = min(len(rows), count)
+    return [rows[index * len(rows) // count] for index in range(count)]
+
+
+def _real_tokens(batch: Mapping[str, Tensor]) -> int:
+    return int(batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel())
 
 
 def device_inputs(batch: Mapping[str, Tensor], device: torch.device) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -47,6 +65,9 @@ def collect_calibration(model: nn.Module, batches: Iterable[Mapping[str, Tensor]
 
     Returns:
         In layer order, in the model's dtype on the CPU, padding left out.
+
+    Raises:
+        ConfigError: there are labels, and none of them counts.
     """
     ffns = sparse_ffns(model)
     watches = [_Watch() for _ in ffns]
@@ -67,7 +88,13 @@ def collect_calibration(model: nn.Module, batches: Iterable[Mapping[str, Tensor]
                 gradients = _gradients(result.loss, watches) if "labels" in inputs else [None] * len(ffns)
             for watch, gradient in zip(watches, gradients, strict=True):
                 watch.keep(keep, gradient)
-    return [watch.calibration() for watch in watches]
+    kept = [watch.calibration() for watch in watches]
+    if all(each.sensitivity == 0 for each in kept):
+        raise ConfigError(
+            "the calibration batches' loss depends on no FFN: are all their labels -100, or masked? "
+            "Give batches with labels that count, or none"
+        )
+    return kept
 
 
 class _Watch:
@@ -98,8 +125,10 @@ class _Watch:
 
     def calibration(self) -> Calibration:
         """All that was kept."""
-        whole = len(self.squares) == len(self.inputs)
-        sensitivity = (sum(self.squares) / len(self.squares)) ** 0.5 if whole else None
+        sensitivity = None
+        if len(self.squares) == len(self.inputs):
+            known = [square for square in self.squares if math.isfinite(square)]
+            sensitivity = (sum(known) / max(len(known), 1)) ** 0.5
         return Calibration(torch.cat(self.inputs), torch.cat(self.hidden), sensitivity)
 
 

@@ -44,6 +44,22 @@ TextPairColumn = Annotated[str | None, typer.Option(help="Column of a second tex
 MessagesColumn = Annotated[str | None, typer.Option(help="Column of a chat's messages.")]
 Split = Annotated[str | None, typer.Option(help="Split of a folder or hub dataset.")]
 Limit = Annotated[int | None, typer.Option(help="Use only the first rows.")]
+
+TASK_FLAGS = (
+    "context_length",
+    "stride",
+    "prompt_column",
+    "target_column",
+    "text_column",
+    "text_pair_column",
+    "label_column",
+    "messages_column",
+    "max_new_tokens",
+    "split",
+    "limit",
+)
+"""Flags that say how to read the data, where a command has them: settings of the task."""
+
 Seed = Annotated[int | None, typer.Option(help="Seed of everything that is drawn.")]
 LearningRate = Annotated[float | None, typer.Option(help="Learning rate of the model.")]
 BatchSize = Annotated[int | None, typer.Option(help="Rows per step and device.")]
@@ -251,24 +267,11 @@ def evaluate(
         raise ConfigError(f"--sparsity {sparsity} is of a sparse model; leave out --dense")
     if dense and baseline is not None:
         raise ConfigError(f"--baseline {baseline} is a second dense model; leave out --dense")
-    given = {
-        "context_length": context_length,
-        "stride": stride,
-        "prompt_column": prompt_column,
-        "target_column": target_column,
-        "text_column": text_column,
-        "text_pair_column": text_pair_column,
-        "label_column": label_column,
-        "messages_column": messages_column,
-        "max_new_tokens": max_new_tokens,
-        "split": split,
-        "limit": limit,
-    }
+    settings = _task_settings(locals())
     check_json_target(json_file)
     if baseline is not None:
         read_config(baseline)
-    flags = {key: value for key, value in given.items() if value is not None}
-    built = build_task(TaskConfig(**{**trained_task(model, task), **flags}))
+    built = build_task(TaskConfig(**{**trained_task(model, task), **settings}))
     result = _evaluate(
         model, built, data, "evaluating", sparsity=sparsity, dense=dense, batch_size=batch_size, seed=seed
     )
@@ -290,19 +293,30 @@ def calibrate(
     ],
     task: Annotated[str, typer.Option(help="lm or classify.")] = "lm",
     per_layer: Annotated[bool, typer.Option("--per-layer", help="The same sparsity in every layer.")] = False,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the data to use.")] = 32768,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of the data to use; default 32768.")] = None,
+    context_length: ContextLength = None,
+    prompt_column: PromptColumn = None,
+    target_column: TargetColumn = None,
+    text_column: TextColumn = None,
+    text_pair_column: TextPairColumn = None,
+    label_column: LabelColumn = None,
+    messages_column: MessagesColumn = None,
+    split: Split = None,
+    limit: Limit = None,
     json_file: JsonFile = None,
 ) -> None:
     """Move a trained model's thresholds to another sparsity, and save them as operating points."""
     from lte.runs import calibrate_checkpoint, trained_task
     from lte.tasks import TaskConfig, build_task
+    from lte.thresholds import DIAL_TOKENS
 
+    settings = _task_settings(locals())
     sparsities = numbers(target_sparsity, "target-sparsity")
     check_json_target(json_file)
-    built = build_task(TaskConfig(**trained_task(str(model), task)))
+    built = build_task(TaskConfig(**{**trained_task(str(model), task), **settings}))
     with _progress("calibrating") as progress:
         points = calibrate_checkpoint(
-            model, data, built, sparsities, per_layer=per_layer, tokens=tokens, progress=progress
+            model, data, built, sparsities, per_layer=per_layer, tokens=tokens or DIAL_TOKENS, progress=progress
         )
     table = Table("asked for", "reached", "thresholds", title=str(model))
     for asked, point in zip(sparsities, points, strict=True):
@@ -386,6 +400,11 @@ def _resumable(out: str) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+def _task_settings(values: dict[str, Any]) -> dict[str, Any]:
+    """What the flags say of how to read the data."""
+    return {name: values[name] for name in TASK_FLAGS if values.get(name) is not None}
+
+
 def _common_flags(values: dict[str, Any]) -> dict[str, Any]:
     """Flags that training and fine-tuning share -> recipe keys."""
     return {
@@ -394,15 +413,7 @@ def _common_flags(values: dict[str, Any]) -> dict[str, Any]:
         "out": values["out"],
         "seed": values["seed"],
         "task.name": values["task"],
-        "task.context_length": values["context_length"],
-        "task.prompt_column": values["prompt_column"],
-        "task.target_column": values["target_column"],
-        "task.text_column": values["text_column"],
-        "task.label_column": values["label_column"],
-        "task.text_pair_column": values["text_pair_column"],
-        "task.messages_column": values["messages_column"],
-        "task.split": values["split"],
-        "task.limit": values["limit"],
+        **{f"task.{name}": value for name, value in _task_settings(values).items()},
         "training.learning_rate": values["learning_rate"],
         "training.per_device_train_batch_size": values["batch_size"],
     }
@@ -471,6 +482,8 @@ def _print_evaluation(result: dict[str, Any]) -> None:
 def _print_inspection(result: dict[str, Any]) -> None:
     config = result["config"]
     hidden = ("quant_method", "lte_version", "thresholds", "operating_points")
+    if config.get("thresholds"):
+        config = config | {"threshold": " ".join(f"{value:.4g}" for value in dict.fromkeys(config["thresholds"]))}
     settings = ", ".join(f"{key}={value}" for key, value in config.items() if key not in hidden)
     console.print(f"[bold]{result['model']}[/] {result['architecture']}: {settings}")
     if points := config.get("operating_points"):

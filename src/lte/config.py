@@ -102,6 +102,7 @@ class OperatingPoint(pydantic.BaseModel):
         sparsity: share of FFN neurons not used, as measured on the calibration text.
         thresholds: one per FFN, each in (0, 1).
         sparsity_per_layer: of every FFN.
+        per_layer: whether every layer was brought to the sparsity, with a threshold of its own.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
@@ -109,6 +110,7 @@ class OperatingPoint(pydantic.BaseModel):
     sparsity: Annotated[float, pydantic.Field(ge=0, le=1)]
     thresholds: tuple[Annotated[float, pydantic.Field(gt=0, lt=1)], ...] = pydantic.Field(min_length=1)
     sparsity_per_layer: tuple[float, ...]
+    per_layer: bool = False
 
 
 class SparsityConfig(QuantizationConfigMixin):

@@ -17,7 +17,6 @@ from rich.table import Table
 from transformers import GenerationConfig
 
 from lte.bench.decode import decode_tokens_per_second
-from lte.config import MethodConfig
 from lte.errors import ConfigError, DataError
 from lte.evaluate import evaluate, load_for_evaluation
 from lte.generate import continue_text
@@ -28,6 +27,7 @@ from lte.recipe import Recipe
 from lte.report.figures import sparsity_figure
 from lte.runs import finetune, train
 from lte.tasks import TaskConfig, build_task
+from lte.thresholds import thresholds_of
 
 MODEL = {
     "model_type": "llama",
@@ -170,12 +170,11 @@ def _draw(model: Any, tokenizer: Any, data: str, file: Path) -> None:
     """Sparsity per layer and the histogram of scores over the first validation tokens."""
     ids = tokenizer(Path(data).read_text(encoding="utf-8")[:16_000], return_tensors="pt")["input_ids"]
     ids = ids[:, : ids.shape[1] // CONTEXT * CONTEXT].view(-1, CONTEXT)
-    method: MethodConfig = model.config.quantization_config.method
     meter = SparsityMeter(model.config.num_hidden_layers, bins=50)
     meter.set_token_mask(torch.ones_like(ids, dtype=torch.bool))
     with torch.no_grad(), observe_routing(model, meter):
         model(input_ids=ids)
-    sparsity_figure(meter.per_layer, meter.histogram.tolist(), getattr(method, "threshold", 0.5), file)
+    sparsity_figure(meter.per_layer, meter.histogram.tolist(), thresholds_of(model)[0], file)
 
 
 def _print(summary: dict[str, Any], console: Console) -> None:

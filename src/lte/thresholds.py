@@ -45,12 +45,15 @@ def set_thresholds(model: Any, thresholds: Sequence[float]) -> None:
 def set_sparsity(model: Any, sparsity: float) -> None:
     """Run a model at another sparsity, from the operating points :func:`calibrate` left in it.
 
-    Between two of them thresholds are interpolated. Also a method of every sparse model:
-    ``model.set_sparsity(0.6)``.
+    Between two of them thresholds are interpolated, on the scale of the logits; the nearer the points, the closer the
+    sparsity. Also a method of every sparse model: ``model.set_sparsity(0.6)``.
 
     Raises:
-        ConfigError: the model has no operating points, or none on both sides of ``sparsity``.
+        ConfigError: the model has no thresholds, no operating points, or none on both sides of ``sparsity``.
     """
+    _check_dial(model)
+    if not isinstance(sparsity, (int, float)):
+        raise ConfigError(f"sparsity={sparsity!r} must be a number, for instance 0.6")
     points: list[OperatingPoint] = model.config.quantization_config.operating_points
     if not points:
         raise ConfigError(
@@ -74,6 +77,18 @@ def set_sparsity(model: Any, sparsity: float) -> None:
             for left, right in zip(below.thresholds, above.thresholds, strict=True)
         ],
     )
+
+
+def _check_dial(model: nn.Module) -> None:
+    ffns = sparse_ffns(model)
+    if not ffns:
+        raise ConfigError(f"{type(model).__name__} is dense and has no thresholds; make it sparse with lte.sparsify")
+    router = ffns[0].router
+    if not router.uses_threshold:
+        raise ConfigError(
+            f"a {type(router).__name__} has no threshold to calibrate: it always runs the same share of experts, "
+            "which sparsify's config sets"
+        )
 
 
 def enable_dial(model: Any) -> None:
@@ -110,24 +125,39 @@ def calibrate(
 
     Raises:
         ConfigError: S outside (0, 1), or a router without a threshold.
-        CalibrationError: the sparsity stays more than one percentage point away; the thresholds are as before.
+        CalibrationError: the sparsity, with ``per_layer`` of any layer, stays more than one percentage point away.
+
+    Whatever is raised, the thresholds are as before.
     """
+    _check_dial(model)
     before = thresholds_of(model)
-    found = find_thresholds(model, batches, sparsity, per_layer=per_layer, progress=progress)
-    if abs(found.sparsity - sparsity) > MISSED:
+    try:
+        found = find_thresholds(model, batches, sparsity, per_layer=per_layer, progress=progress)
+        nearest = max(_reached(found), key=lambda reached: abs(reached - sparsity))
+        if abs(nearest - sparsity) > MISSED:
+            where = f"layer {found.sparsity_per_layer.index(nearest)}" if per_layer else "the model"
+            raise CalibrationError(
+                f"sparsity {sparsity} cannot be reached by moving thresholds: {where} stayed at {nearest:.3f}, as too "
+                "many scores are equal there (a separability loss does that); train for that sparsity instead"
+            )
+    except BaseException:
         set_thresholds(model, before)
-        raise CalibrationError(
-            f"sparsity {sparsity} cannot be reached by moving thresholds: the nearest was {found.sparsity:.3f}, as too "
-            "many scores are equal there (a separability loss does that); train for that sparsity instead"
-        )
+        raise
     remember(model, found)
     return found
 
 
 def remember(model: Any, point: OperatingPoint) -> None:
-    """Add an operating point, in place of one for the same sparsity."""
+    """Add an operating point, in place of one for the same sparsity, and of all that are not of its kind.
+
+    Between a point with one threshold and one with a threshold per layer, interpolation means nothing.
+    """
     config = model.config.quantization_config
-    others = [other for other in config.operating_points if abs(other.sparsity - point.sparsity) > DISTINCT]
+    others = [
+        other
+        for other in config.operating_points
+        if other.per_layer == point.per_layer and abs(other.sparsity - point.sparsity) > DISTINCT
+    ]
     config.operating_points = sorted([*others, point], key=lambda each: each.sparsity)
 
 
@@ -156,30 +186,40 @@ def find_thresholds(
     """
     if not 0 < sparsity < 1:
         raise ConfigError(f"target sparsity {sparsity} must lie between 0 and 1")
-    if any(not ffn.router.uses_threshold for ffn in sparse_ffns(model)):
-        raise ConfigError(f"a {type(sparse_ffns(model)[0].router).__name__} has no threshold to calibrate")
+    _check_dial(model)
     kept = list(batches)
     best: OperatingPoint | None = None
-    aim = sparsity
+    error = math.inf
+    aims = [sparsity] * (len(sparse_ffns(model)) if per_layer else 1)
     for move in range(MAX_MOVES + 1):
         histogram, per_ffn = _measure(model, kept)
-        reached = sum(per_ffn) / len(per_ffn)
-        if best is None or abs(reached - sparsity) < abs(best.sparsity - sparsity):
-            best = OperatingPoint(
-                sparsity=reached, thresholds=tuple(thresholds_of(model)), sparsity_per_layer=tuple(per_ffn)
-            )
+        thresholds = tuple(thresholds_of(model))
+        here = OperatingPoint(
+            sparsity=sum(per_ffn) / len(per_ffn),
+            thresholds=thresholds,
+            sparsity_per_layer=tuple(per_ffn),
+            per_layer=per_layer,
+        )
+        missed = [reached - sparsity for reached in _reached(here)]
+        if max(map(abs, missed)) < error and (per_layer or len(set(thresholds)) == 1):
+            best, error = here, max(map(abs, missed))
         if progress is not None:
             progress(move, MAX_MOVES)
-        if abs(best.sparsity - sparsity) <= TOLERANCE or move == MAX_MOVES:
+        if error <= TOLERANCE or move == MAX_MOVES:
             break
         if move:  # what the last move missed by, the next one aims off
-            aim = min(max(aim + (sparsity - reached), 1e-4), 1 - 1e-4)
+            aims = [min(max(aim - miss, 1e-4), 1 - 1e-4) for aim, miss in zip(aims, missed, strict=True)]
         rows = histogram if per_layer else histogram.mean(0, keepdim=True)
-        moved = [_sigmoid(_quantile(row, aim)) for row in rows]
+        moved = [_sigmoid(_quantile(row, aim)) for row, aim in zip(rows, aims, strict=True)]
         set_thresholds(model, moved if per_layer else moved * len(histogram))
     assert best is not None
     set_thresholds(model, best.thresholds)
     return best
+
+
+def _reached(point: OperatingPoint) -> tuple[float, ...]:
+    """What has to equal the sparsity asked for: that of every layer, or the mean alone."""
+    return point.sparsity_per_layer if point.per_layer else (point.sparsity,)
 
 
 def measure_sparsity(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> float:

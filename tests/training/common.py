@@ -12,9 +12,9 @@ import lte
 from tests import models
 
 
-def rows(n: int = 24, length: int = 12, *, padded: bool = False) -> Dataset:
+def rows(n: int = 24, length: int = 12, *, padded: bool = False, seed: int = 5) -> Dataset:
     """Token rows with labels; padded ones have every third row cut to a third of the length."""
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, models.VOCAB, (n, length), generator=generator)
     mask, labels = torch.ones_like(ids), ids.clone()
     if padded:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -11,7 +12,7 @@ from lte.nn import sparse_ffns
 from lte.thresholds import thresholds_of
 from lte.training import SparsityController
 from tests import models
-from tests.training.common import rows, sparse_model, trainer
+from tests.training.common import collate, rows, sparse_model, trainer
 
 
 def test_pressure_grows_while_sparsity_is_missing_and_turns_when_there_is_too_much():
@@ -37,12 +38,13 @@ def test_the_target_warms_up_from_zero():
 def test_a_model_lands_on_its_target(tmp_path, stages, target):
     steps = {"max_steps": 40} if stages == 1 else {"stage1_steps": 25, "stage2_steps": 15}
     model = sparse_model(router_init_score=0.5)
-    rates = {"learning_rate": 1e-4, "router_learning_rate": 1e-2}
-    run = trainer(tmp_path, model, stages=stages, target_sparsity=target, lambda_sep=0.0, **rates, **steps)
+    rates = {"learning_rate": 1e-4, "router_learning_rate": 1e-2, "per_device_train_batch_size": 16}
+    run = trainer(tmp_path, model, rows(640), stages=stages, target_sparsity=target, lambda_sep=0.0, **rates, **steps)
     run.train()
     training = [record["sparsity"] for record in run.state.log_history if "sparsity" in record]
     assert training[-1] == pytest.approx(target, abs=0.12)  # the controller, step by step
-    batch = {key: torch.stack(list(rows()[key])) for key in ("input_ids", "attention_mask")}
+    held_out = rows(640, seed=6)
+    batch = {key: torch.stack(list(held_out[key])) for key in ("input_ids", "attention_mask")}
     meter = lte.SparsityMeter(models.LAYERS)
     meter.set_token_mask(batch["attention_mask"].bool())
     with torch.no_grad(), lte.observe_routing(run.model, meter):
@@ -60,7 +62,7 @@ def test_frozen_routers_are_answered_with_thresholds(tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{"stages": 1, "max_steps": 8}, {"stage1_steps": 4, "stage2_steps": 4}])
-@pytest.mark.parametrize("stop", [2, 6])
+@pytest.mark.parametrize("stop", [2, 6, 8])
 def test_a_resumed_run_has_the_same_controller_and_ends_at_the_same_weights(tmp_path, settings, stop):
     settings = {"target_sparsity": 0.5, "save_strategy": "steps", "save_steps": 2, **settings}
     whole = trainer(tmp_path / "whole", sparse_model("gpt2"), **settings)
@@ -112,6 +114,40 @@ def test_distillation_needs_a_teacher_and_is_the_divergence_from_it(tmp_path):
     run.train()
     first = next(record for record in run.state.log_history if "task_loss" in record)
     assert first["task_loss"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_the_divergence_is_that_of_the_next_tokens_that_count(tmp_path):
+    model, teacher, data = sparse_model("llama"), models.build("llama", seed=7), rows(8, padded=True)
+    batch = {key: torch.stack(list(data[key])) for key in ("input_ids", "attention_mask", "labels")}
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        wanted, found = teacher(**inputs).logits.double(), copy.deepcopy(model)(**inputs).logits.double()
+    terms = [
+        float((w.softmax(-1) * (w.log_softmax(-1) - f.log_softmax(-1))).sum())
+        for row, labels in enumerate(batch["labels"].tolist())
+        for w, f, label in zip(wanted[row], found[row], labels[1:], strict=False)
+        if label != -100
+    ]
+    seen = []
+    for size, accumulation in ((8, 1), (2, 4)):
+        args = lte.LTETrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=1,
+            eta=0.0,
+            distill=1.0,
+            logging_steps=1,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        run = lte.LTETrainer(
+            model=copy.deepcopy(model), args=args, teacher=teacher, train_dataset=data, data_collator=collate
+        )
+        run.train()
+        seen.append(next(record["task_loss"] for record in run.state.log_history if "task_loss" in record))
+    assert seen == pytest.approx([sum(terms) / len(terms)] * 2, rel=1e-4)
 
 
 def test_a_teacher_must_be_dense_and_have_something_to_say(tmp_path):

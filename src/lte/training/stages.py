@@ -50,7 +50,7 @@ class StagePlan:
 
     def stage(self, step: int) -> int:
         """1 or 2, for the step about to be taken (counted from 0)."""
-        return 1 if step < self.stage1_steps else 2
+        return 1 if self.stages == 1 or step < self.stage1_steps else 2
 
     def mode(self, step: int) -> Mode:
         """Soft in stage 1, hard in stage 2 (LTE, section 4.3); straight-through in a single stage."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
@@ -141,11 +143,25 @@ class LTETrainer(Trainer):
             if last is None:
                 raise CheckpointError(f"no complete checkpoint in {self.args.output_dir} to resume from")
             resume_from_checkpoint = str(last)
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        output = self._restore_finished(resume_from_checkpoint)
+        if output is None:
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         set_mode(self.model, Mode.HARD)
         if self.controller is not None:
             self._land(self.controller.target)
         return output
+
+    def _restore_finished(self, checkpoint: str | bool | None) -> TrainOutput | None:
+        """Load a checkpoint behind which no step is left; transformers would take one more step from it."""
+        if not checkpoint:
+            return None
+        state = TrainerState.load_from_json(str(Path(str(checkpoint)) / TRAINER_STATE_NAME))
+        if state.global_step < self.plan.total:
+            return None
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = state
+        self.begin()
+        return TrainOutput(state.global_step, float("nan"), {})
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW (or what ``args.optim`` says) with the routers in a group of their own."""
@@ -231,7 +247,7 @@ class LTETrainer(Trainer):
     def enter_step(self) -> None:
         """Put the model into the stage of the step about to be taken."""
         step = self.state.global_step
-        if step == self.plan.stage1_steps:
+        if self.plan.stages == 2 and step == self.plan.stage1_steps:
             # Adam's moments belong to the soft-mode loss; a checkpoint of this very step resumes the same way.
             self.optimizer.state.clear()
         set_mode(self.model, self.plan.mode(step))
