@@ -1,10 +1,11 @@
 """What a model is calibrated on."""
 
 import pytest
+import torch
 from datasets import Dataset
 
 import lte
-from lte.calibration import sample_batches
+from lte.calibration import collect_calibration, sample_batches
 from lte.errors import ConfigError
 from lte.tasks.collate import PaddingCollator
 from tests import models
@@ -48,3 +49,30 @@ def test_labels_of_which_none_counts():
     useful = {**batch, "labels": batch["input_ids"]}
     model = lte.sparsify(models.build("llama"), lte.LTEConfig(expert_size=models.EXPERT), calibration=[batch, useful])
     assert 0 < lte.calibrate(model.eval(), [batch], 0.5).sparsity < 1
+
+
+def test_with_a_label_per_row_tokens_have_sensitivities_of_their_own():
+    """Nothing of the last layer but its first token reaches a classifier's label."""
+    model = lte.sparsify(
+        models.build("bert"), lte.LTEConfig(expert_size=models.EXPERT, grouping="random", router_init="random")
+    )
+    batch = models.inputs(4, 10) | {"labels": torch.tensor([0, 1, 1, 0])}
+    batch["attention_mask"][0, 6:] = 0
+    last = collect_calibration(model, [batch])[-1]
+    first_tokens = torch.tensor([0, 6, 16, 26])
+    others = torch.ones(36, dtype=torch.bool).index_fill(0, first_tokens, False)
+    assert (last.token_sensitivity_T[first_tokens] > 0).all()
+    assert (last.token_sensitivity_T[others] == 0).all()
+    in_halves = [{key: value[rows] for key, value in batch.items()} for rows in (slice(0, 3), slice(3, 4))]
+    split = collect_calibration(model, in_halves)[-1]
+    torch.testing.assert_close(split.token_sensitivity_T, last.token_sensitivity_T, rtol=1e-4, atol=1e-7)
+
+
+def test_with_a_label_per_token_they_have_not():
+    model = lte.sparsify(
+        models.build("llama"), lte.LTEConfig(expert_size=models.EXPERT, grouping="random", router_init="random")
+    )
+    batch = models.inputs(4, 10)
+    assert all(seen.token_sensitivity_T is None for seen in collect_calibration(model, [batch]))
+    batch["labels"] = batch["input_ids"]
+    assert all(seen.token_sensitivity_T is None for seen in collect_calibration(model, [batch]))

@@ -86,8 +86,9 @@ def collect_calibration(model: nn.Module, batches: Iterable[Mapping[str, Tensor]
             with torch.set_grad_enabled("labels" in inputs):
                 result = model(**inputs)
                 gradients = _gradients(result.loss, watches) if "labels" in inputs else [None] * len(ffns)
+            per_row = "labels" in inputs and inputs["labels"].dim() == 1
             for watch, gradient in zip(watches, gradients, strict=True):
-                watch.keep(keep, gradient)
+                watch.keep(keep, gradient, len(inputs["labels"]) if per_row else 0)
     kept = [watch.calibration() for watch in watches]
     if all(each.sensitivity == 0 for each in kept):
         raise ConfigError(
@@ -104,6 +105,7 @@ class _Watch:
         self.inputs: list[Tensor] = []
         self.hidden: list[Tensor] = []
         self.squares: list[float] = []
+        self.of_tokens: list[Tensor] = []
         self.latest: tuple[Tensor, Tensor] | None = None
         self.output: Tensor | None = None
 
@@ -113,14 +115,18 @@ class _Watch:
         if torch.is_grad_enabled():
             self.output = output.requires_grad_(True)
 
-    def keep(self, token_mask: Tensor | None, gradient: Tensor | None) -> None:
-        """Take over what the last forward left, for the tokens that count."""
+    def keep(self, token_mask: Tensor | None, gradient: Tensor | None, rows: int) -> None:
+        """Take over what the last forward left, for the tokens that count; ``rows`` is 0 for a label per token."""
         assert self.latest is not None
         x, hidden = (t if token_mask is None else t[token_mask] for t in self.latest)
         self.inputs.append(x.cpu())
         self.hidden.append(hidden.cpu())
         if gradient is not None:
-            self.squares.append(float(gradient.float().square().sum(-1).mean()))
+            squares = gradient.float().square().sum(-1)
+            self.squares.append(float(squares.mean()))
+            if rows:  # the loss is a mean over them
+                norms = rows * squares.flatten().sqrt()
+                self.of_tokens.append((norms if token_mask is None else norms[token_mask]).cpu())
         self.latest = self.output = None
 
     def calibration(self) -> Calibration:
@@ -129,7 +135,8 @@ class _Watch:
         if len(self.squares) == len(self.inputs):
             known = [square for square in self.squares if math.isfinite(square)]
             sensitivity = (sum(known) / max(len(known), 1)) ** 0.5
-        return Calibration(torch.cat(self.inputs), torch.cat(self.hidden), sensitivity)
+        of_tokens = torch.cat(self.of_tokens) if len(self.of_tokens) == len(self.inputs) else None
+        return Calibration(torch.cat(self.inputs), torch.cat(self.hidden), sensitivity, of_tokens)
 
 
 def _gradients(loss: Tensor, watches: list[_Watch]) -> list[Tensor]:

@@ -53,11 +53,16 @@ class Calibration:
         hidden_TF: what entered its down projection.
         sensitivity: root mean square, over the tokens, of the loss's gradient with respect to its output; it makes
             the contributions of different layers comparable. None where the calibration data had no labels.
+        token_sensitivity_T: norm of that gradient for each token, where the data had one label per row: what reaches
+            the label differs between tokens then (most passes through the first, in an encoder), and their inputs
+            tell. None for a label per token, where it differs by how surprising the next token is, which no router
+            could know.
     """
 
     inputs_TD: Tensor
     hidden_TF: Tensor
     sensitivity: float | None = None
+    token_sensitivity_T: Tensor | None = None
 
     def permuted(self, grouping: NeuronGrouping) -> Calibration:
         """The same for neurons in a new order."""

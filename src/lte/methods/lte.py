@@ -24,8 +24,8 @@ class LTEConfig(MethodConfig):
         router_bias: whether the routers have a bias.
         router_rank: width of a hidden layer in the routers; None for linear routers.
         router_init: ``energy`` fits every router, by ridge regression on the calibration data, to the norm of its
-            experts' outputs times the layer's sensitivity, so that training starts from a good guess; ``random`` draws
-            its weights.
+            experts' outputs times the sensitivity of the loss to the layer's output (for data with one label per
+            row, to that of the token), so that training starts from a good guess; ``random`` draws its weights.
         router_init_std: standard deviation of the initial router logits; None for 2 (``energy``) or 0.3 (``random``).
         router_init_score: score the routers start from, for ``energy`` that of the median expert; None for 0.5
             (``energy``) or 0.95 (``random``), or 0.5 without a bias.
@@ -95,7 +95,11 @@ def _fit_routers(ffns: Sequence[SparseFFN], calibration: Sequence[Calibration], 
     predictions: list[Tensor] = []
     for ffn, seen in zip(ffns, calibration, strict=True):
         norms_TE = _output_norms(ffn, seen)
-        scale = seen.sensitivity if seen.sensitivity is not None else 1 / float(norms_TE.mean())
+        scale: Tensor | float
+        if seen.token_sensitivity_T is not None:
+            scale = seen.token_sensitivity_T[:, None]
+        else:
+            scale = seen.sensitivity if seen.sensitivity is not None else 1 / float(norms_TE.mean())
         if isinstance(ffn.router, LowRankRouter):
             features = torch.relu(seen.inputs_TD.float() @ ffn.router.reduce.detach().float().cpu().T)
             seen = replace(seen, inputs_TD=features)
