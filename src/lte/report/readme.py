@@ -114,8 +114,12 @@ def _rows_table(found: list[Row], *, layers: bool = False) -> str:
     return _markdown([*head, "per layer %"] if layers else head, table)
 
 
+def _by_loss(folder: Path) -> list[Row]:
+    return sorted(read_rows(folder), key=lambda row: row.loss.mean)
+
+
 def _ablation(results: Path, name: str) -> str:
-    found = read_rows(results / "ablations" / name)
+    found = _by_loss(results / "ablations" / name)
     return _rows_table(found, layers=True) if found else "Not run yet.\n"
 
 
@@ -245,7 +249,7 @@ def main(root: Path) -> None:
         if found := read_rows(folder):
             tradeoff_figure(found, TITLES[folder.name], figures / f"compare-{folder.name}.png")
     for folder in sorted((root / "results" / "ablations").glob("*/")):
-        if found := read_rows(folder):
+        if found := _by_loss(folder):
             settings_figure(found, folder.name, figures / f"ablation-{folder.name}.png")
     routers = root / "results" / "ablations" / "router"
     records = [json.loads(path.read_text()) for path in sorted(routers.glob("*seed=0.json"))]
