@@ -45,21 +45,6 @@ MessagesColumn = Annotated[str | None, typer.Option(help="Column of a chat's mes
 Split = Annotated[str | None, typer.Option(help="Split of a folder or hub dataset.")]
 Limit = Annotated[int | None, typer.Option(help="Use only the first rows.")]
 
-TASK_FLAGS = (
-    "context_length",
-    "stride",
-    "prompt_column",
-    "target_column",
-    "text_column",
-    "text_pair_column",
-    "label_column",
-    "messages_column",
-    "max_new_tokens",
-    "split",
-    "limit",
-)
-"""Flags that say how to read the data, where a command has them: settings of the task."""
-
 Seed = Annotated[int | None, typer.Option(help="Seed of everything that is drawn.")]
 LearningRate = Annotated[float | None, typer.Option(help="Learning rate of the model.")]
 BatchSize = Annotated[int | None, typer.Option(help="Rows per step and device.")]
@@ -402,7 +387,10 @@ def _resumable(out: str) -> Iterator[None]:
 
 def _task_settings(values: dict[str, Any]) -> dict[str, Any]:
     """What the flags say of how to read the data."""
-    return {name: values[name] for name in TASK_FLAGS if values.get(name) is not None}
+    from lte.tasks import TaskConfig
+
+    names = TaskConfig.model_fields.keys() - {"name"}
+    return {name: value for name, value in values.items() if name in names and value is not None}
 
 
 def _common_flags(values: dict[str, Any]) -> dict[str, Any]:
