@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -183,6 +184,22 @@ def test_calibrate_says_what_is_wrong(folder, trained):
     assert "must lie between 0 and 1" in fails(*words, "1.5")
     assert "is a dense checkpoint" in fails("calibrate", folder / "dense", *words[2:], 0.5)
     assert "is not a folder" in fails("calibrate", folder / "none", *words[2:], 0.5)
+
+
+def test_calibrate_reads_data_as_evaluate_does(folder, trained, tmp_path):
+    data = tmp_path / "splits"
+    data.mkdir()
+    for split in ("train", "validation"):
+        (data / f"{split}.jsonl").write_text(json.dumps({"story": (folder / "text.txt").read_text()}) + "\n")
+    model = shutil.copytree(trained, tmp_path / "model")
+    words = ("calibrate", model, "--data", data, "--target-sparsity", 0.5)
+    assert "set split" in fails(*words, "--text-column", "story")
+    result = run(*words, "--text-column", "story", "--split", "validation", "--context-length", 8)
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    result = run("inspect", model)
+    moved = lte.nn.sparse_ffns(lte.load(model))[0].router.threshold
+    assert moved != 0.5
+    assert f"threshold={moved:.4g}" in result.output.replace("\n", "")
 
 
 def test_finetune_and_recipe_file(folder, tmp_path):
