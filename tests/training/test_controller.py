@@ -28,9 +28,13 @@ def test_pressure_grows_while_sparsity_is_missing_and_turns_when_there_is_too_mu
     assert controller.eta(1.0) < 0
 
 
-def test_the_target_warms_up_from_zero():
-    controller = SparsityController(target=0.8, sparsity=0.4)
-    assert controller.eta(0.0) < 0 < controller.eta(1.0)
+def test_the_target_warms_up_from_where_the_model_starts():
+    controller = SparsityController(target=0.8)
+    assert controller.eta(0.0) == 0  # nothing measured yet
+    controller.update(0.4, 0.0)
+    assert controller.eta(0.0) == 0 < controller.eta(0.1) < controller.eta(1.0)
+    controller.update(0.3, 0.0)
+    assert controller.eta(0.0) > 0  # it is not to become denser on the way
 
 
 @pytest.mark.parametrize("stages", [1, 2])

@@ -26,7 +26,8 @@ class LTETrainingArguments(TrainingArguments):
     Attributes:
         target_sparsity: share of FFN neurons not to be used. A controller adapts the weight of the efficiency loss
             until it is reached.
-        target_warmup: share of the training (of stage 1) over which the target rises from 0.
+        target_warmup: share of the training (of stage 1) over which the target rises from the sparsity
+            the model starts with.
         eta: instead of a target, a fixed weight of the efficiency loss; larger is sparser.
         eta_warmup: share of the training (of stage 1) over which eta rises linearly from 0.
         stages: 1 or 2.

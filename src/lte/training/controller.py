@@ -30,12 +30,14 @@ class SparsityController:
 
     Attributes:
         target: sparsity to be reached.
+        start: sparsity as first measured, from which the target warms up.
         integral: the weight that has built up.
         sparsity: as last measured.
         trend: by how much it changes in a step.
     """
 
     target: float
+    start: float | None = None
     integral: float = 0.0
     sparsity: float | None = None
     trend: float = 0.0
@@ -55,7 +57,9 @@ class SparsityController:
             sparsity: of the hard mask, over the tokens of the step.
             ramp: of that step.
         """
-        if self.sparsity is not None:
+        if self.sparsity is None:
+            self.start = sparsity
+        else:
             self.trend = SMOOTHING * self.trend + (1 - SMOOTHING) * (sparsity - self.sparsity)
         self.sparsity = sparsity
         missing = self._missing(ramp, LOOK_AHEAD)
@@ -68,7 +72,10 @@ class SparsityController:
 
     def _missing(self, ramp: float, steps: float) -> float:
         """Of the target as far as it is warmed up, the sparsity that will not be there in so many steps."""
-        return self.target * (1 - (1 - ramp) ** 3) - (self.sparsity or 0.0) - steps * self.trend
+        if self.sparsity is None or self.start is None:
+            return 0.0
+        wanted = self.target - (self.target - self.start) * (1 - ramp) ** 3
+        return wanted - self.sparsity - steps * self.trend
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
