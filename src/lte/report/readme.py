@@ -120,7 +120,9 @@ def _by_loss(folder: Path) -> list[Row]:
 
 def _ablation(results: Path, name: str) -> str:
     found = _by_loss(results / "ablations" / name)
-    return _rows_table(found, layers=True) if found else "Not run yet.\n"
+    if not found:
+        return f"Not run yet: `lte sweep recipes/ablations/{name}.yaml`.\n"
+    return f"{_rows_table(found, layers=True)}\n![{name}](figures/ablation-{name}.png)\n"
 
 
 def _choices(results: Path) -> str:
