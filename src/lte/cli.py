@@ -44,7 +44,6 @@ TextPairColumn = Annotated[str | None, typer.Option(help="Column of a second tex
 MessagesColumn = Annotated[str | None, typer.Option(help="Column of a chat's messages.")]
 Split = Annotated[str | None, typer.Option(help="Split of a folder or hub dataset.")]
 Limit = Annotated[int | None, typer.Option(help="Use only the first rows.")]
-
 Seed = Annotated[int | None, typer.Option(help="Seed of everything that is drawn.")]
 LearningRate = Annotated[float | None, typer.Option(help="Learning rate of the model.")]
 BatchSize = Annotated[int | None, typer.Option(help="Rows per step and device.")]
@@ -245,18 +244,14 @@ def evaluate(
 ) -> None:
     """Quality, achieved sparsity and FLOPs of a model."""
     from lte.hub import read_config
-    from lte.runs import trained_task
-    from lte.tasks import TaskConfig, build_task
 
-    if dense and sparsity is not None:
-        raise ConfigError(f"--sparsity {sparsity} is of a sparse model; leave out --dense")
-    if dense and baseline is not None:
-        raise ConfigError(f"--baseline {baseline} is a second dense model; leave out --dense")
-    settings = _task_settings(locals())
+    for flag, value in {"sparsity": sparsity, "baseline": baseline}.items():
+        if dense and value is not None:
+            raise ConfigError(f"--{flag} {value} goes with a sparse model; leave out --dense")
     check_json_target(json_file)
     if baseline is not None:
         read_config(baseline)
-    built = build_task(TaskConfig(**{**trained_task(model, task), **settings}))
+    built = _task_as_trained(locals())
     result = _evaluate(
         model, built, data, "evaluating", sparsity=sparsity, dense=dense, batch_size=batch_size, seed=seed
     )
@@ -291,14 +286,12 @@ def calibrate(
     json_file: JsonFile = None,
 ) -> None:
     """Move a trained model's thresholds to another sparsity, and save them as operating points."""
-    from lte.runs import calibrate_checkpoint, trained_task
-    from lte.tasks import TaskConfig, build_task
+    from lte.runs import calibrate_checkpoint
     from lte.thresholds import DIAL_TOKENS
 
-    settings = _task_settings(locals())
     sparsities = numbers(target_sparsity, "target-sparsity")
     check_json_target(json_file)
-    built = build_task(TaskConfig(**{**trained_task(str(model), task), **settings}))
+    built = _task_as_trained(locals())
     with _progress("calibrating") as progress:
         points = calibrate_checkpoint(
             model, data, built, sparsities, per_layer=per_layer, tokens=tokens or DIAL_TOKENS, progress=progress
@@ -391,6 +384,14 @@ def _task_settings(values: dict[str, Any]) -> dict[str, Any]:
 
     names = TaskConfig.model_fields.keys() - {"name"}
     return {name: value for name, value in values.items() if name in names and value is not None}
+
+
+def _task_as_trained(values: dict[str, Any]) -> Any:
+    """The task a model was trained with, where that is known, under what the flags say."""
+    from lte.runs import trained_task
+    from lte.tasks import TaskConfig, build_task
+
+    return build_task(TaskConfig(**{**trained_task(str(values["model"]), values["task"]), **_task_settings(values)}))
 
 
 def _common_flags(values: dict[str, Any]) -> dict[str, Any]:

@@ -56,10 +56,9 @@ def tradeoff_figure(rows: Sequence[Row], title: str, file: Path) -> None:
     figure = Figure(figsize=(5.6, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    by_loss = rows[0].metric == "perplexity"
     for series in dict.fromkeys(row.series for row in rows):
         mine = [row for row in rows if row.series == series]
-        values = [row.loss if by_loss else row.value for row in mine]
+        values = [row.quality for row in mine]
         if series == "dense":
             axes.axhline(values[0].mean, color="black", linestyle="--", linewidth=0.9, label="dense, as many steps")
             continue
@@ -74,7 +73,7 @@ def tradeoff_figure(rows: Sequence[Row], title: str, file: Path) -> None:
             linewidth=1.2,
             label=series,
         )
-    axes.set(xlabel="FFN sparsity (%)", ylabel="loss (nats)" if by_loss else rows[0].metric, title=title)
+    axes.set(xlabel="FFN sparsity (%)", ylabel=rows[0].quality_name, title=title)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=130)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lte.report.figures import scores_figure, settings_figure, tradeoff_figure
-from lte.report.studies import Row, Spread, interpolated, read_rows
+from lte.report.studies import Row, interpolated, read_rows
 
 TITLES = {
     "stories": "A 3.1 M-parameter LLaMA trained to saturation, TinyStories",
@@ -80,21 +80,15 @@ def _reached(results: Path) -> str:
     for _, title, found in _compared(results):
         dense = next(row for row in found if row.series == "dense")
         paper = [row for row in found if row.series == "paper"]
-        by_loss = dense.metric == "perplexity"
-        table = [["dense, as many steps", str(dense.seeds), "0.0", _quality(dense, by_loss).text(), "-"]]
+        table = [["dense, as many steps", str(dense.seeds), "0.0", dense.quality.text(), "-"]]
         for row in (row for row in found if row.series == "single-stage"):
-            at_same = interpolated(paper, row.sparsity.mean, by_loss=by_loss)
+            at_same = interpolated(paper, row.sparsity.mean)
             asked = 100 * float(row.setting.rpartition(" ")[2])
-            cells = [str(row.seeds), row.sparsity.text(".1f"), _quality(row, by_loss).text(), _number(at_same, ".3f")]
+            cells = [str(row.seeds), row.sparsity.text(".1f"), row.quality.text(), _number(at_same, ".3f")]
             table.append([f"`--target-sparsity` {asked:.0f} %", *cells])
-        metric = "loss (nats)" if by_loss else dense.metric
-        head = [title, "seeds", "FFN sparsity %", metric, "published recipe, same sparsity"]
+        head = [title, "seeds", "FFN sparsity %", dense.quality_name, "published recipe, same sparsity"]
         parts.append(_markdown(head, table))
     return "\n".join(parts)
-
-
-def _quality(row: Row, by_loss: bool) -> Spread:
-    return row.loss if by_loss else row.value
 
 
 def _rows_table(found: list[Row], *, layers: bool = False) -> str:

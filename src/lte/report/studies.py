@@ -53,6 +53,16 @@ class Row:
     loss: Spread
     layers: list[float]
 
+    @property
+    def quality(self) -> Spread:
+        """What is compared: the loss, where the metric is its exponential, else the metric."""
+        return self.loss if self.metric == METRICS["perplexity"] else self.value
+
+    @property
+    def quality_name(self) -> str:
+        """Of :attr:`quality`, with its unit."""
+        return "loss (nats)" if self.metric == METRICS["perplexity"] else self.metric
+
 
 def read_rows(folder: Path) -> list[Row]:
     """The study's settings, by series and sparsity."""
@@ -67,19 +77,17 @@ def read_rows(folder: Path) -> list[Row]:
     return sorted(found, key=lambda row: (row.series != "dense", row.series, row.sparsity.mean))
 
 
-def interpolated(rows: Sequence[Row], sparsity: float, *, by_loss: bool) -> float | None:
+def interpolated(rows: Sequence[Row], sparsity: float) -> float | None:
     """What a series reaches at a sparsity between two of its settings, on the line between them; None outside.
 
     Args:
         rows: the series, by sparsity.
         sparsity: in percent.
-        by_loss: of the loss, else of the metric.
     """
     for low, high in itertools.pairwise(rows):
         if low.sparsity.mean <= sparsity <= high.sparsity.mean:
             share = (sparsity - low.sparsity.mean) / max(high.sparsity.mean - low.sparsity.mean, 1e-9)
-            ends = [(row.loss if by_loss else row.value).mean for row in (low, high)]
-            return ends[0] + share * (ends[1] - ends[0])
+            return low.quality.mean + share * (high.quality.mean - low.quality.mean)
     return None
 
 
