@@ -80,14 +80,14 @@ def _reached(results: Path) -> str:
     for _, title, found in _compared(results):
         dense = next(row for row in found if row.series == "dense")
         paper = [row for row in found if row.series == "paper"]
-        table = [["dense, as many steps", str(dense.seeds), "0.0", dense.quality.text(), "-"]]
+        table = [["dense, as many steps", str(dense.seeds), "0.0", dense.quality.text(), *(["-"] if paper else [])]]
         for row in (row for row in found if row.series == "single-stage"):
-            at_same = interpolated(paper, row.sparsity.mean)
             asked = 100 * float(row.setting.rpartition(" ")[2])
-            cells = [str(row.seeds), row.sparsity.text(".1f"), row.quality.text(), _number(at_same, ".3f")]
+            at_same = [_number(interpolated(paper, row.sparsity.mean), ".3f")] if paper else []
+            cells = [str(row.seeds), row.sparsity.text(".1f"), row.quality.text(), *at_same]
             table.append([f"`--target-sparsity` {asked:.0f} %", *cells])
-        head = [title, "seeds", "FFN sparsity %", dense.quality_name, "published recipe, same sparsity"]
-        parts.append(_markdown(head, table))
+        head = [title, "seeds", "FFN sparsity %", dense.quality_name]
+        parts.append(_markdown([*head, "published recipe, same sparsity"] if paper else head, table))
     return "\n".join(parts)
 
 
