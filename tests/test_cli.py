@@ -327,6 +327,18 @@ def test_evaluation_takes_the_task_of_the_run(trained, folder, tmp_path):
     assert "is a folder; name a file" in fails("evaluate", trained, "--data", folder / "text.txt", "--json", tmp_path)
 
 
+def test_evaluation_knows_a_classifier(folder, tmp_path):
+    rows = [{"text": word, "label": int("a" in word)} for word in WORDS]
+    (tmp_path / "labels.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    data = ("--data", tmp_path / "labels.jsonl")
+    flags = ("--model", folder / "dense", "--task", "classify", "--out", tmp_path / "out", "--context-length", 16)
+    assert run("finetune", *flags, *data, "--set", "training.max_steps=1").exit_code == 0
+    evaluated = run("evaluate", tmp_path / "out", *data, "--dense", "--json", tmp_path / "f.json")
+    assert evaluated.exit_code == 0, evaluated.output + repr(evaluated.exception)
+    assert json.loads((tmp_path / "f.json").read_text())["metric"] == "accuracy"
+    assert run("evaluate", tmp_path / "out", *data, "--dense", "--task", "poem").exit_code != 0
+
+
 def test_encoder_for_language_modelling(folder, tmp_path):
     build("bert").save_pretrained(tmp_path / "bert")
     words = ("--model", tmp_path / "bert")

@@ -43,6 +43,7 @@ LabelColumn = Annotated[str | None, typer.Option(help="Column of the label (clas
 TextPairColumn = Annotated[str | None, typer.Option(help="Column of a second text (classify).")]
 MessagesColumn = Annotated[str | None, typer.Option(help="Column of a chat's messages.")]
 Split = Annotated[str | None, typer.Option(help="Split of a folder or hub dataset.")]
+TrainedTask = Annotated[str | None, typer.Option("--task", help="lm or classify; default what it was trained for.")]
 Limit = Annotated[int | None, typer.Option(help="Use only the first rows.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything that is drawn.")]
 LearningRate = Annotated[float | None, typer.Option(help="Learning rate of the model.")]
@@ -115,7 +116,7 @@ def train(
     sparsity = f", FFN sparsity {summary['sparsity']:.1%} on training text" if "sparsity" in summary else ""
     console.print(
         f"[bold]{loaded.out}[/]: {summary['steps']} steps in {summary['seconds']:.0f} s{sparsity}. "
-        f"Next: lte evaluate {loaded.out} --task {loaded.task.name} --data FILE"
+        f"Next: lte evaluate {loaded.out} --data FILE"
     )
 
 
@@ -156,7 +157,7 @@ def sparsify(
     summary = runs.make_sparse(loaded, overwrite=overwrite)
     console.print(
         f"[bold]{loaded.out}[/]: FFN sparsity {summary['sparsity']:.1%} on the data. "
-        f"Next: lte evaluate {loaded.out} --task {loaded.task.name} --data FILE"
+        f"Next: lte evaluate {loaded.out} --data FILE"
     )
 
 
@@ -219,7 +220,7 @@ def init(
 def evaluate(
     model: Annotated[str, typer.Argument(help="Sparse model: folder or hub id.")],
     data: Annotated[str, typer.Option(help="Evaluation data: file, folder or hub name.")],
-    task: Annotated[str, typer.Option(help="lm or classify.")] = "lm",
+    task: TrainedTask = None,
     dense: Annotated[bool, typer.Option("--dense", help="Evaluate a dense baseline.")] = False,
     sparsity: Annotated[
         float | None, typer.Option(help="Run at this sparsity, from the points `lte calibrate` left.")
@@ -271,7 +272,7 @@ def calibrate(
     target_sparsity: Annotated[
         str, typer.Option(help="One sparsity, or several with commas: the model is left at the last.")
     ],
-    task: Annotated[str, typer.Option(help="lm or classify.")] = "lm",
+    task: TrainedTask = None,
     per_layer: Annotated[bool, typer.Option("--per-layer", help="The same sparsity in every layer.")] = False,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of the data to use; default 32768.")] = None,
     context_length: ContextLength = None,
@@ -451,9 +452,8 @@ def _evaluate(
 
 def _print_evaluation(result: dict[str, Any]) -> None:
     shown = [result, *([result["baseline"]] if "baseline" in result else [])]
-    table = Table("", *(each["model"] for each in shown), show_header=len(shown) > 1)
-    if len(shown) == 1:
-        table.title = result["model"]
+    title = None if len(shown) > 1 else result["model"]
+    table = Table("", *(each["model"] for each in shown), show_header=title is None, title=title)
     table.add_row(result["metric"], *(f"{each['value']:.4f}" for each in shown))
     for name in result["extras"]:
         values = [each["extras"][name] for each in shown]

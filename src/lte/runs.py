@@ -223,13 +223,19 @@ def write_whole(file: Path, text: str) -> None:
     os.replace(partial, file)
 
 
-def trained_task(model: str, name: str) -> dict[str, Any]:
-    """Task settings a model of ours was trained with, for evaluating it the same way; else the task's name alone."""
+def trained_task(model: str, name: str | None) -> dict[str, Any]:
+    """Task settings a model of ours was trained with, for evaluating it the same way.
+
+    Args:
+        model: a folder, of ours or not.
+        name: of the task wanted; None for the one it was trained for, ``lm`` where that is not known.
+    """
     recipe = Path(model) / "recipe.yaml"
-    if not recipe.is_file():
-        return {"name": name}
-    settings = load_recipe(recipe, {}, []).task.model_dump(exclude_defaults=True, exclude={"split", "limit"})
-    return settings if settings["name"] == name else {"name": name}
+    if recipe.is_file():
+        settings = load_recipe(recipe, {}, []).task.model_dump(exclude_defaults=True, exclude={"split", "limit"})
+        if name in (None, settings["name"]):
+            return settings
+    return {"name": name or "lm"}
 
 
 def check_folder(out: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
