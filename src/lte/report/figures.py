@@ -49,7 +49,7 @@ def tradeoff_figure(rows: Sequence[Row], title: str, file: Path) -> None:
     """Quality over sparsity, one line per series, bars of one standard deviation over seeds in both directions.
 
     Args:
-        rows: of :func:`lte.report.studies.read_rows`; a series called ``dense`` becomes a horizontal line.
+        rows: of :func:`lte.report.studies.read_rows`; a series called ``dense`` becomes a horizontal band.
         title: of the figure.
         file: the PNG to write.
     """
@@ -60,7 +60,9 @@ def tradeoff_figure(rows: Sequence[Row], title: str, file: Path) -> None:
         mine = [row for row in rows if row.series == series]
         values = [row.quality for row in mine]
         if series == "dense":
-            axes.axhline(values[0].mean, color="black", linestyle="--", linewidth=0.9, label="dense, as many steps")
+            middle, spread = values[0].mean, values[0].deviation
+            axes.axhline(middle, color="black", linestyle="--", linewidth=0.9, label="dense, as many steps")
+            axes.axhspan(middle - spread, middle + spread, color="black", alpha=0.08, linewidth=0)
             continue
         axes.errorbar(
             [row.sparsity.mean for row in mine],
