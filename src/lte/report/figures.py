@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -46,19 +47,28 @@ def sparsity_figure(
 
 
 def tradeoff_figure(rows: Sequence[Row], title: str, file: Path) -> None:
-    """Quality over sparsity, one line per series, bars of one standard deviation over seeds in both directions.
+    """Quality over sparsity: a panel per measure of quality, a line per series, bars of one standard deviation.
 
     Args:
         rows: of :func:`lte.report.studies.read_rows`; a series called ``dense`` becomes a horizontal band.
         title: of the figure.
         file: the PNG to write.
     """
-    figure = Figure(figsize=(5.6, 3.8), layout="constrained")
+    names = list(rows[0].qualities)
+    figure = Figure(figsize=(5.6 * len(names), 3.8), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    for name, axes in zip(names, panels, strict=True):
+        _tradeoff(axes, rows, name)
+    panels[0].legend(fontsize=8)
+    figure.suptitle(title)
+    figure.savefig(file, dpi=130)
+
+
+def _tradeoff(axes: Axes, rows: Sequence[Row], name: str) -> None:
     for series in dict.fromkeys(row.series for row in rows):
         mine = [row for row in rows if row.series == series]
-        values = [row.quality for row in mine]
+        values = [row.qualities[name] for row in mine]
         if series == "dense":
             middle, spread = values[0].mean, values[0].deviation
             axes.axhline(middle, color="black", linestyle="--", linewidth=0.9, label="dense, as many steps")
@@ -75,10 +85,8 @@ def tradeoff_figure(rows: Sequence[Row], title: str, file: Path) -> None:
             linewidth=1.2,
             label=series,
         )
-    axes.set(xlabel="FFN sparsity (%)", ylabel=rows[0].quality_name, title=title)
-    axes.legend(fontsize=8)
+    axes.set(xlabel="FFN sparsity (%)", ylabel=name)
     axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=130)
 
 
 def settings_figure(rows: Sequence[Row], title: str, file: Path) -> None:

@@ -80,14 +80,20 @@ def _reached(results: Path) -> str:
     for _, title, found in _compared(results):
         dense = next(row for row in found if row.series == "dense")
         paper = [row for row in found if row.series == "paper"]
-        table = [["dense, as many steps", str(dense.seeds), "0.0", dense.quality.text(), *(["-"] if paper else [])]]
-        for row in (row for row in found if row.series == "single-stage"):
-            asked = 100 * float(row.setting.rpartition(" ")[2])
-            at_same = [_number(interpolated(paper, row.sparsity.mean), ".3f")] if paper else []
-            cells = [str(row.seeds), row.sparsity.text(".1f"), row.quality.text(), *at_same]
-            table.append([f"`--target-sparsity` {asked:.0f} %", *cells])
-        head = [title, "seeds", "FFN sparsity %", dense.quality_name]
-        parts.append(_markdown([*head, "published recipe, same sparsity"] if paper else head, table))
+        names = list(dense.qualities)
+        columns = [part for name in names for part in ((name, "published") if paper else (name,))]
+        table = []
+        for row in [dense, *(row for row in found if row.series == "single-stage")]:
+            asked = "dense, as many steps"
+            if row is not dense:
+                asked = f"`--target-sparsity` {100 * float(row.setting.rpartition(' ')[2]):.0f} %"
+            cells = [asked, str(row.seeds), row.sparsity.text(".1f")]
+            for name in names:
+                cells.append(row.qualities[name].text())
+                if paper:
+                    cells.append(_number(interpolated(paper, row.sparsity.mean, name), ".3f"))
+            table.append(cells)
+        parts.append(_markdown([title, "seeds", "FFN sparsity %", *columns], table))
     return "\n".join(parts)
 
 

@@ -54,14 +54,10 @@ class Row:
     layers: list[float]
 
     @property
-    def quality(self) -> Spread:
-        """What is compared: the loss, where the metric is its exponential, else the metric."""
-        return self.loss if self.metric == METRICS["perplexity"] else self.value
-
-    @property
-    def quality_name(self) -> str:
-        """Of :attr:`quality`, with its unit."""
-        return "loss (nats)" if self.metric == METRICS["perplexity"] else self.metric
+    def qualities(self) -> dict[str, Spread]:
+        """What is compared, by name: the metric and the loss, which are one where the metric is its exponential."""
+        of_metric = {} if self.metric == METRICS["perplexity"] else {self.metric: self.value}
+        return {**of_metric, "loss (nats)": self.loss}
 
 
 def read_rows(folder: Path) -> list[Row]:
@@ -77,17 +73,19 @@ def read_rows(folder: Path) -> list[Row]:
     return sorted(found, key=lambda row: (row.series != "dense", row.series, row.sparsity.mean))
 
 
-def interpolated(rows: Sequence[Row], sparsity: float) -> float | None:
+def interpolated(rows: Sequence[Row], sparsity: float, quality: str) -> float | None:
     """What a series reaches at a sparsity between two of its settings, on the line between them; None outside.
 
     Args:
         rows: the series, by sparsity.
         sparsity: in percent.
+        quality: one of :attr:`Row.qualities`.
     """
     for low, high in itertools.pairwise(rows):
         if low.sparsity.mean <= sparsity <= high.sparsity.mean:
             share = (sparsity - low.sparsity.mean) / max(high.sparsity.mean - low.sparsity.mean, 1e-9)
-            return low.quality.mean + share * (high.quality.mean - low.quality.mean)
+            left, right = low.qualities[quality].mean, high.qualities[quality].mean
+            return left + share * (right - left)
     return None
 
 
