@@ -1,10 +1,11 @@
-"""Watching a dense model work: what its FFNs see and do, and how much the loss depends on each."""
+"""Watching a dense model work: what its FFNs see, and how much the loss depends on each."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +18,15 @@ from lte.nn import Mode, SparseFFN, set_mode, sparse_ffns
 PROBED_ROWS = 64
 """Rows from whose length the number of rows for some tokens is estimated."""
 
+BATCH_TOKENS = 512
+"""Most tokens of a batch, padding included, unless one row is longer: a batch's logits are what takes memory."""
+
+INPUTS_BYTES = 600 * 2**20
+"""Most memory for the inputs of FFNs; where those of all layers take more, the model is run again for the others."""
+
 
 def sample_batches(
-    rows: Any, collate: Callable[[list[Any]], Mapping[str, Tensor]], tokens: int, batch_size: int = 8
+    rows: Any, collate: Callable[[list[Any]], Mapping[str, Tensor]], tokens: int
 ) -> list[Mapping[str, Tensor]]:
     """Some rows from all over a data set, in batches of similar length, until they hold about so many tokens.
 
@@ -27,7 +34,6 @@ def sample_batches(
         rows: of a data set with a length.
         collate: rows to a batch of model inputs.
         tokens: wanted, padding left out.
-        batch_size: rows of a batch.
 
     Raises:
         ConfigError: there are no rows.
@@ -36,8 +42,21 @@ def sample_batches(
         raise ConfigError("the data set has no rows to calibrate on; give one that has")
     probed = [_real_tokens(collate([row])) for row in _spread(rows, PROBED_ROWS)]
     chosen = _spread(rows, max(1, round(tokens * len(probed) / sum(probed))))
-    chosen.sort(key=lambda row: _real_tokens(collate([row])))
-    return [collate(chosen[start : start + batch_size]) for start in range(0, len(chosen), batch_size)]
+    lengths = {id(row): _real_tokens(collate([row])) for row in chosen}
+    chosen.sort(key=lambda row: lengths[id(row)])
+    batches: list[list[Any]] = [[]]
+    for row in chosen:
+        if batches[-1] and (len(batches[-1]) + 1) * lengths[id(row)] > BATCH_TOKENS:
+            batches.append([])
+        batches[-1].append(row)
+    return [collate(batch) for batch in batches]
+
+
+def every_nth(batches: Sequence[Mapping[str, Tensor]], tokens: int) -> list[Mapping[str, Tensor]]:
+    """Batches from all over a sample, short rows and long ones, until they hold about so many tokens."""
+    total = sum(_real_tokens(batch) for batch in batches)
+    count = min(len(batches), max(1, round(len(batches) * tokens / max(total, 1))))
+    return [batches[(2 * index + 1) * len(batches) // (2 * count)] for index in range(count)]
 
 
 def _spread(rows: Any, count: int) -> list[Any]:
@@ -56,97 +75,126 @@ def device_inputs(batch: Mapping[str, Tensor], device: torch.device) -> tuple[di
     return inputs, None if mask is None else mask.flatten().bool()
 
 
-def collect_calibration(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> list[Calibration]:
-    """Run the dense function of a sparsified model over some batches; one :class:`Calibration` per FFN.
+def stream_calibration(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> Iterator[Calibration]:
+    """Run the dense function of a sparsified model over some batches; one :class:`Calibration` per FFN, in order.
+
+    What is held at a time are the inputs of as many FFNs as fit :data:`INPUTS_BYTES`; the model runs once for each such
+    set of layers, the first time forward and backward. Let go of a calibration before asking for the next.
 
     Args:
-        model: with sparse FFNs, on any device; its modes are left at ``hard``.
+        model: with sparse FFNs, on any device. Between two calibrations its neurons may be permuted.
         batches: model inputs. Where all have ``labels``, the sensitivity of the loss is measured too.
-
-    Returns:
-        In layer order, in the model's dtype on the CPU, padding left out.
 
     Raises:
         ConfigError: there are labels, and none of them counts.
     """
     ffns = sparse_ffns(model)
-    watches = [_Watch() for _ in ffns]
+    tokens = sum(_real_tokens(batch) for batch in batches)
+    first = next(model.parameters())
+    layer_bytes = max(1, tokens * ffns[0].weights().d_model * first.element_size())
+    at_once = max(1, INPUTS_BYTES // layer_bytes)
+    gradients = _Gradients(len(ffns)) if all("labels" in batch for batch in batches) else None
+    for start in range(0, len(ffns), at_once):
+        watched = ffns[start : start + at_once]
+        inputs = _watch(model, watched, batches, gradients if start == 0 else None)
+        if gradients is not None and gradients.all_zero():
+            raise ConfigError(
+                "the calibration batches' loss depends on no FFN: are all their labels -100, or masked? "
+                "Give batches with labels that count, or none"
+            )
+        for ffn in watched:
+            sensitivity, of_tokens = (None, None) if gradients is None else gradients.of(ffn.layer_index)
+            yield Calibration(inputs.pop(ffn.layer_index), partial(_hidden, ffn), sensitivity, of_tokens)
+
+
+def _hidden(ffn: SparseFFN, x_tD: Tensor) -> Tensor:
+    return ffn.hidden(x_tD)
+
+
+def _watch(
+    model: nn.Module,
+    watched: Sequence[SparseFFN],
+    batches: Sequence[Mapping[str, Tensor]],
+    gradients: _Gradients | None,
+) -> dict[int, Tensor]:
+    """The inputs of some FFNs over all batches, by layer; with ``gradients`` backward as well, for all layers."""
+    kept: dict[int, list[Tensor]] = {ffn.layer_index: [] for ffn in watched}
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    set_mode(model, Mode.DENSE)
+    token_mask: Tensor | None = None
+
+    def keep(ffn: SparseFFN, args: tuple[Any, ...], output: Tensor) -> None:
+        x_TD = args[0].detach().flatten(0, -2)
+        kept[ffn.layer_index].append(x_TD if token_mask is None else x_TD[token_mask])
+
+    body = getattr(model, "base_model", model)  # without labels no logits are needed
+    with _as_dense(model) as stack:
+        for ffn in watched:
+            stack.enter_context(ffn.register_forward_hook(keep))
+        if gradients is not None:
+            for ffn in sparse_ffns(model):
+                stack.enter_context(ffn.register_forward_hook(gradients.watch))
+        for batch in batches:
+            inputs, token_mask = device_inputs(batch, device)
+            if gradients is None:
+                inputs.pop("labels", None)
+                with torch.no_grad():
+                    body(**inputs)
+            else:
+                with torch.enable_grad():
+                    gradients.take(model(**inputs).loss, inputs["labels"], token_mask)
+    return {layer: torch.cat(parts) for layer, parts in kept.items()}
+
+
+class _Gradients:
+    """Of the loss, with respect to every FFN's output; only their norms are kept."""
+
+    def __init__(self, n_layers: int) -> None:
+        self.outputs: dict[int, Tensor] = {}
+        self.squares: list[list[float]] = [[] for _ in range(n_layers)]
+        self.of_tokens: list[list[Tensor]] = [[] for _ in range(n_layers)]
+
+    def watch(self, ffn: SparseFFN, args: tuple[Any, ...], output: Tensor) -> None:
+        """Forward hook."""
+        self.outputs[ffn.layer_index] = output.requires_grad_(True)
+
+    def take(self, loss: Tensor, labels: Tensor, token_mask: Tensor | None) -> None:
+        """Backward through what the last forward left."""
+        layers = list(self.outputs)
+        found = torch.autograd.grad(loss, [self.outputs[layer] for layer in layers])
+        self.outputs.clear()
+        for layer, gradient in zip(layers, found, strict=True):
+            squares = gradient.float().square().sum(-1).flatten()
+            mean = float(squares.mean())
+            if math.isfinite(mean):
+                self.squares[layer].append(mean)
+            if labels.dim() == 1:  # one per row, and the loss is a mean over them
+                norms = len(labels) * squares.sqrt()
+                self.of_tokens[layer].append(norms if token_mask is None else norms[token_mask])
+
+    def all_zero(self) -> bool:
+        """Whether the loss depends on no FFN."""
+        return not any(any(squares) for squares in self.squares)
+
+    def of(self, layer: int) -> tuple[float, Tensor | None]:
+        """Root mean square over tokens, and the norm of every token where labels belong to rows."""
+        squares, of_tokens = self.squares[layer], self.of_tokens[layer]
+        return (sum(squares) / max(len(squares), 1)) ** 0.5, torch.cat(of_tokens) if of_tokens else None
+
+
+@contextmanager
+def _as_dense(model: nn.Module) -> Iterator[ExitStack]:
+    """The dense function in evaluation mode; gradients are asked of the FFNs' outputs, not of parameters."""
     with ExitStack() as stack:
-        stack.callback(model.train, was_training)
+        stack.callback(model.train, model.training)
         stack.callback(set_mode, model, Mode.HARD)
         stack.enter_context(_frozen(model))
-        for ffn, watch in zip(ffns, watches, strict=True):
-            stack.enter_context(ffn.register_forward_hook(watch))
-        for batch in batches:
-            inputs, keep = device_inputs(batch, device)
-            with torch.set_grad_enabled("labels" in inputs):
-                result = model(**inputs)
-                gradients = _gradients(result.loss, watches) if "labels" in inputs else [None] * len(ffns)
-            per_row = "labels" in inputs and inputs["labels"].dim() == 1
-            for watch, gradient in zip(watches, gradients, strict=True):
-                watch.keep(keep, gradient, len(inputs["labels"]) if per_row else 0)
-    kept = [watch.calibration() for watch in watches]
-    if all(each.sensitivity == 0 for each in kept):
-        raise ConfigError(
-            "the calibration batches' loss depends on no FFN: are all their labels -100, or masked? "
-            "Give batches with labels that count, or none"
-        )
-    return kept
-
-
-class _Watch:
-    """Forward hook of one FFN."""
-
-    def __init__(self) -> None:
-        self.inputs: list[Tensor] = []
-        self.hidden: list[Tensor] = []
-        self.squares: list[float] = []
-        self.of_tokens: list[Tensor] = []
-        self.latest: tuple[Tensor, Tensor] | None = None
-        self.output: Tensor | None = None
-
-    def __call__(self, ffn: SparseFFN, args: tuple[Any, ...], output: Tensor) -> None:
-        with torch.no_grad():
-            self.latest = args[0].detach().flatten(0, -2), ffn.hidden(args[0]).flatten(0, -2)
-        if torch.is_grad_enabled():
-            self.output = output.requires_grad_(True)
-
-    def keep(self, token_mask: Tensor | None, gradient: Tensor | None, rows: int) -> None:
-        """Take over what the last forward left, for the tokens that count; ``rows`` is 0 for a label per token."""
-        assert self.latest is not None
-        x, hidden = (t if token_mask is None else t[token_mask] for t in self.latest)
-        self.inputs.append(x.cpu())
-        self.hidden.append(hidden.cpu())
-        if gradient is not None:
-            squares = gradient.float().square().sum(-1)
-            self.squares.append(float(squares.mean()))
-            if rows:  # the loss is a mean over them
-                norms = rows * squares.flatten().sqrt()
-                self.of_tokens.append((norms if token_mask is None else norms[token_mask]).cpu())
-        self.latest = self.output = None
-
-    def calibration(self) -> Calibration:
-        """All that was kept."""
-        sensitivity = None
-        if len(self.squares) == len(self.inputs):
-            known = [square for square in self.squares if math.isfinite(square)]
-            sensitivity = (sum(known) / max(len(known), 1)) ** 0.5
-        of_tokens = torch.cat(self.of_tokens) if len(self.of_tokens) == len(self.inputs) else None
-        return Calibration(torch.cat(self.inputs), torch.cat(self.hidden), sensitivity, of_tokens)
-
-
-def _gradients(loss: Tensor, watches: list[_Watch]) -> list[Tensor]:
-    outputs = [watch.output for watch in watches if watch.output is not None]
-    return list(torch.autograd.grad(loss, outputs))
+        model.eval()
+        set_mode(model, Mode.DENSE)
+        yield stack
 
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Without gradients of parameters: those of the FFNs' outputs are all that is asked for."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
@@ -155,3 +203,8 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+def token_count(batches: Iterable[Mapping[str, Tensor]]) -> int:
+    """Tokens of some batches, padding left out."""
+    return sum(_real_tokens(batch) for batch in batches)

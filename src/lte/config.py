@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import pydantic
@@ -67,13 +67,14 @@ class MethodConfig(pydantic.BaseModel):
 
     @abstractmethod
     def init_routers(
-        self, ffns: Sequence[SparseFFN], calibration: Sequence[Calibration] | None, generator: torch.Generator
+        self, ffns: Sequence[SparseFFN], calibration: Iterator[Calibration] | None, generator: torch.Generator
     ) -> None:
         """Give the new routers their initial weights.
 
         Args:
             ffns: all of the model's, their neurons already grouped.
-            calibration: of every FFN, its neurons in the new order; None where there is no calibration data.
+            calibration: of every FFN in turn, its neurons in the new order, computed as they are asked for; None
+                where there is no calibration data.
             generator: on the CPU, for what is drawn.
         """
 

@@ -85,8 +85,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> d
         model = _load_dense(recipe, task, tokenizer).to(args.device)
         seen = None
         if method.needs_calibration:
-            size = min(8, args.per_device_train_batch_size)
-            seen = sample_batches(rows, task.collator(tokenizer), CALIBRATION_TOKENS, size)
+            seen = sample_batches(rows, task.collator(tokenizer), CALIBRATION_TOKENS)
         sparsify(model, method, calibration=seen)
     claim_folder(out, recipe, overwrite=overwrite)
     trainer = LTETrainer(

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lte.calibration import collect_calibration
+from lte.calibration import stream_calibration
 from lte.config import MethodConfig, SparsityConfig
 from lte.errors import ConfigError
 from lte.families import install_ffns
-from lte.grouping import check_divisible, get_grouping
-from lte.nn import ThresholdRouter, sparse_ffns
+from lte.grouping import Calibration, check_divisible, get_grouping
+from lte.nn import SparseFFN, ThresholdRouter, sparse_ffns
 from lte.thresholds import enable_dial
 
 logger = logging.getLogger(__name__)
@@ -75,20 +75,36 @@ def sparsify(
 def _convert(model: nn.Module, config: MethodConfig, batches: list[Mapping[str, Tensor]]) -> None:
     install_sparse_ffns(model, config)
     ffns = sparse_ffns(model)
-    group = get_grouping(config.grouping)
-    seen = collect_calibration(model, batches) if batches else None
+    generator = torch.Generator().manual_seed(config.seed)
+    if not batches:
+        for ffn in ffns:
+            _group(ffn, config, None)
+        config.init_routers(ffns, None, generator)
+        return
+    grouped = _group_each(ffns, config, stream_calibration(model, batches))
+    config.init_routers(ffns, grouped, generator)
+    for _ in grouped:  # what a method did not ask to see is grouped all the same
+        pass
+
+
+def _group_each(
+    ffns: Sequence[SparseFFN], config: MethodConfig, calibration: Iterator[Calibration]
+) -> Iterator[Calibration]:
+    """Pass calibrations on, each once the neurons of its FFN are in their order."""
     for ffn in ffns:
-        grouping = group(
-            ffn.weights(),
-            config.expert_size,
-            seed=config.seed + ffn.layer_index,
-            calibration=None if seen is None else seen[ffn.layer_index],
-        )
-        ffn.weights().permute_(grouping.permutation)
-        if seen is not None:
-            seen[ffn.layer_index] = seen[ffn.layer_index].permuted(grouping)
-        logger.info("layer %d: grouped %d neurons by %s", ffn.layer_index, ffn.weights().d_ff, config.grouping)
-    config.init_routers(ffns, seen, torch.Generator().manual_seed(config.seed))
+        seen = next(calibration)
+        _group(ffn, config, seen)
+        yield seen
+        del seen
+
+
+def _group(ffn: SparseFFN, config: MethodConfig, seen: Calibration | None) -> None:
+    weights = ffn.weights()
+    grouping = get_grouping(config.grouping)(
+        weights, config.expert_size, seed=config.seed + ffn.layer_index, calibration=seen
+    )
+    weights.permute_(grouping.permutation)
+    logger.info("layer %d: grouped %d neurons by %s", ffn.layer_index, weights.d_ff, config.grouping)
 
 
 def install_sparse_ffns(model: nn.Module, config: MethodConfig) -> None:

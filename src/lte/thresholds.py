@@ -10,20 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lte.calibration import device_inputs
+from lte.calibration import device_inputs, every_nth, token_count
 from lte.config import OperatingPoint, SparsityConfig
 from lte.errors import CalibrationError, ConfigError
-from lte.nn import Mode, Routing, observe_routing, set_mode, sparse_ffns
+from lte.margins import Margins
+from lte.nn import Mode, observe_routing, set_mode, sparse_ffns
 
-BINS, LOGIT_RANGE = 8192, 20.0
-"""Resolution of the histograms of logits."""
+LOGIT_RANGE = 20.0
+"""Furthest a threshold may move, in logits."""
 
 TOLERANCE, MISSED, DISTINCT = 0.002, 0.01, 0.005
 """Differences of sparsity: where a search ends, where it has failed, where two operating points are two."""
 
-MAX_MOVES = 8
+MOVES, FEW_TOKENS = 3, 2048
+"""Moves of thresholds made on part of the tokens, and the fewest tokens such a part has."""
 
-DIAL_TOKENS = 32768
+DIAL_TOKENS = 16384
 """Tokens of a text on which thresholds are found: parts of one text differ by a percentage point or two."""
 
 
@@ -169,17 +171,18 @@ def find_thresholds(
     per_layer: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> OperatingPoint:
-    """Move the thresholds as near to a sparsity as they go.
+    """Move the thresholds as near to a sparsity as they go, in at most two passes over the tokens.
 
-    What a layer sees depends on the thresholds before it, so the model is run again after every move, until the
-    sparsity is within 0.2 percentage points or eight moves were made.
+    What a layer sees depends on the thresholds before it, so the model is run again after every move: on an eighth of
+    the tokens until they are near, then on all of them, and after a last move on half of them. A few thousand tokens
+    cost little and are used whole throughout.
 
     Args:
         model: a sparse model with threshold routers; it is left in hard mode, at the new thresholds.
         batches: model inputs.
         sparsity: S, in (0, 1), over all layers and tokens.
         per_layer: reach S in every layer, instead of with one threshold for all.
-        progress: called with moves made and the most that will be.
+        progress: called with batches run and the most that will be.
 
     Returns:
         Thresholds, and the sparsity they were seen to give.
@@ -188,33 +191,87 @@ def find_thresholds(
         raise ConfigError(f"target sparsity {sparsity} must lie between 0 and 1")
     _check_dial(model)
     kept = list(batches)
-    best: OperatingPoint | None = None
-    error = math.inf
-    aims = [sparsity] * (len(sparse_ffns(model)) if per_layer else 1)
-    for move in range(MAX_MOVES + 1):
-        histogram, per_ffn = _measure(model, kept)
-        thresholds = tuple(thresholds_of(model))
-        here = OperatingPoint(
-            sparsity=sum(per_ffn) / len(per_ffn),
-            thresholds=thresholds,
-            sparsity_per_layer=tuple(per_ffn),
-            per_layer=per_layer,
+    few = every_nth(kept, max(token_count(kept) // 8, FEW_TOKENS))
+    small = len(few) == len(kept)
+    search = _Search(model, sparsity, per_layer, progress, (1 + 2 * small) * MOVES * len(few) + 2 * len(kept))
+    near = search.narrow(few, (1 + small) * MOVES, TOLERANCE if small else MISSED)
+    return near if small else search.confirm(kept[::2], kept[1::2])
+
+
+class _Search:
+    """Of thresholds for a sparsity; see :func:`find_thresholds`."""
+
+    def __init__(
+        self, model: Any, sparsity: float, per_layer: bool, progress: Callable[[int, int], None] | None, most: int
+    ) -> None:
+        self.model, self.sparsity, self.per_layer = model, sparsity, per_layer
+        self.progress, self.done, self.most = progress, 0, most
+
+    def narrow(self, batches: Sequence[Mapping[str, Tensor]], moves: int, enough: float) -> OperatingPoint:
+        """Move and measure until the thresholds are near enough; they are left at the best."""
+        best: OperatingPoint | None = None
+        error = math.inf
+        aims = [self.sparsity] * (len(sparse_ffns(self.model)) if self.per_layer else 1)
+        for move in range(moves + 1):
+            counts = self.measure(batches)
+            here = self.point(counts.sparsity_per_layer)
+            missed = [reached - self.sparsity for reached in _reached(here)]
+            if max(map(abs, missed)) < error and (self.per_layer or len(set(here.thresholds)) == 1):
+                best, error = here, max(map(abs, missed))
+            if error <= enough or move == moves:
+                break
+            if move:  # what the last move missed by, the next one aims off
+                aims = [min(max(aim - miss, 1e-4), 1 - 1e-4) for aim, miss in zip(aims, missed, strict=True)]
+            self.move(counts, aims)
+        assert best is not None
+        set_thresholds(self.model, best.thresholds)
+        return best
+
+    def confirm(self, half: Sequence[Mapping[str, Tensor]], rest: Sequence[Mapping[str, Tensor]]) -> OperatingPoint:
+        """Measure on both halves, and once more on one of them after what had to be moved."""
+        before = self.measure(half)
+        whole = before.plus(self.measure(rest))
+        here = self.point(whole.sparsity_per_layer)
+        if self.error(here) <= TOLERANCE:
+            return here
+        self.move(whole, [self.sparsity] * len(_reached(here)))
+        after = self.measure(half)
+        changed = zip(
+            whole.sparsity_per_layer, after.sparsity_per_layer, before.sparsity_per_layer, strict=True
         )
-        missed = [reached - sparsity for reached in _reached(here)]
-        if max(map(abs, missed)) < error and (per_layer or len(set(thresholds)) == 1):
-            best, error = here, max(map(abs, missed))
-        if progress is not None:
-            progress(move, MAX_MOVES)
-        if error <= TOLERANCE or move == MAX_MOVES:
-            break
-        if move:  # what the last move missed by, the next one aims off
-            aims = [min(max(aim - miss, 1e-4), 1 - 1e-4) for aim, miss in zip(aims, missed, strict=True)]
-        rows = histogram if per_layer else histogram.mean(0, keepdim=True)
-        moved = [_sigmoid(_quantile(row, aim)) for row, aim in zip(rows, aims, strict=True)]
-        set_thresholds(model, moved if per_layer else moved * len(histogram))
-    assert best is not None
-    set_thresholds(model, best.thresholds)
-    return best
+        there = self.point([min(max(at + new - old, 0.0), 1.0) for at, new, old in changed])
+        if self.error(there) < self.error(here):
+            return there
+        set_thresholds(self.model, here.thresholds)
+        return here
+
+    def measure(self, batches: Sequence[Mapping[str, Tensor]]) -> Margins:
+        def ran() -> None:
+            self.done += 1
+            if self.progress is not None:
+                self.progress(self.done, self.most)
+
+        return measure_margins(self.model, batches, ran, common=not self.per_layer)
+
+    def move(self, counts: Margins, aims: Sequence[float]) -> None:
+        """Put the thresholds where, by the last measurement, the aims are reached."""
+        logits = [_logit(threshold) for threshold in thresholds_of(self.model)]
+        if self.per_layer:
+            moved = [at + counts.quantile_of(layer, aim) for layer, (at, aim) in enumerate(zip(logits, aims, strict=True))]
+        else:
+            moved = [sum(logits) / len(logits) + counts.quantile(aims[0])] * len(logits)
+        set_thresholds(self.model, [shifted(0.5, logit) for logit in moved])
+
+    def point(self, sparsity_per_layer: Sequence[float]) -> OperatingPoint:
+        return OperatingPoint(
+            sparsity=sum(sparsity_per_layer) / len(sparsity_per_layer),
+            thresholds=tuple(thresholds_of(self.model)),
+            sparsity_per_layer=tuple(sparsity_per_layer),
+            per_layer=self.per_layer,
+        )
+
+    def error(self, point: OperatingPoint) -> float:
+        return max(abs(reached - self.sparsity) for reached in _reached(point))
 
 
 def _reached(point: OperatingPoint) -> tuple[float, ...]:
@@ -222,55 +279,45 @@ def _reached(point: OperatingPoint) -> tuple[float, ...]:
     return point.sparsity_per_layer if point.per_layer else (point.sparsity,)
 
 
-def measure_sparsity(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> float:
-    """Sparsity of a model in hard mode on some batches of model inputs, padding left out."""
-    per_ffn = _measure(model, list(batches))[1]
-    return sum(per_ffn) / len(per_ffn)
-
-
 @torch.no_grad()
-def _measure(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, list[float]]:
-    """Histogram of every layer's logits, [L, BINS] with rows summing to 1, and its sparsity at the thresholds."""
-    n_layers = len(sparse_ffns(model))
+def measure_margins(
+    model: Any,
+    batches: Iterable[Mapping[str, Tensor]],
+    ran: Callable[[], None] | None = None,
+    *,
+    common: bool = False,
+) -> Margins:
+    """What the routers decide in hard mode on some batches of model inputs, padding left out.
+
+    Args:
+        model: sparse; its training mode is left as it was.
+        batches: model inputs.
+        ran: called after each.
+        common: count from the mean of the thresholds, in logits, instead of from each layer's own.
+    """
+    ffns = sparse_ffns(model)
     device = next(model.parameters()).device
-    histogram = torch.zeros(n_layers, BINS, dtype=torch.float64)
-    active = torch.zeros(n_layers, dtype=torch.long, device=device)
+    margins = Margins(len(ffns), "cpu" if device.type == "mps" else device)  # float64 is not everywhere
+    logits = [_logit(threshold) for threshold in thresholds_of(model)]
+    shifts = [at - sum(logits) / len(logits) for at in logits] if common else [0.0] * len(logits)
     token_mask: Tensor | None = None
-
-    def observe(layer: int, routing: Routing) -> None:
-        scores_TE, mask_TE = (t.flatten(0, -2) for t in (routing.scores, routing.mask))
-        if token_mask is not None:
-            scores_TE, mask_TE = scores_TE[token_mask], mask_TE[token_mask]
-        logits = torch.logit(scores_TE.float(), eps=1e-9).clamp(-LOGIT_RANGE, LOGIT_RANGE)
-        histogram[layer] += torch.histc(logits, BINS, -LOGIT_RANGE, LOGIT_RANGE).cpu()
-        active[layer] += mask_TE.sum()
-
-    body = getattr(model, "base_model", model)  # logits are not needed, and take memory
+    body = getattr(model, "base_model", model)  # what the model predicts is not needed, and takes memory
     was_training = model.training
     model.eval()
     set_mode(model, Mode.HARD)
     try:
-        with observe_routing(model, observe):
+        with observe_routing(model, lambda layer, routing: margins.add(layer, routing, token_mask, shifts[layer])):
             for batch in batches:
                 inputs, token_mask = device_inputs(batch, device)
                 inputs.pop("labels", None)
                 body(**inputs)
+                if ran is not None:
+                    ran()
     finally:
         model.train(was_training)
-    seen = histogram.sum(1)
-    if not seen.all():
+    if not margins.seen.all():
         raise ConfigError("the calibration data holds no tokens")
-    return histogram / seen[:, None], (1 - active.cpu() / seen).tolist()
-
-
-def _quantile(histogram: Tensor, share: float) -> float:
-    """The logit below which ``share`` of the mass lies, linear inside a bin."""
-    cumulated = histogram.cumsum(0)
-    index = int(torch.searchsorted(cumulated, torch.tensor(share, dtype=cumulated.dtype)).clamp(max=BINS - 1))
-    before = float(cumulated[index - 1]) if index else 0.0
-    inside = (share - before) / max(float(histogram[index]), 1e-12)
-    width = 2 * LOGIT_RANGE / BINS
-    return -LOGIT_RANGE + (index + min(max(inside, 0.0), 1.0)) * width
+    return margins
 
 
 def _logit(probability: float) -> float:

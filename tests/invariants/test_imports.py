@@ -12,6 +12,7 @@ FLOORS = [
     "errors",
     "ops",
     "nn",
+    "margins",
     "grouping",
     "families",
     "config",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -44,13 +45,26 @@ class NeuronGrouping:
         return self.permutation.numel() // self.expert_size
 
 
+Chunk = tuple[Tensor, Tensor]
+"""Of some tokens: FFN inputs [t, D] and what entered the down projection [t, F], both float32."""
+
+CHUNK_TOKENS = 1024
+"""Tokens whose hidden values are held at once."""
+
+PROFILE_VALUES = 2**26
+"""Most numbers that the profiles of one FFN's neurons over tokens may hold."""
+
+
 @dataclass(frozen=True)
 class Calibration:
-    """What one FFN of the dense model saw and did on T calibration tokens, padding left out.
+    """What one FFN of the dense model saw on T calibration tokens, padding left out.
+
+    Only its inputs are kept. What it does with them is computed again where it is asked for, some tokens at a time and
+    with its neurons in the order they are in by then, so that memory does not grow with the width of the FFN.
 
     Attributes:
-        inputs_TD: its inputs.
-        hidden_TF: what entered its down projection.
+        inputs_TD: its inputs, in the model's dtype and on its device.
+        hidden_of: [t, D] -> [t, F], what enters its down projection.
         sensitivity: root mean square, over the tokens, of the loss's gradient with respect to its output; it makes
             the contributions of different layers comparable. None where the calibration data had no labels.
         token_sensitivity_T: norm of that gradient for each token, where the data had one label per row: what reaches
@@ -60,58 +74,95 @@ class Calibration:
     """
 
     inputs_TD: Tensor
-    hidden_TF: Tensor
+    hidden_of: Callable[[Tensor], Tensor]
     sensitivity: float | None = None
     token_sensitivity_T: Tensor | None = None
 
-    def permuted(self, grouping: NeuronGrouping) -> Calibration:
-        """The same for neurons in a new order."""
-        return replace(self, hidden_TF=self.hidden_TF[:, grouping.permutation.to(self.hidden_TF.device)])
+    @torch.no_grad()
+    def chunks(self, step: int = 1) -> Iterator[tuple[slice, Chunk]]:
+        """All tokens, or every ``step``-th, some at a time: which they are, and what the FFN saw and did."""
+        size = CHUNK_TOKENS * step
+        for start in range(0, len(self.inputs_TD), size):
+            part = slice(start, min(start + size, len(self.inputs_TD)), step)
+            x_tD = self.inputs_TD[part]
+            yield part, (x_tD.float(), self.hidden_of(x_tD).float())
 
-    def contributions(self, weights: FFNWeights) -> Tensor:
-        """What each neuron adds to the output, ``|activation| * norm of its row of the down projection``: [T, F]."""
-        norms_F = weights.down.detach().float().norm(dim=1)
-        return self.hidden_TF.abs().float() * norms_F.to(self.hidden_TF.device)
+    def profiles(self, weights: FFNWeights) -> Tensor:
+        """What each neuron adds to the output, token by token: [F, t]; of as many tokens as fit the memory."""
+        step = -(-len(self.inputs_TD) * weights.d_ff // PROFILE_VALUES)
+        return torch.cat([contributions(hidden_tF, weights) for _, (_, hidden_tF) in self.chunks(step)]).T
 
-    def fit(self, targets_TK: Tensor) -> LinearFit:
-        """Ridge regression of ``targets`` on the inputs, with an intercept."""
-        ones = torch.ones(len(self.inputs_TD), 1, device=self.inputs_TD.device)
-        design = torch.cat([self.inputs_TD.float(), ones], dim=1)
-        gram = design.T @ design
-        gram.diagonal().add_(RIDGE * gram.diagonal().mean())
-        factor = torch.linalg.cholesky(gram)
-        return LinearFit(torch.cholesky_solve(design.T @ targets_TK, factor), factor)
+    @torch.no_grad()
+    def fit(
+        self,
+        targets: Callable[[slice, Tensor], Tensor],
+        features: Callable[[Tensor], Tensor] | None = None,
+    ) -> LinearFit:
+        """Ridge regression of ``targets`` on the inputs, with an intercept.
+
+        Args:
+            targets: (which tokens, their hidden values [t, F]) -> [t, K].
+            features: of the inputs, [t, D] -> [t, R]; the inputs themselves if None.
+
+        Every feature is penalised by its own variance: a few dimensions of a language model are larger than the rest
+        by orders of magnitude, and a penalty by the mean would leave nothing of the others.
+        """
+        features = features or torch.Tensor.float
+        count = len(self.inputs_TD)
+        totals = [features(x_tD).sum(0, dtype=torch.float64) for _, (x_tD, _) in self._inputs()]
+        mean_D = (torch.stack(totals).sum(0) / count).float()
+        width = len(mean_D)
+        gram_DD = mean_D.new_zeros(width, width)
+        cross_DK, target_K = mean_D.new_zeros(()), mean_D.new_zeros(())
+        for part, (x_tD, hidden_tF) in self.chunks():
+            centred_tD, targets_tK = features(x_tD) - mean_D, targets(part, hidden_tF)
+            gram_DD.addmm_(centred_tD.T, centred_tD)
+            cross_DK = cross_DK + centred_tD.T @ targets_tK
+            target_K = target_K + targets_tK.sum(0) / count
+        variance_D = gram_DD.diagonal()
+        variance_D.add_(RIDGE * variance_D + 1e-6 * variance_D.mean() + torch.finfo(torch.float32).tiny)
+        factor_DD = torch.linalg.cholesky(gram_DD)
+        weight_DK = torch.cholesky_solve(cross_DK, factor_DD)
+        return LinearFit(weight_DK.T, target_K - mean_D @ weight_DK, target_K, factor_DD, count)
+
+    def _inputs(self) -> Iterator[tuple[slice, Chunk]]:
+        """As :meth:`chunks`, without computing what the FFN did."""
+        for start in range(0, len(self.inputs_TD), CHUNK_TOKENS):
+            x_tD = self.inputs_TD[start : start + CHUNK_TOKENS].float()
+            yield slice(start, start + len(x_tD)), (x_tD, x_tD)
+
+
+def contributions(hidden_tF: Tensor, weights: FFNWeights) -> Tensor:
+    """What each neuron adds to the output, ``|activation| * norm of its row of the down projection``: [t, F]."""
+    norms_F = weights.down.detach().float().norm(dim=1)
+    return hidden_tF.abs().float() * norms_F.to(hidden_tF.device)
 
 
 RIDGE = 1e-2
-"""Weight of the ridge penalty, as a share of the mean square of an input."""
+"""Weight of the ridge penalty, as a share of a feature's variance."""
 
 
 @dataclass(frozen=True)
 class LinearFit:
-    """``targets ~ [inputs, 1] @ coefficients``.
+    """``targets ~ features @ weight.T + bias``.
 
     Attributes:
-        coefficients: [D + 1, K], the intercept last.
-        factor: [D + 1, D + 1], Cholesky factor of the inputs' Gram matrix with its ridge.
+        weight: [K, D].
+        bias: [K].
+        mean: [K], of the targets.
+        factor: [D, D], Cholesky factor of the centred features' Gram matrix with its ridge.
+        tokens: number of tokens.
     """
 
-    coefficients: Tensor
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
     factor: Tensor
-
-    @property
-    def weight(self) -> Tensor:
-        """[K, D]."""
-        return self.coefficients[:-1].T
-
-    @property
-    def bias(self) -> Tensor:
-        """[K]."""
-        return self.coefficients[-1]
+    tokens: int
 
     def features(self) -> Tensor:
         """Rows with the predictions' inner products over all tokens, but for the ridge: [K, D + 1], not [K, T]."""
-        return self.coefficients.T @ self.factor
+        return torch.cat([self.weight @ self.factor, self.tokens**0.5 * self.mean[:, None]], dim=1)
 
 
 class GroupingFn(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lte.grouping.base import Calibration, NeuronGrouping, check_divisible, require_calibration
+from lte.grouping.base import Calibration, NeuronGrouping, check_divisible, contributions, require_calibration
 from lte.grouping.kmeans import balanced_kmeans, normalise_rows
 from lte.ops.weights import FFNWeights
 
@@ -14,10 +14,9 @@ def group_coactivation(
 ) -> NeuronGrouping:
     """Balanced k-means on the neurons' profiles: what each adds to the output, token by token.
 
-    A profile is :meth:`Calibration.contributions`, L2-normalised. ConfigError without calibration data.
+    A profile is :func:`lte.grouping.base.contributions`, L2-normalised. ConfigError without calibration data.
     """
-    profiles_FT = require_calibration(calibration, "coactivation").contributions(weights).T
-    return _cluster(profiles_FT, expert_size, seed)
+    return _cluster(require_calibration(calibration, "coactivation").profiles(weights), expert_size, seed)
 
 
 def group_predicted(
@@ -29,7 +28,8 @@ def group_predicted(
     tell. It also makes the features D + 1 wide instead of as many as there are tokens.
     """
     calibration = require_calibration(calibration, "predicted")
-    return _cluster(calibration.fit(calibration.contributions(weights)).features(), expert_size, seed)
+    fit = calibration.fit(lambda _, hidden_tF: contributions(hidden_tF, weights))
+    return _cluster(fit.features(), expert_size, seed)
 
 
 def _cluster(features: Tensor, expert_size: int, seed: int) -> NeuronGrouping:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -23,10 +22,10 @@ class LTEConfig(MethodConfig):
         threshold: tau; an expert runs where its score is above it.
         router_bias: whether the routers have a bias.
         router_rank: width of a hidden layer in the routers; None for linear routers.
-        router_init: ``energy`` fits every router, by ridge regression on the calibration data, to the norm of its
-            experts' outputs times the sensitivity of the loss to the layer's output (for data with one label per
+        router_init: ``energy`` fits every router, by ridge regression on the calibration data, to the logarithm of the
+            norm of its experts' outputs times the sensitivity of the loss to the layer's output (for data with one label per
             row, to that of the token), so that training starts from a good guess; ``random`` draws its weights.
-        router_init_std: standard deviation of the initial router logits; None for 2 (``energy``) or 0.3 (``random``).
+        router_init_std: standard deviation of the initial router logits, from their quartiles; None for 2 (``energy``) or 0.3 (``random``).
         router_init_score: score the routers start from, for ``energy`` that of the median expert; None for 0.5
             (``energy``) or 0.95 (``random``), or 0.5 without a bias.
     """
@@ -77,7 +76,7 @@ class LTEConfig(MethodConfig):
         return ThresholdRouter(d_model, n_experts, **kwargs)  # type: ignore[arg-type]
 
     def init_routers(
-        self, ffns: Sequence[SparseFFN], calibration: Sequence[Calibration] | None, generator: torch.Generator
+        self, ffns: Sequence[SparseFFN], calibration: Iterator[Calibration] | None, generator: torch.Generator
     ) -> None:
         """See :class:`MethodConfig`."""
         std, score = self.start
@@ -88,26 +87,36 @@ class LTEConfig(MethodConfig):
             _fit_routers(ffns, calibration, std, score)
 
 
+SAMPLED = 65536
+"""Predictions of one layer from which the spread over all layers is taken."""
+
+FLOOR = 1e-2
+"""Share of a layer's typical weight in the loss below which an expert's is no smaller: the logarithm needs one."""
+
+
 @torch.no_grad()
-def _fit_routers(ffns: Sequence[SparseFFN], calibration: Sequence[Calibration], std: float, score: float) -> None:
-    """Make logits an affine map, one for all layers, of the predicted weight of each expert in the loss."""
+def _fit_routers(
+    ffns: Sequence[SparseFFN], calibration: Iterator[Calibration], std: float, score: float
+) -> None:
+    """Make logits an affine map, one for all layers, of the predicted logarithm of each expert's weight in the loss.
+
+    The weight is the norm of the expert's output times the layer's (or token's) sensitivity. On the scale of logarithms
+    every layer's spread is of order one, and outliers are a few units away from the rest instead of a few thousand; the
+    spread over all layers is taken from quartiles, which outliers do not move.
+    """
     fits: list[LinearFit] = []
-    predictions: list[Tensor] = []
+    samples: list[Tensor] = []
     for ffn, seen in zip(ffns, calibration, strict=True):
-        norms_TE = _output_norms(ffn, seen)
-        scale: Tensor | float
-        if seen.token_sensitivity_T is not None:
-            scale = seen.token_sensitivity_T[:, None]
-        else:
-            scale = seen.sensitivity if seen.sensitivity is not None else 1 / float(norms_TE.mean())
-        if isinstance(ffn.router, LowRankRouter):
-            features = torch.relu(seen.inputs_TD.float() @ ffn.router.reduce.detach().float().cpu().T)
-            seen = replace(seen, inputs_TD=features)
-        fit = seen.fit(norms_TE * scale)
+        features = _features(ffn)
+        fit = seen.fit(_log_weights(ffn, seen), features)
+        step = max(1, len(seen.inputs_TD) * ffn.router.n_experts // SAMPLED)
+        x_tD = seen.inputs_TD[::step].float()
+        predicted = (x_tD if features is None else features(x_tD)) @ fit.weight.T + fit.bias
+        samples.append(predicted.flatten().cpu())
         fits.append(fit)
-        predictions.append((seen.inputs_TD.float() @ fit.weight.T + fit.bias).flatten())
-    every = torch.cat(predictions)
-    spread, centre = float(every.std()), float(every.median())
+    every = torch.cat([sample[:: max(1, len(sample) * len(samples) // 2**23)] for sample in samples]).sort().values
+    low, centre, high = (float(every[int(share * (len(every) - 1))]) for share in (0.25, 0.5, 0.75))
+    spread = (high - low) / NORMAL_QUARTILES
     slope = std / spread if spread > 0 else 0.0
     start = float(torch.logit(torch.tensor(score)))
     for ffn, fit in zip(ffns, fits, strict=True):
@@ -116,10 +125,29 @@ def _fit_routers(ffns: Sequence[SparseFFN], calibration: Sequence[Calibration], 
         ffn.router.bias.copy_((fit.bias - centre) * slope + start)
 
 
-def _output_norms(ffn: SparseFFN, seen: Calibration) -> Tensor:
-    """Norm of every expert's output, [T, E]."""
-    down_EKD = ffn.weights().down.detach().float().cpu().unflatten(0, (ffn.router.n_experts, -1))
-    hidden_TEK = seen.hidden_TF.float().unflatten(1, (ffn.router.n_experts, -1))
-    return torch.stack(
-        [(hidden_TEK[:, expert] @ down_KD).norm(dim=1) for expert, down_KD in enumerate(down_EKD)], dim=1
-    )
+NORMAL_QUARTILES = 1.349
+"""Distance of a normal distribution's quartiles, in standard deviations."""
+
+
+def _features(ffn: SparseFFN) -> Callable[[Tensor], Tensor] | None:
+    router = ffn.router
+    if not isinstance(router, LowRankRouter):
+        return None
+    return lambda x_tD: torch.relu(x_tD.float() @ router.reduce.detach().float().T)
+
+
+def _log_weights(ffn: SparseFFN, seen: Calibration) -> Callable[[slice, Tensor], Tensor]:
+    """(which tokens, hidden values) -> logarithm of the weight of every expert in the loss, [t, E]."""
+    of_tokens = seen.token_sensitivity_T
+    typical = torch.cat([ffn.expert_norms(hidden_tF) for _, (_, hidden_tF) in seen.chunks(step=8)])
+    typical = typical[typical > 0].median() if (typical > 0).any() else typical.new_ones(())
+    scale = seen.sensitivity if seen.sensitivity is not None else 1 / float(typical)
+    mean_scale = scale if of_tokens is None else float(of_tokens.mean())
+    floor = (FLOOR * mean_scale * typical).clamp_min(1e-30)
+
+    def targets(part: slice, hidden_tF: Tensor) -> Tensor:
+        norms_tE = ffn.expert_norms(hidden_tF)
+        weights_tE = norms_tE * (scale if of_tokens is None else of_tokens[part, None].to(norms_tE.device))
+        return (weights_tE + floor).log()
+
+    return targets

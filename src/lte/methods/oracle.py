@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -37,21 +37,18 @@ class OracleConfig(MethodConfig):
 
     @torch.no_grad()
     def init_routers(
-        self, ffns: Sequence[SparseFFN], calibration: Sequence[Calibration] | None, generator: torch.Generator
+        self, ffns: Sequence[SparseFFN], calibration: Iterator[Calibration] | None, generator: torch.Generator
     ) -> None:
         """See :class:`MethodConfig`."""
         assert calibration is not None
+        typical = []
         for ffn, seen in zip(ffns, calibration, strict=True):
             assert isinstance(ffn.router, KeepLargestRouter)
             ffn.router.reset_parameters(generator, init_std=0.0, init_score=0.5)
-            x = seen.inputs_TD[:1024].to(ffn.router.weight)
-            norms = ffn.expert_norms(x).float()
+            norms = torch.cat([ffn.expert_norms(hidden_tF) for _, (_, hidden_tF) in seen.chunks(step=8)])
             scale = seen.sensitivity if seen.sensitivity is not None else 1 / float(norms.mean())
             ffn.router.offset.fill_(math.log(max(scale, 1e-20)))
-        typical = sum(
-            float(ffn.router.logits(seen.inputs_TD[:1024].to(ffn.router.weight)).median())
-            for ffn, seen in zip(ffns, calibration, strict=True)
-        ) / len(ffns)
+            typical.append(float(norms.median().clamp_min(1e-20).log() + ffn.router.offset))
         for ffn in ffns:
             assert isinstance(ffn.router, KeepLargestRouter)
-            ffn.router.offset.sub_(typical)
+            ffn.router.offset.sub_(sum(typical) / len(typical))

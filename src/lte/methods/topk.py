@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import pydantic
@@ -37,7 +37,7 @@ class TopKConfig(MethodConfig):
         return TopKSoftmaxRouter(d_model, n_experts, k=k, noise=self.noise, device=like.device, dtype=like.dtype)
 
     def init_routers(
-        self, ffns: Sequence[SparseFFN], calibration: Sequence[Calibration] | None, generator: torch.Generator
+        self, ffns: Sequence[SparseFFN], calibration: Iterator[Calibration] | None, generator: torch.Generator
     ) -> None:
         """See :class:`MethodConfig`."""
         for ffn in ffns:

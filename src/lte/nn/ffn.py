@@ -73,7 +73,7 @@ class SparseFFN(nn.Module):
         self.choose_path: PathChooser = path_unmeasured
         self._packed: tuple[list[int], FFNWeights] | None = None
         if isinstance(router, KeepLargestRouter):
-            router.attach(self.expert_norms)
+            router.attach(self.output_norms)
 
     def __getstate__(self) -> dict[str, Any]:
         # What was looked up for these parameters does not belong to a copy.
@@ -167,11 +167,17 @@ class SparseFFN(nn.Module):
             return act(self._part("gate")(x)) * self._part("up")(x)
         return act(self._part("up")(x))
 
-    def expert_norms(self, x: Tensor) -> Tensor:
-        """Norm of what each expert adds to the output: [..., D] -> [..., E]."""
-        hidden = self.hidden(x).unflatten(-1, (self.router.n_experts, -1))
-        down_EKD = self.weights().down.unflatten(0, (self.router.n_experts, -1))
-        return torch.stack([(hidden[..., e, :] @ down_EKD[e]).norm(dim=-1) for e in range(len(down_EKD))], dim=-1)
+    def output_norms(self, x: Tensor) -> Tensor:
+        """Norm of what each expert would add to the output for an input: [..., D] -> [..., E]."""
+        return self.expert_norms(self.hidden(x))
+
+    def expert_norms(self, hidden: Tensor) -> Tensor:
+        """Norm of what each expert adds to the output, from what enters the down projection: [..., F] -> [..., E]."""
+        down_EKD = self.weights().down.detach().float().unflatten(0, (self.router.n_experts, -1))
+        hidden_ETK = hidden.float().flatten(0, -2).unflatten(-1, down_EKD.shape[:2]).transpose(0, 1)
+        # Of rows that are longer than an expert has neurons, inner products are all that is needed.
+        squares_ET = ((hidden_ETK @ (down_EKD @ down_EKD.mT)) * hidden_ETK).sum(-1)
+        return squares_ET.clamp_min(0).sqrt().T.unflatten(0, hidden.shape[:-1])
 
     def project_down(self, hidden: Tensor) -> Tensor:
         """[..., F] -> [..., D], with the family's output dropout where it has one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,16 +16,21 @@ class Routing:
     """What a router decided.
 
     Attributes:
-        scores: [..., E] float32, in (0, 1) for a sigmoid router.
+        scores: [..., E] float32, in (0, 1); of a threshold router they are measured from its threshold, so that one
+            above 0.5 belongs to an expert that runs, wherever the threshold stands.
         mask: [..., E] bool, True where the expert runs in hard mode.
+        margins: [..., E] float32, the scores' logits; None where no threshold decides.
     """
 
     scores: Tensor
     mask: Tensor
+    margins: Tensor | None = None
 
 
 class ThresholdRouter(nn.Module):
-    """``G(x) = sigmoid(x W_g + b)``; an expert runs where ``G(x) > threshold`` (LTE, section 4.1).
+    """``G(x) = sigmoid(x W_g + b - logit(threshold))``; an expert runs where ``G(x) > 0.5`` (LTE, section 4.1).
+
+    The paper's threshold is 0.5 and stays there; moving ``threshold`` moves all of a router's scores against it.
 
     Scores are always computed in float32, under autocast too: near the threshold bf16 has steps of 0.004, and a
     mask that depends on the dtype cannot be reproduced.
@@ -87,8 +93,9 @@ class ThresholdRouter(nn.Module):
     def forward(self, x: Tensor) -> Routing:
         """Route inputs of shape [..., D]."""
         with torch.autocast(device_type=x.device.type, enabled=False):
-            scores = torch.sigmoid(self.logits(x))
-        return Routing(scores, scores > self.threshold)
+            logits = self.logits(x)
+            margins = logits - math.log(self.threshold / (1 - self.threshold))
+        return Routing(torch.sigmoid(margins), torch.sigmoid(logits) > self.threshold, margins)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""

@@ -2,7 +2,7 @@
 
 from lte.training.arguments import PAPER, LTETrainingArguments
 from lte.training.callbacks import FiniteGradients, JsonLinesLog, StepProgress, last_complete_checkpoint
-from lte.training.controller import SparsityController
+from lte.training.tracker import SparsityTracker
 from lte.training.losses import efficiency_loss, separability_loss
 from lte.training.trainer import LTETrainer, correct_loss_scaling
 
@@ -12,7 +12,7 @@ __all__ = [
     "JsonLinesLog",
     "LTETrainer",
     "LTETrainingArguments",
-    "SparsityController",
+    "SparsityTracker",
     "StepProgress",
     "correct_loss_scaling",
     "efficiency_loss",

@@ -16,14 +16,14 @@ def efficiency_loss(scores: Tensor) -> Tensor:
     return scores.square().mean(-1)
 
 
-def separability_loss(scores: Tensor, threshold: float, epsilon: float) -> Tensor:
-    """``mean over experts of 1 / ((G - tau)^2 + epsilon)``, per token: [T, E] -> [T].
+def separability_loss(scores: Tensor, epsilon: float) -> Tensor:
+    """``mean over experts of 1 / ((G - tau)^2 + epsilon)``, per token: [T, E] -> [T]; tau is 0.5 (:class:`lte.nn.Routing`).
 
     The paper's loss has no epsilon, is singular at the threshold, and leaves open how that is avoided. The epsilon
     decides how hard a score near the threshold is thrown to one side before the task could say which; see
     docs/training.md for the measurement behind the default.
     """
-    return ((scores - threshold).square() + epsilon).reciprocal().mean(-1)
+    return ((scores - 0.5).square() + epsilon).reciprocal().mean(-1)
 
 
 @dataclass(frozen=True)
@@ -32,25 +32,27 @@ class RoutingTotals:
 
     Attributes:
         efficiency, separability: scalars with gradient, already averaged over layers and experts.
+        slope: of ``efficiency``, were all logits moved alike.
         active_L: [L], tokens times experts that would run in hard mode, divided by the number of experts.
         tokens: number of tokens that counted.
     """
 
     efficiency: Tensor
     separability: Tensor
+    slope: Tensor
     active_L: Tensor
     tokens: Tensor
 
 
 def total_routing(
-    routings: Sequence[Routing], token_mask: Tensor | None, *, threshold: float, epsilon: float
+    routings: Sequence[Routing], token_mask: Tensor | None, *, epsilon: float
 ) -> RoutingTotals:
     """Sum the losses of all layers over the tokens of a batch, padding left out.
 
     Args:
         routings: one per layer, scores of shape [..., E].
         token_mask: bool, as many entries as tokens; None counts all.
-        threshold, epsilon: see :func:`separability_loss`.
+        epsilon: see :func:`separability_loss`.
     """
     flat = [routing.scores.flatten(0, -2) for routing in routings]
     masks = [routing.mask.flatten(0, -2) for routing in routings]
@@ -59,7 +61,10 @@ def total_routing(
         keep_T = token_mask.reshape(-1).to(keep_T)
     efficiency = torch.stack([(efficiency_loss(scores) * keep_T).sum() for scores in flat]).mean()
     separability = torch.stack(
-        [(separability_loss(scores, threshold, epsilon) * keep_T).sum() for scores in flat]
+        [(separability_loss(scores, epsilon) * keep_T).sum() for scores in flat]
+    ).mean()
+    slope = torch.stack(
+        [((2 * (1 - scores) * scores.square()).mean(-1) * keep_T).sum() for scores in (s.detach() for s in flat)]
     ).mean()
     active_L = torch.stack([(mask.float().mean(-1) * keep_T).sum() for mask in masks])
-    return RoutingTotals(efficiency, separability, active_L.detach(), keep_T.sum())
+    return RoutingTotals(efficiency, separability, slope, active_L.detach(), keep_T.sum())

@@ -12,10 +12,6 @@ from transformers import get_scheduler
 from lte.nn import Mode
 from lte.training.arguments import LTETrainingArguments
 
-ROUTERS_SLOW = 0.8
-"""Share of a single stage after which thresholds are moved beside the efficiency loss."""
-
-
 @dataclass(frozen=True)
 class StagePlan:
     """How many optimiser steps each stage takes, and what holds at a given step.
@@ -57,10 +53,6 @@ class StagePlan:
         if self.stages == 1:
             return Mode.STRAIGHT_THROUGH
         return Mode.SOFT if self.stage(step) == 1 else Mode.HARD
-
-    def routers_slow(self, step: int) -> bool:
-        """Whether the routers' learning rate is nearly used up, in a single stage."""
-        return self.stages == 1 and step >= ROUTERS_SLOW * self.stage1_steps
 
     def hardness(self, step: int) -> float:
         """How far the gate is from the scores (0) to the mask (1), in a single stage."""

@@ -10,21 +10,22 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import Trainer, TrainerState
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
 from lte.calibration import sample_batches
 from lte.config import OperatingPoint
 from lte.errors import CheckpointError, ConfigError, NonFiniteLossError
 from lte.nn import Mode, Routing, ThresholdRouter, observe_routing, set_mode, sparse_ffns
+from lte.margins import Margins
 from lte.thresholds import (
     DIAL_TOKENS,
     MISSED,
     find_thresholds,
-    measure_sparsity,
+    measure_margins,
     remember,
     set_thresholds,
     shifted,
@@ -32,16 +33,17 @@ from lte.thresholds import (
 )
 from lte.training.arguments import STAGE_LENGTHS, LTETrainingArguments, refuse_reentrant
 from lte.training.callbacks import StepProgress, gradient_norm, last_complete_checkpoint
-from lte.training.controller import SparsityController
 from lte.training.losses import RoutingTotals, total_routing
 from lte.training.stages import StagePlan, learning_rate_factors
+from lte.training.steps import LogWindow, StepCallback
+from lte.training.tracker import LAST, SparsityTracker
 
 logger = logging.getLogger(__name__)
 
 ROUTER_WIDTH = 192
 """Width of a router's input for which ``router_learning_rate`` holds as it is."""
 
-OPENING_TOKENS = 8192
+OPENING_TOKENS = 2048
 """Of the training data, on which the thresholds' first move is measured."""
 
 
@@ -53,11 +55,14 @@ class LTETrainer(Trainer):
     in soft mode; stage 2 freezes the routers, switches to hard mode and trains the model on the task loss alone.
     One :meth:`train` runs all of it, and every checkpoint resumes to the weights an uninterrupted run would reach.
 
-    With ``target_sparsity`` a :class:`SparsityController` sets eta, and at the end thresholds are moved by the little
-    that is missing, on rows from all over the training data. Then one threshold serves all layers.
+    With ``target_sparsity`` a :class:`SparsityTracker` holds every step at the sparsity wanted of it by moving one
+    threshold for all layers, and at the end that is moved by the little that is missing on rows from all over the
+    training data, as the model runs without dropout. A step that leaves the band around the wanted sparsity, or whose
+    task loss jumps, is warned about and made with a tenth of the learning rate.
 
     Logged per step, beside what transformers logs: ``task_loss``, ``efficiency_loss``, ``separability_loss``,
-    ``eta``, ``stage``, ``sparsity`` (of the hard mask, padding excluded) and ``sparsity/layer_N``.
+    ``eta``, ``stage``, ``threshold``, ``backoff`` (factor of the learning rate), ``sparsity`` (of the hard mask, padding
+    excluded) and ``sparsity/layer_N``.
 
     Args:
         model: a model after :func:`lte.sparsify`.
@@ -83,7 +88,7 @@ class LTETrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)
         if self.args.restore_callback_states_from_checkpoint:
             raise ConfigError(
-                "restore_callback_states_from_checkpoint is not supported; the controller is restored by itself"
+                "restore_callback_states_from_checkpoint is not supported; the tracker is restored by itself"
             )
         if self.args.n_gpu > 1:
             raise ConfigError("several GPUs under one process are not supported; start with torchrun or accelerate")
@@ -100,15 +105,18 @@ class LTETrainer(Trainer):
         self._plan: StagePlan | None = None
         self._asked_steps = self.args.max_steps
         self._step_tokens: Tensor | None = None
-        self._step_active: Tensor | float = 0.0
+        self._step_margins: Margins | None = None
+        self._step_loss: Tensor | float = 0.0
+        self._step_push: Tensor | float = 0.0
+        self._step_slope: Tensor | float = 0.0
         target = self.args.target_sparsity
         if target is not None and not all(ffn.router.uses_threshold for ffn in sparse_ffns(self.model)):
             raise ConfigError("target_sparsity needs routers with a threshold; a top-k router takes its own sparsity")
-        self.controller = None if target is None else SparsityController(target)
+        self.tracker = None if target is None else SparsityTracker(target)
         self.landed: OperatingPoint | None = None
         self.teacher = self._prepare_teacher(teacher)
-        self._window = _LogWindow()
-        self.add_callback(_StageSwitch(self))
+        self._window = LogWindow()
+        self.add_callback(StepCallback(self))
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.add_callback(StepProgress())
@@ -147,8 +155,8 @@ class LTETrainer(Trainer):
         if output is None:
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         set_mode(self.model, Mode.HARD)
-        if self.controller is not None:
-            self._land(self.controller.target)
+        if self.tracker is not None:
+            self._land(self.tracker)
         return output
 
     def _restore_finished(self, checkpoint: str | bool | None) -> TrainOutput | None:
@@ -232,8 +240,10 @@ class LTETrainer(Trainer):
             task = task / self.current_gradient_accumulation_steps
         with torch.set_grad_enabled(self.plan.stage(self.state.global_step) == 1):
             totals = total_routing(
-                routings, _token_mask(inputs), threshold=self._threshold, epsilon=self.args.sep_epsilon
+                routings, _token_mask(inputs), epsilon=self.args.sep_epsilon
             )
+        if self.tracker is not None:
+            self._count_margins(task, routings, _token_mask(inputs))
         loss = self._total_loss(task, totals)
         return (loss, outputs) if return_outputs else loss
 
@@ -242,6 +252,8 @@ class LTETrainer(Trainer):
         if "loss" in logs:
             logs.update(self._window.take(self.accelerator))
             logs["stage"] = self.plan.stage(self.state.global_step - 1)
+            if self.tracker is not None:
+                logs["backoff"] = self.tracker.factor
         super().log(logs, start_time)
 
     def enter_step(self) -> None:
@@ -253,38 +265,72 @@ class LTETrainer(Trainer):
         set_mode(self.model, self.plan.mode(step))
         for ffn in sparse_ffns(self.model):
             ffn.hardness = self.plan.hardness(step)
-        self._step_active = 0.0
+        self._step_margins = None
+        self._step_loss = self._step_push = self._step_slope = 0.0
+
+    def _count_margins(self, task: Tensor, routings: list[Routing], token_mask: Tensor) -> None:
+        if self._step_margins is None:
+            self._step_margins = Margins(len(routings), "cpu" if task.device.type == "mps" else task.device)
+        for layer, routing in enumerate(routings):
+            self._step_margins.add(layer, routing, token_mask.flatten())
+            if routing.margins is not None and routing.margins.requires_grad:
+                routing.margins.register_hook(self._feel)
+        self._step_loss = self._step_loss + task.detach().float()
+
+    def _feel(self, gradient: Tensor) -> None:
+        self._step_push = self._step_push + gradient.sum(dtype=torch.float32)
+
+    def judge_step(self) -> None:
+        """Let the tracker see what the step measured, before the weights move: they move less if it went wrong."""
+        tracker, margins = self.tracker, self._step_margins
+        if tracker is None or margins is None:
+            return
+        step, processes = self.state.global_step, self.accelerator.num_processes
+        margins.reduce(self.accelerator)
+        scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
+        sums = [torch.as_tensor(each) for each in (self._step_loss, self._step_push, self._step_slope)]
+        loss, push, slope = (float(self.accelerator.reduce(each, "sum")) / processes for each in sums)
+        tracker.feel(push / scale, slope)
+        wrong = tracker.judge(margins.sparsity, loss, self._target_ramp(step))
+        if step >= (1 - LAST) * self.plan.total:
+            tracker.keep_last()
+        if wrong:
+            logger.warning("step %d went wrong: %s; its learning rate is cut to a tenth", step + 1, wrong)
+        if tracker.factor < 1:
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["lr"] * tracker.factor
+
+    def leave_optimizer(self) -> None:
+        """Give the next step its learning rate back."""
+        if self.tracker is not None and self.tracker.factor < 1:
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["lr"] / self.tracker.factor
 
     def leave_step(self) -> None:
-        """Let the controller see what the step measured, and act."""
-        if self.controller is None or self._step_tokens is None:
+        """Move the thresholds for the next step."""
+        if self.tracker is None or self._step_margins is None:
             return
-        step = self.state.global_step - 1
-        active = self.accelerator.reduce(torch.as_tensor(self._step_active), "sum")
-        ramp = self._target_ramp(step)
-        self.controller.update(1 - float(active / self._step_tokens), ramp)
-        if self._routers_frozen(step) or self.plan.routers_slow(step):
-            shift = self.controller.shift(ramp)
-            set_thresholds(self.model, [shifted(threshold, shift) for threshold in thresholds_of(self.model)])
+        shift = self.tracker.move(self._step_margins, self._target_ramp(self.state.global_step))
+        set_thresholds(self.model, [shifted(threshold, shift) for threshold in thresholds_of(self.model)])
 
     def begin(self) -> None:
-        """Give the controller the state of the checkpoint a resumed run starts from, or a start it can work from.
+        """Give the tracker the state of the checkpoint a resumed run starts from, or a start it can work from.
 
         Routers that start sparser than the target would have the model learn to do without what it may keep, so
         thresholds are lowered first.
         """
         self.model.config.quantization_config.operating_points = []
-        if self.controller is None:
+        if self.tracker is None:
             return
-        self.controller = SparsityController(self.controller.target)
-        saved = (self.state.stateful_callbacks or {}).get(_StageSwitch.__name__)
-        if self.state.global_step and isinstance(saved, dict) and "controller" in saved["attributes"]:
-            self.controller.restore(saved["attributes"]["controller"])
+        self.tracker = SparsityTracker(self.tracker.target)
+        saved = (self.state.stateful_callbacks or {}).get(StepCallback.__name__)
+        if self.state.global_step and isinstance(saved, dict) and "tracker" in saved["attributes"]:
+            self.tracker.restore(saved["attributes"]["tracker"])
             set_thresholds(self.model, saved["attributes"]["thresholds"])
-        elif self.plan.stages == 1:
-            batches = self._sample(OPENING_TOKENS)
-            if measure_sparsity(self.model, batches) > self.controller.target:
-                find_thresholds(self.model, batches, self.controller.target)
+            return
+        batches = self._sample(OPENING_TOKENS)
+        if measure_margins(self.model, batches).sparsity > self.tracker.target:
+            find_thresholds(self.model, batches, self.tracker.target)
 
     def check_gradients(self) -> None:
         """Raise NonFiniteLossError before a step that would spoil the weights."""
@@ -338,25 +384,29 @@ class LTETrainer(Trainer):
         return loss.sum() * processes / num_items_in_batch
 
     @torch.no_grad()
-    def _land(self, target: float) -> None:
-        """Move the thresholds by what the controller left, measured as inference will run: without dropout."""
-        self.landed = find_thresholds(self.model, self._sample(DIAL_TOKENS), target)
+    def _land(self, tracker: SparsityTracker) -> None:
+        """Move the thresholds by what is left, measured as inference will run: without dropout."""
+        target = tracker.target
+        batches = self._sample(DIAL_TOKENS)
+        self.landed = find_thresholds(self.model, batches, target)
         remember(self.model, self.landed)
         if abs(self.landed.sparsity - target) > MISSED:
             logger.warning("target_sparsity=%s was not reached: the model is at %.3f", target, self.landed.sparsity)
+        if not tracker.on_target:
+            logger.warning(
+                "the model was not trained at target_sparsity=%s but, over the last steps, at %.3f; its quality is not "
+                "what training can give. Train for longer, or with a lower learning_rate",
+                target,
+                tracker.trained if tracker.trained is not None else float("nan"),
+            )
 
     def _sample(self, tokens: int) -> list[Any]:
         """Batches of rows from all over the training data; the same ones in every process."""
-        size = min(8, self.args.per_device_train_batch_size)
         if isinstance(self.train_dataset, Dataset):
             rows = self._remove_unused_columns(self.train_dataset, "training")
-            return sample_batches(rows, self.data_collator, tokens, size)
+            return sample_batches(rows, self.data_collator, tokens)
         collate = self._get_collator_with_removed_columns(self.data_collator, "training")
-        return sample_batches(self.train_dataset, collate, tokens, size)
-
-    @property
-    def _threshold(self) -> float:
-        return sparse_ffns(self.model)[0].router.threshold
+        return sample_batches(self.train_dataset, collate, tokens)
 
     def _total_loss(self, task: Tensor, totals: RoutingTotals) -> Tensor:
         step, args = self.state.global_step, self.args
@@ -366,11 +416,11 @@ class LTETrainer(Trainer):
         efficiency, separability = totals.efficiency * share, totals.separability * share
         if self._routers_frozen(step):
             eta = 0.0
-        elif self.controller is None:
+        elif self.tracker is None:
             eta = (args.eta or 0.0) * self.plan.ramp(step, 0.0, args.eta_warmup)
         else:
-            eta = self.controller.eta(self._target_ramp(step))
-        self._step_active = self._step_active + totals.active_L.mean()
+            eta = self.tracker.price
+            self._step_slope = self._step_slope + totals.slope * share
         lambda_sep = args.lambda_sep * self.plan.ramp(step, args.lambda_start, args.lambda_full)
         if self.plan.stage(step) == 1:
             loss = task + eta * efficiency + lambda_sep * separability
@@ -393,83 +443,6 @@ class LTETrainer(Trainer):
             f"training stopped at step {step + 1} (stage {self.plan.stage(step)}): {what}; {kept}. "
             "Lower learning_rate or router_learning_rate, or train in bf16 instead of fp16"
         )
-
-
-class _StageSwitch(TrainerCallback, ExportableState):
-    """Tells the trainer when a step begins, when its gradients are ready, and when it is over."""
-
-    def __init__(self, trainer: LTETrainer) -> None:
-        self.trainer = trainer
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the controller."""
-        controller = self.trainer.controller
-        if controller is None:
-            return {"args": {}, "attributes": {}}
-        return {
-            "args": {},
-            "attributes": {"controller": controller.state(), "thresholds": thresholds_of(self.trainer.model)},
-        }
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.begin()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.leave_step()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.enter_step()
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.check_gradients()
-
-
-class _LogWindow:
-    """Sums since the last log."""
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        self.steps: set[int] = set()
-        self.sums: dict[str, Tensor] = {}
-        self.eta = 0.0
-
-    def add(
-        self,
-        step: int,
-        task: Tensor,
-        efficiency: Tensor,
-        separability: Tensor,
-        eta: float,
-        totals: RoutingTotals,
-    ) -> None:
-        self.steps.add(step)
-        self.eta = eta
-        new = {
-            "task_loss": task,
-            "efficiency_loss": efficiency,
-            "separability_loss": separability,
-            "active_L": totals.active_L,
-            "tokens": totals.tokens,
-        }
-        for name, value in new.items():
-            self.sums[name] = self.sums.get(name, torch.zeros((), device=value.device)) + value.detach().float()
-
-    def take(self, accelerator: Any) -> dict[str, float]:
-        """The averages over the window, which starts anew."""
-        if not self.steps:
-            return {}
-        steps = len(self.steps)
-        sums = {name: accelerator.reduce(value, "sum") for name, value in self.sums.items()}
-        share = steps * accelerator.num_processes
-        record = {name: float(sums[name]) / share for name in ("task_loss", "efficiency_loss", "separability_loss")}
-        record["eta"] = self.eta
-        sparsity_L = 1 - sums["active_L"] / sums["tokens"]
-        record["sparsity"] = float(sparsity_L.mean())
-        record.update({f"sparsity/layer_{i}": round(float(s), 4) for i, s in enumerate(sparsity_L)})
-        self.clear()
-        return record
 
 
 def correct_loss_scaling(trainer: Trainer) -> None:

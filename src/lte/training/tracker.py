@@ -1,0 +1,153 @@
+"""Holding a sparsity in training: thresholds follow a quantile, and a step that went wrong counts for less."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lte.margins import Margins
+
+RATE, DRIFT_RATE = 0.25, 0.015
+"""Share of the way to the wanted quantile that thresholds go in a step, and that is added to what they go in every step:
+training pushes all scores one way for a while. Readings come from before the step they correct, and sparser layers change
+what later ones see, so neither may be large."""
+
+BAND = 0.05
+"""Furthest that a step's sparsity may be from the one wanted."""
+
+ON_TARGET = 0.02
+"""Furthest that the sparsity trained at may be from the target, as a mean over :data:`LAST`."""
+
+LAST = 0.1
+"""Share of the training whose mean sparsity is the one trained at."""
+
+JUMP, JUMP_SHARE, SMOOTHING, SETTLED = 8.0, 1.25, 0.9, 10
+"""A task loss has jumped that is so many mean deviations and so many times above its running mean, where the mean
+forgets by the smoothing per step and has seen as many steps."""
+
+PRICE_SMOOTHING = 0.8
+"""Of the price of running an expert, per step."""
+
+BACK_OFF, RECOVERY = 0.1, 2.0
+"""Factor of the learning rate of a step that went wrong, and by how much it grows back with every good one."""
+
+
+@dataclass
+class SparsityTracker:
+    """Moves all thresholds alike so that every step runs at the sparsity wanted of it.
+
+    The margins of a step's decisions say where a threshold would have to be for any sparsity: their quantile. Nothing
+    has to be known of the scale of the scores, nor of what pushes them.
+
+    Attributes:
+        target: sparsity to be held, once warmed up to.
+        start: sparsity as first measured, from which the target warms up.
+        sparsity: of the last step.
+        drift: logits that thresholds move in every step.
+        factor: of the learning rate; below 1 after a step that went wrong.
+        steps, loss, deviation: running mean of the task loss, its mean deviation, and of how many steps.
+        push, slope: running means, by how much the losses but for the efficiency loss would change, and by how much
+            the efficiency loss, were all logits moved alike.
+        last_steps, last_sum: steps among the last of the training, and the sum of their sparsities.
+        strays: steps after the warm-up whose sparsity left the band.
+    """
+
+    target: float
+    start: float | None = None
+    sparsity: float | None = None
+    drift: float = 0.0
+    factor: float = 1.0
+    steps: int = 0
+    loss: float = 0.0
+    deviation: float = 0.0
+    push: float = 0.0
+    slope: float = 0.0
+    last_steps: int = 0
+    last_sum: float = 0.0
+    strays: int = 0
+
+    def wanted(self, ramp: float) -> float:
+        """Sparsity wanted where the target's warm-up is at ``ramp``, in [0, 1]; steep at first, then level."""
+        start = self.target if self.start is None else self.start
+        return self.target - (self.target - start) * (1 - ramp) ** 3
+
+    @property
+    def price(self) -> float:
+        """Weight of the efficiency loss that balances the others' push on all experts alike.
+
+        What is left of the gradient then is which experts to run rather than others; how many, the thresholds hold.
+        """
+        return -self.push / self.slope if self.slope > 0 else 0.0
+
+    def feel(self, push: float, slope: float) -> None:
+        """Take over the gradients of a step.
+
+        Args:
+            push: of the whole loss, summed over all logits.
+            slope: of the efficiency loss alone, the same.
+        """
+        push -= self.price * slope
+        keep = min(PRICE_SMOOTHING, self.steps / (self.steps + 1))
+        self.push = keep * self.push + (1 - keep) * push
+        self.slope = keep * self.slope + (1 - keep) * slope
+
+    def judge(self, sparsity: float, loss: float, ramp: float) -> str | None:
+        """Take over what the forward passes of a step measured; what is wrong with it, if anything is.
+
+        Args:
+            sparsity: of the hard mask, over the tokens of the step.
+            loss: task loss of the step.
+            ramp: of that step.
+        """
+        if self.start is None:
+            self.start = sparsity
+        self.sparsity = sparsity
+        wrong = []
+        if ramp >= 1 and abs(sparsity - self.wanted(ramp)) > BAND:
+            self.strays += 1
+            wrong.append(f"its sparsity is {sparsity:.3f}, not {self.wanted(ramp):.3f}")
+        highest = max(self.loss + JUMP * self.deviation, JUMP_SHARE * self.loss)
+        if self.steps >= SETTLED and loss > highest:
+            wrong.append(f"its task loss jumped from {self.loss:.3f} to {loss:.3f}")
+            loss = highest  # a loss that stays up is a level to get used to, not a jump any more
+        keep = min(SMOOTHING, self.steps / (self.steps + 1))
+        self.deviation = keep * self.deviation + (1 - keep) * abs(loss - self.loss) * (self.steps > 0)
+        self.loss = keep * self.loss + (1 - keep) * loss
+        self.steps += 1
+        self.factor = BACK_OFF if wrong else min(1.0, RECOVERY * self.factor)
+        return " and ".join(wrong) or None
+
+    def move(self, margins: Margins, ramp: float) -> float:
+        """By how much thresholds are to move after a step, in logits.
+
+        Args:
+            margins: of the decisions of the step.
+            ramp: of the next step.
+        """
+        quantile = margins.quantile(self.wanted(ramp))
+        self.drift += DRIFT_RATE * quantile
+        return RATE * quantile + self.drift
+
+    def keep_last(self) -> None:
+        """Count the last step among those that say at what sparsity the model was trained."""
+        self.last_steps += 1
+        self.last_sum += self.sparsity or 0.0
+
+    @property
+    def trained(self) -> float | None:
+        """Sparsity the model was trained at in the end; None before the end."""
+        return self.last_sum / self.last_steps if self.last_steps else None
+
+    @property
+    def on_target(self) -> bool:
+        """Whether that is the target."""
+        return self.trained is not None and abs(self.trained - self.target) <= ON_TARGET
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {key: value for key, value in asdict(self).items() if key != "target"}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        for key, value in state.items():
+            setattr(self, key, value)
