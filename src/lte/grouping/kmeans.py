@@ -3,7 +3,8 @@
 With every cluster of size S, the within-cluster cost of rows x is ``sum |x_i|^2 - sum_k |sum_{i in k} x_i|^2 / S``.
 It needs inner products only, so everything after the Gram matrix is independent of the features' width. Seeding is
 k-means++ (Arthur & Vassilvitskii 2007); assignment under the size constraint uses entropic optimal transport
-(Cuturi 2013); the swap search is the balanced analogue of Hartigan's exchange method.
+(Cuturi 2013); the swap search is the balanced analogue of Hartigan's exchange method. Many rows are first halved,
+again and again, by balanced 2-means, so that time and memory grow about linearly with their number.
 """
 
 from __future__ import annotations
@@ -22,13 +23,17 @@ from lte.ops.weights import FFNWeights
 _MAX_SEEDINGS = 10
 _MAX_RECLUSTERINGS = 30
 _NEIGHBOURHOOD = 10
-_LLOYD_ITERATIONS = 20
+_LLOYD_ITERATIONS = 5
 _PRICE_STEPS = 30
-_MAX_SWEEPS = 30
-_SWEEP_TOLERANCE = 1e-4
-_GRAM_BLOCK = 2048
+_MAX_SWEEPS = 8
+_SWEEP_TOLERANCE = 1e-3
+_PART_ROWS = 1536
+_LANDMARKS = 256
+_HALVING_ITERATIONS = 8
+_BLOCK_ROWS = 1024
 
 Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
 
@@ -60,8 +65,9 @@ def normalise_rows(features_ND: Tensor) -> Tensor:
     """Rows scaled to L2 norm 1, in fp32; zero rows stay zero, rows with a NaN or infinity hold a NaN."""
     x_ND = features_ND.detach().float()
     # Dividing by the largest entry first keeps the squares of very small and very large rows in range.
-    peak_N1 = x_ND.abs().amax(dim=1, keepdim=True)
-    return torch.nn.functional.normalize(x_ND / torch.where(peak_N1 > 0, peak_N1, 1.0), dim=1)
+    peak_N1 = torch.linalg.vector_norm(x_ND, torch.inf, dim=1, keepdim=True)
+    x_ND = x_ND / torch.where(peak_N1 > 0, peak_N1, 1.0)
+    return x_ND.div_(x_ND.norm(dim=1, keepdim=True).clamp_min(1e-12))
 
 
 def clustering_cost(features_ND: Tensor, labels_N: Tensor) -> float:
@@ -78,14 +84,15 @@ def balanced_kmeans(
     """Cluster the rows into N / cluster_size clusters of exactly ``cluster_size`` rows.
 
     The result depends on the features and the seed only: neither on the global random state nor on the number
-    of threads. Memory is 4 N^2 bytes for the Gram matrix.
+    of threads. Beyond 1536 rows, or 2 clusters, rows that share a cluster also share a part of that size, so memory
+    is 4 * 1536^2 bytes for a part's Gram matrix and 2 KiB for each row.
 
     Args:
-        features_ND: any floating dtype, any device; only the Gram matrix is computed there, the rest on the CPU.
+        features_ND: any floating dtype, any device; only inner products are computed there, the rest on the CPU.
         cluster_size: S; divides N.
         seed: of the random choices.
         effort: how often to try again: k-means++ starts, of which the best third is refined, and clusterings of
-            part of the result. By default as often as takes seconds: 0 for the largest layers.
+            part of the result. By default as often as takes about as long as 1000 rows: 0 for more.
         name: what the rows are, for error messages.
 
     Returns:
@@ -100,16 +107,15 @@ def balanced_kmeans(
     n_clusters = n_rows // cluster_size
     if n_clusters == 1 or cluster_size == 1:
         return torch.arange(n_rows, device=features_ND.device) // cluster_size
-    if effort is None:
-        effort = 2**24 // n_rows**2
-    seedings = min(_MAX_SEEDINGS, max(1, effort))
-    gram_NN = _gram(features_ND)
     rng = np.random.default_rng(seed)
-    starts = sorted((_lloyd(gram_NN, cluster_size, rng) for _ in range(seedings)), key=lambda found: found[0])
-    refined = [_swap_sweeps(gram_NN, members_KS, rng) for _, members_KS in starts[: (seedings + 2) // 3]]
-    _, members_KS = min(refined, key=lambda found: found[0])
-    for _ in range(min(_MAX_RECLUSTERINGS, n_clusters, effort)):
-        _recluster_neighbours(gram_NN, members_KS, rng)
+    parts = [np.arange(n_rows)]
+    if n_rows > _PART_ROWS:
+        parts = _halve(_landmark_products(features_ND, rng), parts[0], cluster_size, rng)
+    found = []
+    for rows_M in parts:
+        part_MD = features_ND if len(parts) == 1 else features_ND[torch.from_numpy(rows_M).to(features_ND.device)]
+        found.append(rows_M[_cluster_part(part_MD, cluster_size, effort, rng)])
+    members_KS = np.concatenate(found)
     # Numbered by first member, so that starts which end in the same clusters give the same labels.
     members_KS = members_KS[members_KS.min(axis=1).argsort()]
     labels_N = np.empty(n_rows, dtype=np.int64)
@@ -120,7 +126,7 @@ def balanced_kmeans(
 def _check_features(features_ND: Tensor, name: str) -> None:
     if features_ND.ndim != 2 or features_ND.numel() == 0:
         raise ConfigError(f"{name} must be a non-empty matrix with one row per neuron, got {tuple(features_ND.shape)}")
-    bad_N = ~features_ND.isfinite().all(dim=1)
+    bad_N = ~torch.cat([block.isfinite().all(dim=1) for block in features_ND.split(_BLOCK_ROWS)])
     if bad_N.any():
         raise ConfigError(
             f"{name} hold NaN or infinity for {int(bad_N.sum())} of {bad_N.numel()} neurons "
@@ -128,28 +134,83 @@ def _check_features(features_ND: Tensor, name: str) -> None:
         )
 
 
-def _gram(features_ND: Tensor) -> Floats:
-    """Inner products of the centred rows, [N, N] fp32, the same bits whatever the number of threads.
+def _landmark_products(features_ND: Tensor, rng: np.random.Generator) -> Doubles:
+    """Inner products of the rows' directions with those of a few drawn rows, [N, 256] integers <= 2^24 in fp64."""
+    n_rows = features_ND.shape[0]
+    drawn_L = np.sort(rng.choice(n_rows, min(_LANDMARKS, n_rows), replace=False))
+    landmarks_LD = features_ND[torch.from_numpy(drawn_L).to(features_ND.device)].detach().float()
+    smallest, largest = features_ND.detach().aminmax()
+    peak = torch.maximum(-smallest, largest).float().clamp_min(torch.finfo(torch.float32).tiny)
+    mean_D = (landmarks_LD / peak).mean(dim=0)
+    landmarks_LD = _directions(landmarks_LD / peak - mean_D)
+    blocks = features_ND.detach().split(_BLOCK_ROWS)
+    products_NL = torch.cat([_directions(block.float() / peak - mean_D) @ landmarks_LD.T for block in blocks])
+    return products_NL.cpu().double().numpy()
 
-    A matrix product's rounding depends on how it is split over threads. Here the rows' directions are rounded to
-    integers of norm <= 2^12, so that by Cauchy-Schwarz every partial sum is an integer <= 2^24: exact in fp32.
+
+def _halve(products_NL: Doubles, rows_M: Indices, size: int, rng: np.random.Generator) -> list[Indices]:
+    """Parts of the rows of at most 1536 rows or one cluster, all multiples of ``size``: balanced 2-means, recursively.
+
+    The products' integers and the rounding of the direction keep every sum an integer <= 2^53, exact in fp64.
     """
+    n_rows = len(rows_M)
+    n_left = n_rows // size // 2 * size
+    if n_rows <= _PART_ROWS or not n_left:
+        return [rows_M]
+    part_ML = products_NL[rows_M]
+    direction_L = rng.integers(-(2**8), 2**8, part_ML.shape[1]).astype(np.float64)
+    for _ in range(_HALVING_ITERATIONS):
+        order_M = np.argsort(part_ML @ direction_L, kind="stable")
+        # From the mean of one side to that of the other, but for a factor.
+        side_M = np.full(n_rows, float(n_left))
+        side_M[order_M[:n_left]] = n_left - n_rows
+        direction_L = side_M @ part_ML
+        direction_L = np.round(direction_L * (2**8 / max(np.abs(direction_L).max(), 1.0)))
+    left_M, right_M = np.sort(order_M[:n_left]), np.sort(order_M[n_left:])
+    return _halve(products_NL, rows_M[left_M], size, rng) + _halve(products_NL, rows_M[right_M], size, rng)
+
+
+def _cluster_part(features_ND: Tensor, size: int, effort: int | None, rng: np.random.Generator) -> Indices:
+    """Members [K, S] of the clusters of rows few enough for their Gram matrix."""
+    n_rows = features_ND.shape[0]
+    if n_rows == size:
+        return np.arange(n_rows)[None]
+    if effort is None:
+        effort = 2**20 // n_rows**2
+    seedings = min(_MAX_SEEDINGS, max(1, effort))
+    gram_NN = _gram(features_ND)
+    starts = sorted((_lloyd(gram_NN, size, rng) for _ in range(seedings)), key=lambda found: found[0])
+    refined = [_swap_sweeps(gram_NN, members_KS, rng) for _, members_KS in starts[: (seedings + 2) // 3]]
+    _, members_KS = min(refined, key=lambda found: found[0])
+    for _ in range(min(_MAX_RECLUSTERINGS, len(members_KS), effort)):
+        _recluster_neighbours(gram_NN, members_KS, rng)
+    return members_KS
+
+
+def _gram(features_ND: Tensor) -> Floats:
+    """Inner products of the centred rows, [N, N] fp32, the same bits whatever the number of threads."""
     x_ND = features_ND.detach().float()
     x_ND = x_ND / x_ND.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
     # Distances do not change with the origin; a large common mean would only cost precision.
-    x_ND = x_ND - x_ND.mean(dim=0)
-    n_rows, width = x_ND.shape
-    grid = 2**12 - width**0.5 / 2
-    grid_ND = (normalise_rows(x_ND) * grid).round_()
-    scale_N = x_ND.norm(dim=1) / grid
-    gram_NN = x_ND.new_empty(n_rows, n_rows)
-    for start in range(0, n_rows, _GRAM_BLOCK):
-        stop = start + _GRAM_BLOCK
-        block = grid_ND[start:stop] @ grid_ND[start:].T
-        block.mul_(scale_N[start:stop, None]).mul_(scale_N[start:])
-        gram_NN[start:stop, start:] = block
-        gram_NN[start:, start:stop] = block.T
-    return gram_NN.cpu().numpy()
+    x_ND -= x_ND.mean(dim=0)
+    directions_ND = _directions(x_ND)
+    scale_N = x_ND.norm(dim=1) / _grid(x_ND.shape[1])
+    gram_NN = directions_ND @ directions_ND.T
+    return gram_NN.mul_(scale_N[:, None]).mul_(scale_N).cpu().numpy()
+
+
+def _directions(x_ND: Tensor) -> Tensor:
+    """The rows' directions, rounded to integers of norm <= 2^12, in fp32.
+
+    A matrix product's rounding depends on how it is split over threads. Between these rows, by Cauchy-Schwarz, every
+    partial sum is an integer <= 2^24: exact in fp32.
+    """
+    return normalise_rows(x_ND).mul_(_grid(x_ND.shape[1])).round_()
+
+
+def _grid(width: int) -> float:
+    """Length whose roundings have norm <= 2^12."""
+    return float(2**12 - width**0.5 / 2)
 
 
 def _cluster_sums(gram_NN: Floats, members_KS: Indices) -> Floats:
