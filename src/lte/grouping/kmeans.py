@@ -29,6 +29,8 @@ _MAX_SWEEPS = 8
 _SWEEP_TOLERANCE = 1e-3
 _PART_ROWS = 1536
 _LANDMARKS = 256
+_SEEDING_ROUNDS = 4
+_FREE_ITERATIONS = 4
 _HALVING_ITERATIONS = 8
 _BLOCK_ROWS = 1024
 
@@ -110,7 +112,8 @@ def balanced_kmeans(
     rng = np.random.default_rng(seed)
     parts = [np.arange(n_rows)]
     if n_rows > _PART_ROWS:
-        parts = _halve(_landmark_products(features_ND, rng), parts[0], cluster_size, rng)
+        centres_CL, nearest_N = _free_kmeans(_landmark_products(features_ND, rng), n_clusters, rng)
+        parts = _halve(centres_CL, nearest_N, parts[0], cluster_size, rng)
     found = []
     for rows_M in parts:
         part_MD = features_ND if len(parts) == 1 else features_ND[torch.from_numpy(rows_M).to(features_ND.device)]
@@ -134,8 +137,8 @@ def _check_features(features_ND: Tensor, name: str) -> None:
         )
 
 
-def _landmark_products(features_ND: Tensor, rng: np.random.Generator) -> Doubles:
-    """Inner products of the rows' directions with those of a few drawn rows, [N, 256] integers <= 2^24 in fp64."""
+def _landmark_products(features_ND: Tensor, rng: np.random.Generator) -> Tensor:
+    """Directions of the rows' inner products with a few drawn rows: a stand-in for the rows, [N, 256] fp32 integers."""
     n_rows = features_ND.shape[0]
     drawn_L = np.sort(rng.choice(n_rows, min(_LANDMARKS, n_rows), replace=False))
     landmarks_LD = features_ND[torch.from_numpy(drawn_L).to(features_ND.device)].detach().float()
@@ -145,29 +148,60 @@ def _landmark_products(features_ND: Tensor, rng: np.random.Generator) -> Doubles
     landmarks_LD = _directions(landmarks_LD / peak - mean_D)
     blocks = features_ND.detach().split(_BLOCK_ROWS)
     products_NL = torch.cat([_directions(block.float() / peak - mean_D) @ landmarks_LD.T for block in blocks])
-    return products_NL.cpu().double().numpy()
+    return _directions(products_NL.cpu())
 
 
-def _halve(products_NL: Doubles, rows_M: Indices, size: int, rng: np.random.Generator) -> list[Indices]:
+def _free_kmeans(x_NL: Tensor, n_centres: int, rng: np.random.Generator) -> tuple[Doubles, Indices]:
+    """Spherical k-means of directions, sizes left free: (centres [C, L] integers, nearest centre [N])."""
+    n_rows = len(x_NL)
+    grid = _grid(x_NL.shape[1])
+    distance_N = np.ones(n_rows)
+    chosen: list[Tensor] = []
+    # As k-means++, but many rows at a time.
+    for count in np.diff(np.linspace(0, n_centres, _SEEDING_ROUNDS + 1).astype(int)).tolist():
+        cumulative_N = distance_N.cumsum()
+        drawn = np.searchsorted(cumulative_N, rng.random(count) * cumulative_N[-1], side="right")
+        chosen.append(x_NL[torch.from_numpy(np.minimum(drawn, n_rows - 1))])
+        similarity_N, _ = _nearest(x_NL, chosen[-1])
+        distance_N = np.minimum(distance_N, np.maximum(1 - similarity_N.double().numpy() / grid**2, 0))
+    centres_CL = torch.cat(chosen)
+    for _ in range(_FREE_ITERATIONS):
+        _, nearest_N = _nearest(x_NL, centres_CL)
+        sums_CL = torch.zeros(centres_CL.shape, dtype=torch.float64).index_add_(0, nearest_N, x_NL.double())
+        centres_CL = _directions(sums_CL)
+    _, nearest_N = _nearest(x_NL, centres_CL)
+    return centres_CL.double().numpy(), nearest_N.numpy()
+
+
+def _nearest(x_NL: Tensor, centres_CL: Tensor) -> tuple[Tensor, Tensor]:
+    """Inner product with the nearest centre [N], and its number [N]."""
+    best = [(block @ centres_CL.T).max(dim=1) for block in x_NL.split(_BLOCK_ROWS)]
+    return torch.cat([found.values for found in best]), torch.cat([found.indices for found in best])
+
+
+def _halve(
+    centres_CL: Doubles, nearest_N: Indices, rows_M: Indices, size: int, rng: np.random.Generator
+) -> list[Indices]:
     """Parts of the rows of at most 1536 rows or one cluster, all multiples of ``size``: balanced 2-means, recursively.
 
-    The products' integers and the rounding of the direction keep every sum an integer <= 2^53, exact in fp64.
+    Rows stand where their nearest centre does, so that those of one centre mostly share a part. The centres' integers
+    and the rounding of the direction keep every sum an integer <= 2^53, exact in fp64.
     """
     n_rows = len(rows_M)
     n_left = n_rows // size // 2 * size
     if n_rows <= _PART_ROWS or not n_left:
         return [rows_M]
-    part_ML = products_NL[rows_M]
-    direction_L = rng.integers(-(2**8), 2**8, part_ML.shape[1]).astype(np.float64)
+    nearest_M = nearest_N[rows_M]
+    direction_L = rng.integers(-(2**8), 2**8, centres_CL.shape[1]).astype(np.float64)
     for _ in range(_HALVING_ITERATIONS):
-        order_M = np.argsort(part_ML @ direction_L, kind="stable")
+        order_M = np.lexsort((nearest_M, (centres_CL @ direction_L)[nearest_M]))
         # From the mean of one side to that of the other, but for a factor.
         side_M = np.full(n_rows, float(n_left))
         side_M[order_M[:n_left]] = n_left - n_rows
-        direction_L = side_M @ part_ML
+        direction_L = np.bincount(nearest_M, weights=side_M, minlength=len(centres_CL)) @ centres_CL
         direction_L = np.round(direction_L * (2**8 / max(np.abs(direction_L).max(), 1.0)))
-    left_M, right_M = np.sort(order_M[:n_left]), np.sort(order_M[n_left:])
-    return _halve(products_NL, rows_M[left_M], size, rng) + _halve(products_NL, rows_M[right_M], size, rng)
+    halves = np.sort(order_M[:n_left]), np.sort(order_M[n_left:])
+    return [part for half in halves for part in _halve(centres_CL, nearest_N, rows_M[half], size, rng)]
 
 
 def _cluster_part(features_ND: Tensor, size: int, effort: int | None, rng: np.random.Generator) -> Indices:
