@@ -3,8 +3,9 @@
 With every cluster of size S, the within-cluster cost of rows x is ``sum |x_i|^2 - sum_k |sum_{i in k} x_i|^2 / S``.
 It needs inner products only, so everything after the Gram matrix is independent of the features' width. Seeding is
 k-means++ (Arthur & Vassilvitskii 2007); assignment under the size constraint uses entropic optimal transport
-(Cuturi 2013); the swap search is the balanced analogue of Hartigan's exchange method. Many rows are first halved,
-again and again, by balanced 2-means, so that time and memory grow about linearly with their number.
+(Cuturi 2013); the swap search is the balanced analogue of Hartigan's exchange method. Many rows are first
+halved, again and again, between the centres of a k-means of free sizes, and clustered part by part, so that memory
+grows linearly with their number.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ _PRICE_STEPS = 30
 _MAX_SWEEPS = 8
 _SWEEP_TOLERANCE = 1e-3
 _PART_ROWS = 1536
-_LANDMARKS = 256
+_LANDMARKS = 512
 _SEEDING_ROUNDS = 4
-_FREE_ITERATIONS = 4
+_FREE_ITERATIONS = 3
 _HALVING_ITERATIONS = 8
 _BLOCK_ROWS = 1024
 
@@ -86,15 +87,15 @@ def balanced_kmeans(
     """Cluster the rows into N / cluster_size clusters of exactly ``cluster_size`` rows.
 
     The result depends on the features and the seed only: neither on the global random state nor on the number
-    of threads. Beyond 1536 rows, or 2 clusters, rows that share a cluster also share a part of that size, so memory
-    is 4 * 1536^2 bytes for a part's Gram matrix and 2 KiB for each row.
+    of threads; the work is bounded by counts, not by the clock. More than 1536 rows are clustered in parts of at most
+    that size (or one cluster), so memory is 4 * 1536^2 bytes for a part's Gram matrix and about 10 KiB for each row.
 
     Args:
         features_ND: any floating dtype, any device; only inner products are computed there, the rest on the CPU.
         cluster_size: S; divides N.
         seed: of the random choices.
         effort: how often to try again: k-means++ starts, of which the best third is refined, and clusterings of
-            part of the result. By default as often as takes about as long as 1000 rows: 0 for more.
+            part of the result. By default 2^20 / N^2, with N the rows of a part: 0 beyond 1024.
         name: what the rows are, for error messages.
 
     Returns:
@@ -110,15 +111,16 @@ def balanced_kmeans(
     if n_clusters == 1 or cluster_size == 1:
         return torch.arange(n_rows, device=features_ND.device) // cluster_size
     rng = np.random.default_rng(seed)
-    parts = [np.arange(n_rows)]
-    if n_rows > _PART_ROWS:
-        centres_CL, nearest_N = _free_kmeans(_landmark_products(features_ND, rng), n_clusters, rng)
-        parts = _halve(centres_CL, nearest_N, parts[0], cluster_size, rng)
-    found = []
-    for rows_M in parts:
-        part_MD = features_ND if len(parts) == 1 else features_ND[torch.from_numpy(rows_M).to(features_ND.device)]
-        found.append(rows_M[_cluster_part(part_MD, cluster_size, effort, rng)])
-    members_KS = np.concatenate(found)
+    if n_rows <= _PART_ROWS:
+        members_KS = _cluster_part(features_ND, cluster_size, effort, rng)
+    else:
+        stand_in_NL = _landmark_products(features_ND, rng)
+        centres_CL, nearest_N = _free_kmeans(stand_in_NL, n_clusters, rng)
+        parts = _halve(centres_CL, nearest_N, np.arange(n_rows), cluster_size, rng)
+        members_KS = np.concatenate(
+            [rows_M[_cluster_part(_take(features_ND, rows_M), cluster_size, effort, rng)] for rows_M in parts]
+        )
+        _swap_across_parts(features_ND, stand_in_NL, members_KS, rng)
     # Numbered by first member, so that starts which end in the same clusters give the same labels.
     members_KS = members_KS[members_KS.min(axis=1).argsort()]
     labels_N = np.empty(n_rows, dtype=np.int64)
@@ -137,11 +139,15 @@ def _check_features(features_ND: Tensor, name: str) -> None:
         )
 
 
+def _take(features_ND: Tensor, rows_M: Indices) -> Tensor:
+    return features_ND.detach()[torch.from_numpy(rows_M).to(features_ND.device)]
+
+
 def _landmark_products(features_ND: Tensor, rng: np.random.Generator) -> Tensor:
-    """Directions of the rows' inner products with a few drawn rows: a stand-in for the rows, [N, 256] fp32 integers."""
+    """Directions of the rows' inner products with a few drawn rows: a stand-in for the rows, [N, 512] fp32 integers."""
     n_rows = features_ND.shape[0]
     drawn_L = np.sort(rng.choice(n_rows, min(_LANDMARKS, n_rows), replace=False))
-    landmarks_LD = features_ND[torch.from_numpy(drawn_L).to(features_ND.device)].detach().float()
+    landmarks_LD = _take(features_ND, drawn_L).float()
     smallest, largest = features_ND.detach().aminmax()
     peak = torch.maximum(-smallest, largest).float().clamp_min(torch.finfo(torch.float32).tiny)
     mean_D = (landmarks_LD / peak).mean(dim=0)
@@ -152,15 +158,17 @@ def _landmark_products(features_ND: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def _free_kmeans(x_NL: Tensor, n_centres: int, rng: np.random.Generator) -> tuple[Doubles, Indices]:
-    """Spherical k-means of directions, sizes left free: (centres [C, L] integers, nearest centre [N])."""
+    """Spherical k-means of directions, sizes left free: (about ``n_centres`` centres [C, L], nearest centre [N])."""
     n_rows = len(x_NL)
     grid = _grid(x_NL.shape[1])
-    distance_N = np.ones(n_rows)
+    distance_N: Doubles = np.ones(n_rows)
     chosen: list[Tensor] = []
     # As k-means++, but many rows at a time.
-    for count in np.diff(np.linspace(0, n_centres, _SEEDING_ROUNDS + 1).astype(int)).tolist():
+    for _ in range(_SEEDING_ROUNDS):
         cumulative_N = distance_N.cumsum()
-        drawn = np.searchsorted(cumulative_N, rng.random(count) * cumulative_N[-1], side="right")
+        drawn = np.searchsorted(
+            cumulative_N, rng.random(-(-n_centres // _SEEDING_ROUNDS)) * cumulative_N[-1], side="right"
+        )
         chosen.append(x_NL[torch.from_numpy(np.minimum(drawn, n_rows - 1))])
         similarity_N, _ = _nearest(x_NL, chosen[-1])
         distance_N = np.minimum(distance_N, np.maximum(1 - similarity_N.double().numpy() / grid**2, 0))
@@ -192,16 +200,37 @@ def _halve(
     if n_rows <= _PART_ROWS or not n_left:
         return [rows_M]
     nearest_M = nearest_N[rows_M]
-    direction_L = rng.integers(-(2**8), 2**8, centres_CL.shape[1]).astype(np.float64)
+    direction_L: Doubles = rng.integers(-(2**8), 2**8, centres_CL.shape[1]).astype(np.float64)
     for _ in range(_HALVING_ITERATIONS):
         order_M = np.lexsort((nearest_M, (centres_CL @ direction_L)[nearest_M]))
         # From the mean of one side to that of the other, but for a factor.
         side_M = np.full(n_rows, float(n_left))
         side_M[order_M[:n_left]] = n_left - n_rows
-        direction_L = np.bincount(nearest_M, weights=side_M, minlength=len(centres_CL)) @ centres_CL
-        direction_L = np.round(direction_L * (2**8 / max(np.abs(direction_L).max(), 1.0)))
+        gap_L = np.asarray(np.bincount(nearest_M, weights=side_M, minlength=len(centres_CL)) @ centres_CL)
+        direction_L = np.rint(gap_L * (2**8 / max(np.abs(gap_L).max(), 1.0)))
     halves = np.sort(order_M[:n_left]), np.sort(order_M[n_left:])
     return [part for half in halves for part in _halve(centres_CL, nearest_N, rows_M[half], size, rng)]
+
+
+def _swap_across_parts(features_ND: Tensor, stand_in_NL: Tensor, members_KS: Indices, rng: np.random.Generator) -> None:
+    """Swap rows between the loosest half of the clusters, in parts of their own; in place.
+
+    Brings together what the first parts left over: rows whose like are in another part.
+    """
+    n_clusters, size = members_KS.shape
+    sums_KL = torch.stack(
+        [stand_in_NL[torch.from_numpy(rows_S)].sum(dim=0, dtype=torch.float64) for rows_S in members_KS]
+    )
+    loosest_C = np.argsort(sums_KL.square().sum(dim=1).numpy(), kind="stable")[: n_clusters // 2]
+    centres_CL = _directions(sums_KL[torch.from_numpy(loosest_C)]).double().numpy()
+    own_M = np.repeat(np.arange(len(loosest_C)), size)
+    for part_M in _halve(centres_CL, own_M, np.arange(len(own_M)), size, rng):
+        clusters_P = loosest_C[np.unique(own_M[part_M])]
+        if len(clusters_P) == 1:
+            continue
+        rows_M = members_KS[clusters_P].ravel()
+        own_PS = np.arange(len(rows_M)).reshape(-1, size)
+        members_KS[clusters_P] = rows_M[_swap_sweeps(_gram(_take(features_ND, rows_M)), own_PS, rng)[1]]
 
 
 def _cluster_part(features_ND: Tensor, size: int, effort: int | None, rng: np.random.Generator) -> Indices:
