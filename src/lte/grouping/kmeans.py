@@ -161,7 +161,7 @@ def _free_kmeans(x_NL: Tensor, n_centres: int, rng: np.random.Generator) -> tupl
     """Spherical k-means of directions, sizes left free: (about ``n_centres`` centres [C, L], nearest centre [N])."""
     n_rows = len(x_NL)
     grid = _grid(x_NL.shape[1])
-    distance_N: Doubles = np.ones(n_rows)
+    distance_N = np.ones(n_rows)
     chosen: list[Tensor] = []
     # As k-means++, but many rows at a time.
     for _ in range(_SEEDING_ROUNDS):
@@ -200,7 +200,7 @@ def _halve(
     if n_rows <= _PART_ROWS or not n_left:
         return [rows_M]
     nearest_M = nearest_N[rows_M]
-    direction_L: Doubles = rng.integers(-(2**8), 2**8, centres_CL.shape[1]).astype(np.float64)
+    direction_L = rng.integers(-(2**8), 2**8, size=(centres_CL.shape[1],)).astype(np.float64)
     for _ in range(_HALVING_ITERATIONS):
         order_M = np.lexsort((nearest_M, (centres_CL @ direction_L)[nearest_M]))
         # From the mean of one side to that of the other, but for a factor.
