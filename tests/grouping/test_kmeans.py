@@ -7,7 +7,7 @@ from k_means_constrained import KMeansConstrained
 
 from lte.bench import grouping as bench
 from lte.errors import ConfigError
-from lte.grouping import balanced_kmeans
+from lte.grouping import balanced_kmeans, kmeans
 from lte.grouping.kmeans import clustering_cost, normalise_rows
 
 
@@ -73,6 +73,53 @@ def test_threads_do_not_matter_where_the_gram_matrix_is_split_over_them():
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(("n", "size", "kind"), [(600, 8, "planted"), (780, 20, "unbalanced"), (1000, 20, "random")])
+def test_parts_cost_little_more_than_the_whole(monkeypatch, n, size, kind):
+    x = features(kind, n, 128, n // size)
+    whole = clustering_cost(x, balanced_kmeans(x, size, seed=0, effort=0))
+    monkeypatch.setattr(kmeans, "_PART_ROWS", 400)
+    monkeypatch.setattr(kmeans, "_cluster_part", note_sizes := NoteSizes())
+    labels = balanced_kmeans(x, size, seed=0, effort=0)
+    assert sum(note_sizes.rows) == n
+    assert max(note_sizes.rows) <= 400
+    assert torch.bincount(labels).tolist() == [size] * (n // size)
+    assert clustering_cost(x, labels) <= 1.03 * whole
+
+
+class NoteSizes:
+    """Clusters a part and keeps how many rows it had."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+        self.cluster = kmeans._cluster_part
+
+    def __call__(self, features_ND, size, effort, rng):
+        self.rows.append(len(features_ND))
+        return self.cluster(features_ND, size, effort, rng)
+
+
+def test_parts_depend_on_the_seed_alone(monkeypatch):
+    monkeypatch.setattr(kmeans, "_PART_ROWS", 256)
+    x, before = features("random", n=600, width=64), torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(balanced_kmeans(x, 8, seed=0, effort=0))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+    assert torch.equal(found[0], balanced_kmeans(x * 2.0**40, 8, seed=0, effort=0))
+    assert not torch.equal(found[0], balanced_kmeans(x, 8, seed=1, effort=0))
+
+
+@pytest.mark.parametrize("x", [torch.ones(96, 8), torch.zeros(96, 8)], ids=["equal-rows", "zero-rows"])
+@pytest.mark.parametrize("size", [2, 48])
+def test_parts_of_degenerate_rows_and_of_one_cluster(monkeypatch, x, size):
+    monkeypatch.setattr(kmeans, "_PART_ROWS", 16)
+    assert torch.bincount(balanced_kmeans(x, size, seed=0)).tolist() == [size] * (96 // size)
 
 
 @pytest.mark.parametrize(("n", "size"), [(84, 12), (60, 20), (64, 2), (30, 15)])

@@ -3,7 +3,9 @@
 With every cluster of size S, the within-cluster cost of rows x is ``sum |x_i|^2 - sum_k |sum_{i in k} x_i|^2 / S``.
 It needs inner products only, so everything after the Gram matrix is independent of the features' width. Seeding is
 k-means++ (Arthur & Vassilvitskii 2007); assignment under the size constraint uses entropic optimal transport
-(Cuturi 2013); the swap search is the balanced analogue of Hartigan's exchange method.
+(Cuturi 2013); the swap search is the balanced analogue of Hartigan's exchange method. Many rows are first
+halved, again and again, between the centres of a k-means of free sizes, and clustered part by part, so that memory
+grows linearly with their number.
 """
 
 from __future__ import annotations
@@ -22,13 +24,19 @@ from lte.ops.weights import FFNWeights
 _MAX_SEEDINGS = 10
 _MAX_RECLUSTERINGS = 30
 _NEIGHBOURHOOD = 10
-_LLOYD_ITERATIONS = 20
+_LLOYD_ITERATIONS = 5
 _PRICE_STEPS = 30
-_MAX_SWEEPS = 30
-_SWEEP_TOLERANCE = 1e-4
-_GRAM_BLOCK = 2048
+_MAX_SWEEPS = 8
+_SWEEP_TOLERANCE = 1e-3
+_PART_ROWS = 1536
+_LANDMARKS = 512
+_SEEDING_ROUNDS = 4
+_FREE_ITERATIONS = 3
+_HALVING_ITERATIONS = 8
+_BLOCK_ROWS = 1024
 
 Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
 
@@ -60,8 +68,9 @@ def normalise_rows(features_ND: Tensor) -> Tensor:
     """Rows scaled to L2 norm 1, in fp32; zero rows stay zero, rows with a NaN or infinity hold a NaN."""
     x_ND = features_ND.detach().float()
     # Dividing by the largest entry first keeps the squares of very small and very large rows in range.
-    peak_N1 = x_ND.abs().amax(dim=1, keepdim=True)
-    return torch.nn.functional.normalize(x_ND / torch.where(peak_N1 > 0, peak_N1, 1.0), dim=1)
+    peak_N1 = torch.linalg.vector_norm(x_ND, torch.inf, dim=1, keepdim=True)
+    x_ND = x_ND / torch.where(peak_N1 > 0, peak_N1, 1.0)
+    return x_ND.div_(x_ND.norm(dim=1, keepdim=True).clamp_min(1e-12))
 
 
 def clustering_cost(features_ND: Tensor, labels_N: Tensor) -> float:
@@ -78,14 +87,15 @@ def balanced_kmeans(
     """Cluster the rows into N / cluster_size clusters of exactly ``cluster_size`` rows.
 
     The result depends on the features and the seed only: neither on the global random state nor on the number
-    of threads. Memory is 4 N^2 bytes for the Gram matrix.
+    of threads; the work is bounded by counts, not by the clock. More than 1536 rows are clustered in parts of at most
+    that size (or one cluster), so memory is 4 * 1536^2 bytes for a part's Gram matrix and about 10 KiB for each row.
 
     Args:
-        features_ND: any floating dtype, any device; only the Gram matrix is computed there, the rest on the CPU.
+        features_ND: any floating dtype, any device; only inner products are computed there, the rest on the CPU.
         cluster_size: S; divides N.
         seed: of the random choices.
         effort: how often to try again: k-means++ starts, of which the best third is refined, and clusterings of
-            part of the result. By default as often as takes seconds: 0 for the largest layers.
+            part of the result. By default 2^20 / N^2, with N the rows of a part: 0 beyond 1024.
         name: what the rows are, for error messages.
 
     Returns:
@@ -100,16 +110,17 @@ def balanced_kmeans(
     n_clusters = n_rows // cluster_size
     if n_clusters == 1 or cluster_size == 1:
         return torch.arange(n_rows, device=features_ND.device) // cluster_size
-    if effort is None:
-        effort = 2**24 // n_rows**2
-    seedings = min(_MAX_SEEDINGS, max(1, effort))
-    gram_NN = _gram(features_ND)
     rng = np.random.default_rng(seed)
-    starts = sorted((_lloyd(gram_NN, cluster_size, rng) for _ in range(seedings)), key=lambda found: found[0])
-    refined = [_swap_sweeps(gram_NN, members_KS, rng) for _, members_KS in starts[: (seedings + 2) // 3]]
-    _, members_KS = min(refined, key=lambda found: found[0])
-    for _ in range(min(_MAX_RECLUSTERINGS, n_clusters, effort)):
-        _recluster_neighbours(gram_NN, members_KS, rng)
+    if n_rows <= _PART_ROWS:
+        members_KS = _cluster_part(features_ND, cluster_size, effort, rng)
+    else:
+        stand_in_NL = _landmark_products(features_ND, rng)
+        centres_CL, nearest_N = _free_kmeans(stand_in_NL, n_clusters, rng)
+        parts = _halve(centres_CL, nearest_N, np.arange(n_rows), cluster_size, rng)
+        members_KS = np.concatenate(
+            [rows_M[_cluster_part(_take(features_ND, rows_M), cluster_size, effort, rng)] for rows_M in parts]
+        )
+        _swap_across_parts(features_ND, stand_in_NL, members_KS, rng)
     # Numbered by first member, so that starts which end in the same clusters give the same labels.
     members_KS = members_KS[members_KS.min(axis=1).argsort()]
     labels_N = np.empty(n_rows, dtype=np.int64)
@@ -120,7 +131,7 @@ def balanced_kmeans(
 def _check_features(features_ND: Tensor, name: str) -> None:
     if features_ND.ndim != 2 or features_ND.numel() == 0:
         raise ConfigError(f"{name} must be a non-empty matrix with one row per neuron, got {tuple(features_ND.shape)}")
-    bad_N = ~features_ND.isfinite().all(dim=1)
+    bad_N = ~torch.cat([block.isfinite().all(dim=1) for block in features_ND.split(_BLOCK_ROWS)])
     if bad_N.any():
         raise ConfigError(
             f"{name} hold NaN or infinity for {int(bad_N.sum())} of {bad_N.numel()} neurons "
@@ -128,28 +139,141 @@ def _check_features(features_ND: Tensor, name: str) -> None:
         )
 
 
-def _gram(features_ND: Tensor) -> Floats:
-    """Inner products of the centred rows, [N, N] fp32, the same bits whatever the number of threads.
+def _take(features_ND: Tensor, rows_M: Indices) -> Tensor:
+    return features_ND.detach()[torch.from_numpy(rows_M).to(features_ND.device)]
 
-    A matrix product's rounding depends on how it is split over threads. Here the rows' directions are rounded to
-    integers of norm <= 2^12, so that by Cauchy-Schwarz every partial sum is an integer <= 2^24: exact in fp32.
+
+def _landmark_products(features_ND: Tensor, rng: np.random.Generator) -> Tensor:
+    """Directions of the rows' inner products with a few drawn rows: a stand-in for the rows, [N, 512] fp32 integers."""
+    n_rows = features_ND.shape[0]
+    drawn_L = np.sort(rng.choice(n_rows, min(_LANDMARKS, n_rows), replace=False))
+    landmarks_LD = _take(features_ND, drawn_L).float()
+    smallest, largest = features_ND.detach().aminmax()
+    peak = torch.maximum(-smallest, largest).float().clamp_min(torch.finfo(torch.float32).tiny)
+    mean_D = (landmarks_LD / peak).mean(dim=0)
+    landmarks_LD = _directions(landmarks_LD / peak - mean_D)
+    blocks = features_ND.detach().split(_BLOCK_ROWS)
+    products_NL = torch.cat([_directions(block.float() / peak - mean_D) @ landmarks_LD.T for block in blocks])
+    return _directions(products_NL.cpu())
+
+
+def _free_kmeans(x_NL: Tensor, n_centres: int, rng: np.random.Generator) -> tuple[Doubles, Indices]:
+    """Spherical k-means of directions, sizes left free: (about ``n_centres`` centres [C, L], nearest centre [N])."""
+    n_rows = len(x_NL)
+    grid = _grid(x_NL.shape[1])
+    distance_N = np.ones(n_rows)
+    chosen: list[Tensor] = []
+    # As k-means++, but many rows at a time.
+    for _ in range(_SEEDING_ROUNDS):
+        cumulative_N = distance_N.cumsum()
+        drawn = np.searchsorted(
+            cumulative_N, rng.random(-(-n_centres // _SEEDING_ROUNDS)) * cumulative_N[-1], side="right"
+        )
+        chosen.append(x_NL[torch.from_numpy(np.minimum(drawn, n_rows - 1))])
+        similarity_N, _ = _nearest(x_NL, chosen[-1])
+        distance_N = np.minimum(distance_N, np.maximum(1 - similarity_N.double().numpy() / grid**2, 0))
+    centres_CL = torch.cat(chosen)
+    for _ in range(_FREE_ITERATIONS):
+        _, nearest_N = _nearest(x_NL, centres_CL)
+        sums_CL = torch.zeros(centres_CL.shape, dtype=torch.float64).index_add_(0, nearest_N, x_NL.double())
+        centres_CL = _directions(sums_CL)
+    _, nearest_N = _nearest(x_NL, centres_CL)
+    return centres_CL.double().numpy(), nearest_N.numpy()
+
+
+def _nearest(x_NL: Tensor, centres_CL: Tensor) -> tuple[Tensor, Tensor]:
+    """Inner product with the nearest centre [N], and its number [N]."""
+    best = [(block @ centres_CL.T).max(dim=1) for block in x_NL.split(_BLOCK_ROWS)]
+    return torch.cat([found.values for found in best]), torch.cat([found.indices for found in best])
+
+
+def _halve(
+    centres_CL: Doubles, nearest_N: Indices, rows_M: Indices, size: int, rng: np.random.Generator
+) -> list[Indices]:
+    """Parts of the rows of at most 1536 rows or one cluster, all multiples of ``size``: balanced 2-means, recursively.
+
+    Rows stand where their nearest centre does, so that those of one centre mostly share a part. The centres' integers
+    and the rounding of the direction keep every sum an integer <= 2^53, exact in fp64.
     """
+    n_rows = len(rows_M)
+    n_left = n_rows // size // 2 * size
+    if n_rows <= _PART_ROWS or not n_left:
+        return [rows_M]
+    nearest_M = nearest_N[rows_M]
+    direction_L = rng.integers(-(2**8), 2**8, size=(centres_CL.shape[1],)).astype(np.float64)
+    for _ in range(_HALVING_ITERATIONS):
+        order_M = np.lexsort((nearest_M, (centres_CL @ direction_L)[nearest_M]))
+        # From the mean of one side to that of the other, but for a factor.
+        side_M = np.full(n_rows, float(n_left))
+        side_M[order_M[:n_left]] = n_left - n_rows
+        gap_L = np.asarray(np.bincount(nearest_M, weights=side_M, minlength=len(centres_CL)) @ centres_CL)
+        direction_L = np.rint(gap_L * (2**8 / max(np.abs(gap_L).max(), 1.0)))
+    halves = np.sort(order_M[:n_left]), np.sort(order_M[n_left:])
+    return [part for half in halves for part in _halve(centres_CL, nearest_N, rows_M[half], size, rng)]
+
+
+def _swap_across_parts(features_ND: Tensor, stand_in_NL: Tensor, members_KS: Indices, rng: np.random.Generator) -> None:
+    """Swap rows between the loosest half of the clusters, in parts of their own; in place.
+
+    Brings together what the first parts left over: rows whose like are in another part.
+    """
+    n_clusters, size = members_KS.shape
+    sums_KL = torch.stack(
+        [stand_in_NL[torch.from_numpy(rows_S)].sum(dim=0, dtype=torch.float64) for rows_S in members_KS]
+    )
+    loosest_C = np.argsort(sums_KL.square().sum(dim=1).numpy(), kind="stable")[: n_clusters // 2]
+    centres_CL = _directions(sums_KL[torch.from_numpy(loosest_C)]).double().numpy()
+    own_M = np.repeat(np.arange(len(loosest_C)), size)
+    for part_M in _halve(centres_CL, own_M, np.arange(len(own_M)), size, rng):
+        clusters_P = loosest_C[np.unique(own_M[part_M])]
+        if len(clusters_P) == 1:
+            continue
+        rows_M = members_KS[clusters_P].ravel()
+        own_PS = np.arange(len(rows_M)).reshape(-1, size)
+        members_KS[clusters_P] = rows_M[_swap_sweeps(_gram(_take(features_ND, rows_M)), own_PS, rng)[1]]
+
+
+def _cluster_part(features_ND: Tensor, size: int, effort: int | None, rng: np.random.Generator) -> Indices:
+    """Members [K, S] of the clusters of rows few enough for their Gram matrix."""
+    n_rows = features_ND.shape[0]
+    if n_rows == size:
+        return np.arange(n_rows)[None]
+    if effort is None:
+        effort = 2**20 // n_rows**2
+    seedings = min(_MAX_SEEDINGS, max(1, effort))
+    gram_NN = _gram(features_ND)
+    starts = sorted((_lloyd(gram_NN, size, rng) for _ in range(seedings)), key=lambda found: found[0])
+    refined = [_swap_sweeps(gram_NN, members_KS, rng) for _, members_KS in starts[: (seedings + 2) // 3]]
+    _, members_KS = min(refined, key=lambda found: found[0])
+    for _ in range(min(_MAX_RECLUSTERINGS, len(members_KS), effort)):
+        _recluster_neighbours(gram_NN, members_KS, rng)
+    return members_KS
+
+
+def _gram(features_ND: Tensor) -> Floats:
+    """Inner products of the centred rows, [N, N] fp32, the same bits whatever the number of threads."""
     x_ND = features_ND.detach().float()
     x_ND = x_ND / x_ND.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
     # Distances do not change with the origin; a large common mean would only cost precision.
-    x_ND = x_ND - x_ND.mean(dim=0)
-    n_rows, width = x_ND.shape
-    grid = 2**12 - width**0.5 / 2
-    grid_ND = (normalise_rows(x_ND) * grid).round_()
-    scale_N = x_ND.norm(dim=1) / grid
-    gram_NN = x_ND.new_empty(n_rows, n_rows)
-    for start in range(0, n_rows, _GRAM_BLOCK):
-        stop = start + _GRAM_BLOCK
-        block = grid_ND[start:stop] @ grid_ND[start:].T
-        block.mul_(scale_N[start:stop, None]).mul_(scale_N[start:])
-        gram_NN[start:stop, start:] = block
-        gram_NN[start:, start:stop] = block.T
-    return gram_NN.cpu().numpy()
+    x_ND -= x_ND.mean(dim=0)
+    directions_ND = _directions(x_ND)
+    scale_N = x_ND.norm(dim=1) / _grid(x_ND.shape[1])
+    gram_NN = directions_ND @ directions_ND.T
+    return gram_NN.mul_(scale_N[:, None]).mul_(scale_N).cpu().numpy()
+
+
+def _directions(x_ND: Tensor) -> Tensor:
+    """The rows' directions, rounded to integers of norm <= 2^12, in fp32.
+
+    A matrix product's rounding depends on how it is split over threads. Between these rows, by Cauchy-Schwarz, every
+    partial sum is an integer <= 2^24: exact in fp32.
+    """
+    return normalise_rows(x_ND).mul_(_grid(x_ND.shape[1])).round_()
+
+
+def _grid(width: int) -> float:
+    """Length whose roundings have norm <= 2^12."""
+    return float(2**12 - width**0.5 / 2)
 
 
 def _cluster_sums(gram_NN: Floats, members_KS: Indices) -> Floats:
