@@ -29,7 +29,7 @@ app.add_typer(bench_app, name="bench")
 
 RecipeFile = Annotated[Path | None, typer.Argument(help="YAML recipe; flags and --set win over it.")]
 Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, e.g. training.eta=2.")]
-Model = Annotated[str | None, typer.Option(help="Dense model: folder or hub id.")]
+Model = Annotated[str | None, typer.Option(help="Dense model: folder, hub id or .gguf file.")]
 Data = Annotated[str | None, typer.Option(help="Training data: file, folder or hub name.")]
 TaskName = Annotated[str | None, typer.Option(help="lm (text, prompt -> target, chat) or classify.")]
 Out = Annotated[str | None, typer.Option(help="Folder for the result.")]

@@ -7,11 +7,10 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from lte.accounting import gflops_per_token, layer_costs
 from lte.errors import CheckpointError, ConfigError
-from lte.hub import default_device, is_sparse_config, load, load_weights, read_config, require_sparse
+from lte.hub import default_device, is_sparse_config, load, load_dense, load_tokenizer, read_config, require_sparse
 from lte.nn import SparsityMeter, observe_routing, sparse_ffns
 from lte.tasks import Progress, Task
 
@@ -96,7 +95,7 @@ def load_for_evaluation(path: str, task: Task, *, dense: bool, **kwargs: Any) ->
         )
     check_direction(config, task)
     tokenizer = load_tokenizer(path)
-    model: Any = load_weights(task.auto_class, path, **kwargs) if dense else load(path, **kwargs)
+    model: Any = load_dense(path, task.auto_class, **kwargs) if dense else load(path, **kwargs)
     if type(model) not in set(task.auto_class._model_mapping.values()):
         raise ConfigError(f"{path} is a {type(model).__name__}, which task={task.config.name!r} cannot use")
     return model.to(default_device()), tokenizer
@@ -109,15 +108,6 @@ def check_direction(config: Any, task: Task) -> None:
             f"model_type={config.model_type!r} is an encoder: it sees the tokens it would have to predict; "
             "use --task classify, or a decoder"
         )
-
-
-def load_tokenizer(path: str) -> Any:
-    """The tokenizer of a model folder or hub id."""
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"no tokenizer could be loaded from {path!r}: {reason}") from error
 
 
 def versions() -> dict[str, str]:

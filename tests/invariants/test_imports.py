@@ -19,6 +19,7 @@ FLOORS = [
     "calibration",
     "thresholds",
     "sparsify",
+    "gguf",
     "hub",
     "inference",
     "methods",
