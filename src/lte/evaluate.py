@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
 import torch
 
-from lte.accounting import gflops_per_token, layer_costs
+from lte.accounting import LayerCost, gflops_per_token, layer_costs
 from lte.errors import CheckpointError, ConfigError
 from lte.hub import default_device, is_sparse_config, load, load_dense, load_tokenizer, read_config, require_sparse
 from lte.nn import SparsityMeter, observe_routing, sparse_ffns
@@ -65,13 +66,10 @@ def evaluate(
             progress=progress,
             seed=seed,
         )
-    per_layer = [0.0] * len(costs) if dense else meter.per_layer
     return {
         "metric": result.metric,
         "value": result.value,
-        "sparsity": 0.0 if dense else meter.overall,
-        "sparsity_per_layer": per_layer,
-        "gflops_per_token": gflops_per_token(costs, per_layer),
+        **accounting(costs, None if dense else meter),
         "tokens": result.tokens,
         "model": str(getattr(model.config, "name_or_path", "")),
         "task": task.config.name,
@@ -81,6 +79,16 @@ def evaluate(
         "extras": dict(result.extras),
         "samples": list(result.samples),
         **({"score_histogram": meter.histogram.tolist()} if bins and not dense else {}),
+    }
+
+
+def accounting(costs: Sequence[LayerCost], meter: SparsityMeter | None) -> dict[str, Any]:
+    """``sparsity``, ``sparsity_per_layer`` and ``gflops_per_token`` of what a meter saw; None for a dense model."""
+    per_layer = [0.0] * len(costs) if meter is None else meter.per_layer
+    return {
+        "sparsity": 0.0 if meter is None else meter.overall,
+        "sparsity_per_layer": per_layer,
+        "gflops_per_token": gflops_per_token(costs, per_layer),
     }
 
 

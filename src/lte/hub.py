@@ -31,15 +31,9 @@ from lte.thresholds import apply_config, enable_dial
 _HUB_KEYS = ("revision", "token", "cache_dir")
 """Keywords of ``from_pretrained`` that say which checkpoint of the hub is meant."""
 
-_BROKEN: tuple[type[Exception], ...] = (
-    SafetensorError,
-    OSError,
-    HFValidationError,
-    json.JSONDecodeError,
-    KeyError,
-    RuntimeError,
-)
-_BROKEN_GGUF = (*_BROKEN, ValueError, TypeError, AttributeError, IndexError, struct.error)
+_Errors = tuple[type[Exception], ...]
+_BROKEN: _Errors = (SafetensorError, OSError, HFValidationError, json.JSONDecodeError, KeyError, RuntimeError)
+_BROKEN_GGUF: _Errors = (*_BROKEN, ValueError, TypeError, AttributeError, IndexError, struct.error)
 """What transformers raises on a checkpoint that is broken or not what it should be; readers of GGUF check little."""
 
 register_quantization_config(QUANT_METHOD)(SparsityConfig)

@@ -26,6 +26,7 @@ FLOORS = [
     "training",
     "tasks",
     "evaluate",
+    "lm_eval",
     "generate",
     "recipe",
     "runs",
@@ -35,8 +36,10 @@ FLOORS = [
     "bench",
     "report",
     "quickstart",
+    "options",
     "terminal",
     "bench_commands",
+    "evaluate_commands",
     "cli",
 ]
 """Ground floor first. ``lte/__init__.py`` is the front door and may import all."""
