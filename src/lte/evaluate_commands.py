@@ -231,10 +231,9 @@ def _print_evaluation(result: dict[str, Any]) -> None:
     shown = [result, *([result["baseline"]] if "baseline" in result else [])]
     title = None if len(shown) > 1 else result["model"]
     table = Table("", *(each["model"] for each in shown), show_header=title is None, title=title)
-    table.add_row(result["metric"], *(f"{each['value']:.4f}" for each in shown))
+    table.add_row(result["metric"], *(_with_error(each, result["metric"], each["value"]) for each in shown))
     for name in result["extras"]:
-        values = [each["extras"][name] for each in shown]
-        table.add_row(name, *(f"{value:.4f}" if isinstance(value, float) else str(value) for value in values))
+        table.add_row(name, *(_with_error(each, name, each["extras"][name]) for each in shown))
     if "harness" in result:
         names = [name for name in result["harness"]["results"] if name in result["harness"].get("n-samples", {})]
         table.add_row("rows", f"{sum(result['harness']['n-samples'][name]['effective'] for name in names):,}")
@@ -246,3 +245,12 @@ def _print_evaluation(result: dict[str, Any]) -> None:
     table.add_row("dense", *(f"{each['dense']:.4g}" for each in flops))
     table.add_row("tokens", *(f"{each['tokens']:,}" for each in shown))
     console.print(table)
+
+
+def _with_error(result: dict[str, Any], name: str, value: Any) -> str:
+    """A number of a result as it is shown, with its standard error where the harness gives one."""
+    text = f"{value:.4f}" if isinstance(value, float) else str(value)
+    by_task = result.get("harness", {}).get("results", {})
+    task, _, metric = name.rpartition(" ")
+    error = by_task.get(task or result["task"], {}).get(f"{metric}_stderr,none")
+    return f"{text} ± {error:.4f}" if isinstance(error, float) else text

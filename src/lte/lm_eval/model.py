@@ -35,6 +35,9 @@ MAX_LOGITS = 2**28
 AUTO_BATCH_ON_CPU = 16
 """What ``batch_size=auto`` is on a CPU, where trying out sizes up to memory's end would take minutes."""
 
+HARNESS_DEVICE = "cuda:0"
+"""What the harness' command line asks for where nobody did; its own models take the CPU then, if there is no GPU."""
+
 HARNESS_OPTIONS = (
     "truncation",
     "add_bos_token",
@@ -276,6 +279,8 @@ def _device(name: str | torch.device | None) -> torch.device:
     except RuntimeError as error:
         raise ConfigError(f"device={name!r} is unknown; leave it out, or give cpu or cuda") from error
     if device.type == "cuda" and not torch.cuda.is_available():
+        if str(device) == HARNESS_DEVICE:
+            return default_device()
         raise ConfigError(f"device={name!r}: no GPU is visible to torch; leave it out, or give cpu")
     return device
 
