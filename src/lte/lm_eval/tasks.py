@@ -48,7 +48,7 @@ class TaskSet:
                 self._manager = TaskManager(include_path=include_path)
         for name in self.names:
             if not self._known(name):
-                raise _unknown_task(name, self._manager.all_tasks, files)
+                raise _unknown_task(name, self._manager.all_tasks, include_path, len(files))
 
     def load(self) -> list[Any]:
         """The task objects, new ones every time, with their data; DataError where that cannot be had."""
@@ -131,7 +131,6 @@ def evaluate_tasks(
                 limit=limit,
                 batch_size=model.batch_size,
                 log_samples=False,
-                bootstrap_iters=1000,
                 **(dict.fromkeys(seeds, seed) if seed else {}),
             )
     except LTEError:
@@ -220,13 +219,13 @@ def _task_files(folder: str | Path | None) -> list[Path]:
     return files
 
 
-def _unknown_task(name: str, known: Sequence[str], files: Sequence[Path]) -> ConfigError:
+def _unknown_task(name: str, known: Sequence[str], folder: str | Path | None, n_files: int) -> ConfigError:
     if name.endswith((".yaml", ".yml")):
         return ConfigError(f"--tasks: no task file {name!r}")
     near = difflib.get_close_matches(name, known, n=3)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "`lm_eval ls tasks` lists them"
-    more = f"; of --include-path, {len(files)} files were read" if files else ""
-    return ConfigError(f"--tasks: unknown task {name!r}; {hint}{more}")
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "`lm_eval ls tasks` lists the harness' own"
+    own = "no --include-path was given" if folder is None else f"{n_files} task files in --include-path {folder}"
+    return ConfigError(f"--tasks: unknown task {name!r}; {hint} (searched: the harness' own tasks; {own})")
 
 
 def _way_out(error: BaseException) -> str:
