@@ -250,7 +250,9 @@ def _print_evaluation(result: dict[str, Any]) -> None:
 def _with_error(result: dict[str, Any], name: str, value: Any) -> str:
     """A number of a result as it is shown, with its standard error where the harness gives one."""
     text = f"{value:.4f}" if isinstance(value, float) else str(value)
-    by_task = result.get("harness", {}).get("results", {})
+    harness = result.get("harness", {"tasks": [], "results": {}})
     task, _, metric = name.rpartition(" ")
-    error = by_task.get(task or result["task"], {}).get(f"{metric}_stderr,none")
+    if not task and len(harness["tasks"]) == 1:
+        task = harness["tasks"][0]
+    error = harness["results"].get(task, {}).get(f"{metric}_stderr,none")
     return f"{text} ± {error:.4f}" if isinstance(error, float) else text

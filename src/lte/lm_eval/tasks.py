@@ -112,8 +112,8 @@ def evaluate_tasks(
     Returns:
         What :func:`lte.evaluate.evaluate` returns: ``metric`` and ``value`` are the accuracy (else the first metric) of
         the one task, or the mean over several where it is the same metric, ``extras`` the others; and ``harness``: the
-        harness' own ``results`` (values and standard errors by task), ``versions`` of the tasks, ``n-shot``,
-        ``n-samples``, ``higher_is_better``, ``num_fewshot`` and ``limit``.
+        names of the ``tasks`` and groups, the harness' own ``results`` (values and standard errors by task),
+        ``versions`` of the tasks, ``n-shot``, ``n-samples``, ``higher_is_better``, ``num_fewshot`` and ``limit``.
 
     Raises:
         DataError: the rows of a task are not what its file says.
@@ -151,6 +151,7 @@ def evaluate_tasks(
         "extras": extras,
         "samples": [],
         "harness": {
+            "tasks": names,
             **{key: found[key] for key in HARNESS_KEYS if key in found},
             "num_fewshot": num_fewshot,
             "limit": limit,
