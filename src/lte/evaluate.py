@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
-from lte.accounting import gflops_per_token, layer_costs
+from lte.accounting import LayerCost, gflops_per_token, layer_costs
 from lte.errors import CheckpointError, ConfigError
-from lte.hub import default_device, is_sparse_config, load, load_weights, read_config, require_sparse
+from lte.hub import default_device, is_sparse_config, load, load_dense, load_tokenizer, read_config, require_sparse
 from lte.nn import SparsityMeter, observe_routing, sparse_ffns
 from lte.tasks import Progress, Task
 
@@ -66,13 +66,10 @@ def evaluate(
             progress=progress,
             seed=seed,
         )
-    per_layer = [0.0] * len(costs) if dense else meter.per_layer
     return {
         "metric": result.metric,
         "value": result.value,
-        "sparsity": 0.0 if dense else meter.overall,
-        "sparsity_per_layer": per_layer,
-        "gflops_per_token": gflops_per_token(costs, per_layer),
+        **accounting(costs, None if dense else meter),
         "tokens": result.tokens,
         "model": str(getattr(model.config, "name_or_path", "")),
         "task": task.config.name,
@@ -82,6 +79,16 @@ def evaluate(
         "extras": dict(result.extras),
         "samples": list(result.samples),
         **({"score_histogram": meter.histogram.tolist()} if bins and not dense else {}),
+    }
+
+
+def accounting(costs: Sequence[LayerCost], meter: SparsityMeter | None) -> dict[str, Any]:
+    """``sparsity``, ``sparsity_per_layer`` and ``gflops_per_token`` of what a meter saw; None for a dense model."""
+    per_layer = [0.0] * len(costs) if meter is None else meter.per_layer
+    return {
+        "sparsity": 0.0 if meter is None else meter.overall,
+        "sparsity_per_layer": per_layer,
+        "gflops_per_token": gflops_per_token(costs, per_layer),
     }
 
 
@@ -96,7 +103,7 @@ def load_for_evaluation(path: str, task: Task, *, dense: bool, **kwargs: Any) ->
         )
     check_direction(config, task)
     tokenizer = load_tokenizer(path)
-    model: Any = load_weights(task.auto_class, path, **kwargs) if dense else load(path, **kwargs)
+    model: Any = load_dense(path, task.auto_class, **kwargs) if dense else load(path, **kwargs)
     if type(model) not in set(task.auto_class._model_mapping.values()):
         raise ConfigError(f"{path} is a {type(model).__name__}, which task={task.config.name!r} cannot use")
     return model.to(default_device()), tokenizer
@@ -109,15 +116,6 @@ def check_direction(config: Any, task: Task) -> None:
             f"model_type={config.model_type!r} is an encoder: it sees the tokens it would have to predict; "
             "use --task classify, or a decoder"
         )
-
-
-def load_tokenizer(path: str) -> Any:
-    """The tokenizer of a model folder or hub id."""
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"no tokenizer could be loaded from {path!r}: {reason}") from error
 
 
 def versions() -> dict[str, str]:

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from lte.errors import ConfigError
-from lte.evaluate import load_tokenizer
-from lte.hub import default_device, load
+from lte.hub import default_device, load, load_tokenizer
 from lte.inference import prepare_for_inference
 from lte.tasks import model_positions
 

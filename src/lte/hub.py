@@ -17,14 +17,24 @@ import transformers
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
+from lte import gguf
 from lte.config import QUANT_METHOD, SparsityConfig
 from lte.errors import CheckpointError, ConfigError, LTEError
 from lte.nn import SparseFFN, sparse_ffns
 from lte.sparsify import install_sparse_ffns
 from lte.thresholds import apply_config, enable_dial
+
+_HUB_KEYS = ("revision", "token", "cache_dir")
+"""Keywords of ``from_pretrained`` that say which checkpoint of the hub is meant."""
+
+_Errors = tuple[type[Exception], ...]
+_BROKEN: _Errors = (SafetensorError, OSError, HFValidationError, json.JSONDecodeError, KeyError, RuntimeError)
+_BROKEN_GGUF: _Errors = (Exception,)
+"""What transformers raises on a checkpoint that is broken or not what it should be. Readers of GGUF check little, and
+tokenizers raises nothing narrower."""
 
 register_quantization_config(QUANT_METHOD)(SparsityConfig)
 
@@ -80,7 +90,7 @@ def load(path: str | Path, **kwargs: Any) -> Any:
     Raises:
         CheckpointError: the checkpoint is missing, dense, truncated, edited or of another version.
     """
-    config = read_config(path, **{k: kwargs[k] for k in ("revision", "token", "cache_dir") if k in kwargs})
+    config = read_config(path, **{k: kwargs[k] for k in _HUB_KEYS if k in kwargs})
     if not is_sparse_config(config):
         raise CheckpointError(
             f"{path} is a dense checkpoint: its config.json has no quantization_config of lte; "
@@ -97,24 +107,54 @@ def load(path: str | Path, **kwargs: Any) -> Any:
     return model
 
 
+def load_dense(path: str | Path, auto_class: Any = AutoModelForCausalLM, **kwargs: Any) -> Any:
+    """Load a dense model as a plain one, which trains, saves and can be made sparse.
+
+    Args:
+        path: a folder, a hub id, or a ``.gguf`` file, here or as ``owner/repo/file.gguf``. The weights of a GGUF file
+            are unpacked to ``dtype``, float32 unless said otherwise.
+        auto_class: the transformers class that picks the model's class.
+        **kwargs: ``new_head`` of :func:`load_weights`; the rest is handed to ``from_pretrained`` (``dtype``,
+            ``device_map``, ``revision``, ...).
+
+    Raises:
+        CheckpointError: the checkpoint is missing, sparse, truncated, or of a kind transformers cannot read.
+    """
+    if not gguf.split_path(path):  # reading the header of one takes seconds, and it is never sparse
+        config = read_config(path, **{k: kwargs[k] for k in _HUB_KEYS if k in kwargs})
+        if is_sparse_config(config):
+            raise CheckpointError(f"{path} is a sparse checkpoint; load it with lte.load")
+    return load_weights(auto_class, path, **kwargs)
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of a model folder, hub id or ``.gguf`` file."""
+    if gguf.split_path(path):
+        gguf.check_file(path)
+    where, options = gguf.reading_options(path)
+    try:
+        return AutoTokenizer.from_pretrained(where, **options)
+    except _BROKEN_GGUF as error:
+        raise CheckpointError(f"no tokenizer could be loaded from {str(path)!r}: {_first_line(error)}") from error
+
+
 def load_weights(model_class: Any, path: str | Path, *, new_head: bool = False, **kwargs: Any) -> Any:
     """``model_class.from_pretrained(path)`` with every weight present, and file errors told as CheckpointError.
 
     transformers fills what a checkpoint lacks with random values; here that is allowed only for a task head, and
-    only with ``new_head``.
+    only with ``new_head``. What comes out of a ``.gguf`` file is made a plain model.
     """
+    where, options = gguf.reading_options(path)
+    broken = _BROKEN
+    if options:
+        gguf.check_file(path)
+        options |= gguf.unpacked()
+        broken = _BROKEN_GGUF
     try:
-        model, info = model_class.from_pretrained(path, output_loading_info=True, **kwargs)
+        model, info = model_class.from_pretrained(where, output_loading_info=True, **options, **kwargs)
     except LTEError:
         raise
-    except (
-        SafetensorError,
-        OSError,
-        HFValidationError,
-        json.JSONDecodeError,
-        KeyError,
-        RuntimeError,
-    ) as error:
+    except broken as error:
         raise CheckpointError(f"{path}: the checkpoint cannot be read: {_first_line(error)}") from error
     heads = ("classifier.", "score.", "pooler.") if new_head else ()
     missing = [
@@ -122,11 +162,15 @@ def load_weights(model_class: Any, path: str | Path, *, new_head: bool = False, 
     ]
     if missing:
         raise CheckpointError(f"{path}: the checkpoint lacks {_some(missing)}, which {type(model).__name__} needs")
+    if options:
+        gguf.make_plain(model, path)
     return model
 
 
 def read_config(path: str | Path, **kwargs: Any) -> Any:
     """The transformers config of a folder or hub id; CheckpointError where there is none."""
+    if gguf.split_path(path):
+        return _read_gguf_config(path, **kwargs)
     local = Path(path)
     if _names_a_folder(str(path)) and not local.is_dir():
         raise CheckpointError(f"no model folder {str(path)!r}; give a folder with a config.json, or a hub id")
@@ -140,6 +184,21 @@ def read_config(path: str | Path, **kwargs: Any) -> Any:
         if local.is_dir():
             raise CheckpointError(f"{path}/config.json cannot be read: {_first_line(error)}") from error
         raise CheckpointError(f"{str(path)!r} is neither a folder here nor to be had from the hub") from error
+
+
+def _read_gguf_config(path: str | Path, **kwargs: Any) -> Any:
+    gguf.check_file(path)
+    where, options = gguf.reading_options(path)
+    try:
+        return AutoConfig.from_pretrained(where, **options, **kwargs)
+    except _BROKEN_GGUF as error:
+        if "is not supported" in str(error):
+            raise CheckpointError(f"{path}: {_first_line(error)} Give a model folder or hub id instead") from error
+        if Path(path).is_file():
+            raise CheckpointError(
+                f"{path} cannot be read as a model (is the file whole?): {_first_line(error)}"
+            ) from error
+        raise CheckpointError(f"{str(path)!r} is neither a file here nor to be had from the hub") from error
 
 
 def _names_a_folder(path: str) -> bool:

@@ -18,8 +18,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from lte.calibration import sample_batches
 from lte.config import MethodConfig, OperatingPoint
 from lte.errors import ConfigError
-from lte.evaluate import check_direction, load_for_evaluation, load_tokenizer, versions
-from lte.hub import default_device, is_sparse_config, load, load_weights, read_config
+from lte.evaluate import check_direction, load_for_evaluation, versions
+from lte.hub import default_device, is_sparse_config, load, load_dense, load_tokenizer, read_config
 from lte.recipe import Recipe, dump_recipe, load_recipe
 from lte.sparsify import sparsify
 from lte.tasks import Task, build_task
@@ -294,7 +294,7 @@ def _check_target(method: MethodConfig, target: float | None) -> None:
 def _load_dense(recipe: Recipe, task: Task, tokenizer: Any, *, new_head: bool | None = None) -> Any:
     kwargs = task.model_kwargs(recipe.data, tokenizer)
     new_head = task.config.name == "classify" if new_head is None else new_head
-    return load_weights(task.auto_class, recipe.model, new_head=new_head, dtype=_dtype(recipe), **kwargs)
+    return load_dense(recipe.model, task.auto_class, new_head=new_head, dtype=_dtype(recipe), **kwargs)
 
 
 def _finished(out: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lte.errors import ConfigError
+from lte.gguf import split_path
 from lte.hub import read_config
 from lte.inference.packing import streaming_copy
 from lte.methods import LTEConfig
@@ -64,12 +65,14 @@ full attention heads."""
 
 
 def model_config(name: str | None, folder: str | None = None) -> Any:
-    """The transformers config of a shape of :data:`SHAPES`, of a JSON file, or of a model folder or hub id."""
+    """The transformers config of a shape of :data:`SHAPES`, of a JSON or .gguf file, or of a model folder or hub id."""
     if folder is not None:
         return read_config(folder)
     if name in SHAPES:
         values = dict(SHAPES[str(name)])
         return AutoConfig.for_model(values.pop("model_type"), **values)
+    if name is not None and split_path(name):
+        return read_config(name)
     if name is not None and Path(name).is_file():
         return AutoConfig.from_pretrained(name)
     raise ConfigError(f"shape {name!r} is unknown; choose one of {', '.join(SHAPES)}, or give --model DIR")

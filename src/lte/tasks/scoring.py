@@ -23,11 +23,14 @@ def scored_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[float
         batch: input_ids, attention_mask and labels, [B, S] each, on the model's device; ``labels[b, s]`` is
             predicted from the tokens before ``s``.
     """
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    labels = batch["labels"][:, 1:]
-    scored = labels != IGNORED
-    losses = F.cross_entropy(logits[:, :-1][scored].float(), labels[scored], reduction="none")
-    return losses.cpu().double().sum().item(), losses.numel()
+    logits_BSV = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    losses = []
+    # Row by row: choosing, casting and the softmax each copy what they are given, and a batch's logits take gigabytes.
+    for logits_SV, labels_S in zip(logits_BSV[:, :-1], batch["labels"][:, 1:], strict=True):
+        scored = labels_S != IGNORED
+        losses.append(F.cross_entropy(logits_SV[scored].float(), labels_S[scored], reduction="none"))
+    every = torch.cat(losses)
+    return every.cpu().double().sum().item(), every.numel()
 
 
 def perplexity_result(loss: float, n_scored: int, tokens: int) -> TaskResult:
