@@ -71,7 +71,7 @@ class LTEConfig(MethodConfig):
 
     def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> ThresholdRouter:
         """See :class:`MethodConfig`."""
-        kwargs = {"threshold": self.threshold, "bias": self.router_bias, "device": like.device, "dtype": like.dtype}
+        kwargs = {"threshold": self.threshold, "bias": self.router_bias, "device": like.device}
         if self.router_rank is not None:
             return LowRankRouter(d_model, n_experts, rank=self.router_rank, **kwargs)  # type: ignore[arg-type]
         return ThresholdRouter(d_model, n_experts, **kwargs)  # type: ignore[arg-type]

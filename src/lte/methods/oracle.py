@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lte.config import MethodConfig, register_method
 from lte.grouping import Calibration
@@ -33,7 +33,7 @@ class OracleConfig(MethodConfig):
 
     def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> ThresholdRouter:
         """See :class:`MethodConfig`."""
-        return KeepLargestRouter(n_experts, device=like.device, dtype=like.dtype)
+        return KeepLargestRouter(n_experts, device=like.device)
 
     @torch.no_grad()
     def init_routers(
@@ -44,14 +44,17 @@ class OracleConfig(MethodConfig):
         for ffn, seen in zip(ffns, calibration, strict=True):
             assert isinstance(ffn.router, KeepLargestRouter)
             ffn.router.reset_parameters(generator, init_std=0.0, init_score=0.5)
-            x = seen.inputs_TD[:1024].to(ffn.router.weight)
-            norms = ffn.expert_norms(x).float()
+            norms = ffn.expert_norms(_inputs(ffn, seen)).float()
             scale = seen.sensitivity if seen.sensitivity is not None else 1 / float(norms.mean())
             ffn.router.offset.fill_(math.log(max(scale, 1e-20)))
         typical = sum(
-            float(ffn.router.logits(seen.inputs_TD[:1024].to(ffn.router.weight)).median())
-            for ffn, seen in zip(ffns, calibration, strict=True)
+            float(ffn.router.logits(_inputs(ffn, seen)).median()) for ffn, seen in zip(ffns, calibration, strict=True)
         ) / len(ffns)
         for ffn in ffns:
             assert isinstance(ffn.router, KeepLargestRouter)
             ffn.router.offset.sub_(typical)
+
+
+def _inputs(ffn: SparseFFN, seen: Calibration) -> Tensor:
+    """Inputs of an FFN, in the dtype and on the device of its weights."""
+    return seen.inputs_TD[:1024].to(ffn.weights().up)
