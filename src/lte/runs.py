@@ -32,6 +32,7 @@ from lte.training import (
     StepProgress,
     correct_loss_scaling,
     last_complete_checkpoint,
+    rounding_callbacks,
 )
 
 logger = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> d
         train_dataset=rows,
         data_collator=task.collator(tokenizer),
         processing_class=tokenizer,
-        callbacks=[JsonLinesLog(out / "training_log.jsonl")],
+        callbacks=[JsonLinesLog(out / "training_log.jsonl"), *rounding_callbacks(args)],
     )
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -113,6 +114,8 @@ def check_recipe(recipe: Recipe, command: str) -> None:
     if command == "finetune":
         recipe.arguments(TrainingArguments, output_dir=recipe.out, **RUN_DEFAULTS)
     else:
+        if command == "sparsify":  # trains nothing, in whatever dtype
+            recipe = recipe.model_copy(update={"dtype": "float32"})
         args = recipe.arguments(LTETrainingArguments, output_dir=recipe.out, **RUN_DEFAULTS)
         _check_target(recipe.method(), args.target_sparsity)
 
@@ -162,7 +165,12 @@ def finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -
         train_dataset=rows,
         data_collator=task.collator(tokenizer),
         processing_class=tokenizer,
-        callbacks=[JsonLinesLog(out / "training_log.jsonl"), StepProgress("dense training"), FiniteGradients()],
+        callbacks=[
+            JsonLinesLog(out / "training_log.jsonl"),
+            StepProgress("dense training"),
+            FiniteGradients(),
+            *rounding_callbacks(args),
+        ],
     )
     correct_loss_scaling(trainer)
     trainer.remove_callback(ProgressCallback)

@@ -4,6 +4,7 @@ from lte.training.arguments import PAPER, LTETrainingArguments
 from lte.training.callbacks import FiniteGradients, JsonLinesLog, StepProgress, last_complete_checkpoint
 from lte.training.controller import SparsityController
 from lte.training.losses import efficiency_loss, separability_loss
+from lte.training.precision import RepeatableRounding, rounding_callbacks, rounding_optimizer
 from lte.training.trainer import LTETrainer, correct_loss_scaling
 
 __all__ = [
@@ -12,10 +13,13 @@ __all__ = [
     "JsonLinesLog",
     "LTETrainer",
     "LTETrainingArguments",
+    "RepeatableRounding",
     "SparsityController",
     "StepProgress",
     "correct_loss_scaling",
     "efficiency_loss",
     "last_complete_checkpoint",
+    "rounding_callbacks",
+    "rounding_optimizer",
     "separability_loss",
 ]
