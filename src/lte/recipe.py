@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import logging
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,9 +18,7 @@ from lte.config import MethodConfig, method_config, validate_model
 from lte.errors import ConfigError
 from lte.hub import read_config
 from lte.tasks import TaskConfig
-from lte.training import PAPER, rounding_optimizer
-
-logger = logging.getLogger(__name__)
+from lte.training import PAPER, check_optimizer
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "single-stage": {"sparsity": {}, "training": {}},
@@ -45,7 +42,7 @@ class Recipe(pydantic.BaseModel):
         seed: of grouping, routers, data order and dropout.
         dtype: of the weights while training, but for the routers', which are float32; ``auto`` takes the
             checkpoint's. With ``bfloat16`` the optimizer rounds at random (torchao's AdamW), unless ``training.optim``
-            names another.
+            names one that does not: :func:`lte.training.optimizer_for`.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid")
@@ -79,7 +76,6 @@ class Recipe(pydantic.BaseModel):
         """The training arguments, of class ``cls``; ``defaults`` yield to the recipe."""
         fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
         values = {"seed": self.seed, **defaults}
-        values |= self._optimizer(on_cpu=bool(self.training.get("use_cpu", values.get("use_cpu"))))
         preset = PRESETS[self.recipe]["training"] if "stages" in fields else {}
         given = {**preset, **self.training}
         if given.get("stages") == 2 and "num_train_epochs" in given:
@@ -93,30 +89,23 @@ class Recipe(pydantic.BaseModel):
         try:
             args = cls(**values)
             _check_arguments(args)
+            self._check_dtype(args)
         except ConfigError:
             raise
         except (TypeError, ValueError) as error:
             raise ConfigError(f"training: {error}") from error
         return args
 
-    def _optimizer(self, *, on_cpu: bool) -> dict[str, Any]:
-        """Training arguments that the dtype of the weights asks for; the recipe's own come before them."""
+    def _check_dtype(self, args: TrainingArguments) -> None:
+        """ConfigError where the dtype of the weights cannot be trained."""
         dtype = read_config(self.model).dtype if self.dtype == "auto" else getattr(torch, self.dtype)
         if dtype == torch.float16:
             raise ConfigError(
                 f"dtype={self.dtype!r}: float16 weights cannot be trained, small gradients vanish and AdamW divides by "
                 "zero; use dtype=bfloat16, or dtype=float32 with training.bf16=true"
             )
-        if dtype != torch.bfloat16 or "optim" in self.training:
-            return {}
-        chosen = rounding_optimizer(on_cpu=on_cpu or not torch.accelerator.is_available())
-        logger.warning(
-            "dtype=%r: training with optim=%s, optim_args=%s, which bf16 weights need; name training.optim to choose",
-            self.dtype,
-            chosen["optim"],
-            chosen["optim_args"],
-        )
-        return chosen
+        if dtype == torch.bfloat16:
+            check_optimizer(args)
 
 
 def load_recipe(path: Path | None, flags: Mapping[str, Any], settings: Iterable[str]) -> Recipe:

@@ -32,7 +32,7 @@ from lte.training import (
     StepProgress,
     correct_loss_scaling,
     last_complete_checkpoint,
-    rounding_callbacks,
+    optimizer_for,
 )
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> d
         train_dataset=rows,
         data_collator=task.collator(tokenizer),
         processing_class=tokenizer,
-        callbacks=[JsonLinesLog(out / "training_log.jsonl"), *rounding_callbacks(args)],
+        callbacks=[JsonLinesLog(out / "training_log.jsonl")],
     )
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -165,12 +165,8 @@ def finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -
         train_dataset=rows,
         data_collator=task.collator(tokenizer),
         processing_class=tokenizer,
-        callbacks=[
-            JsonLinesLog(out / "training_log.jsonl"),
-            StepProgress("dense training"),
-            FiniteGradients(),
-            *rounding_callbacks(args),
-        ],
+        callbacks=[JsonLinesLog(out / "training_log.jsonl"), StepProgress("dense training"), FiniteGradients()],
+        optimizer_cls_and_kwargs=optimizer_for(args, model),
     )
     correct_loss_scaling(trainer)
     trainer.remove_callback(ProgressCallback)

@@ -4,7 +4,7 @@ from lte.training.arguments import PAPER, LTETrainingArguments
 from lte.training.callbacks import FiniteGradients, JsonLinesLog, StepProgress, last_complete_checkpoint
 from lte.training.controller import SparsityController
 from lte.training.losses import efficiency_loss, separability_loss
-from lte.training.precision import RepeatableRounding, rounding_callbacks, rounding_optimizer
+from lte.training.precision import check_optimizer, optimizer_for
 from lte.training.trainer import LTETrainer, correct_loss_scaling
 
 __all__ = [
@@ -13,13 +13,12 @@ __all__ = [
     "JsonLinesLog",
     "LTETrainer",
     "LTETrainingArguments",
-    "RepeatableRounding",
     "SparsityController",
     "StepProgress",
+    "check_optimizer",
     "correct_loss_scaling",
     "efficiency_loss",
     "last_complete_checkpoint",
-    "rounding_callbacks",
-    "rounding_optimizer",
+    "optimizer_for",
     "separability_loss",
 ]

@@ -34,6 +34,7 @@ from lte.training.arguments import STAGE_LENGTHS, LTETrainingArguments, refuse_r
 from lte.training.callbacks import StepProgress, gradient_norm, last_complete_checkpoint
 from lte.training.controller import SparsityController
 from lte.training.losses import RoutingTotals, total_routing
+from lte.training.precision import optimizer_for
 from lte.training.stages import StagePlan, learning_rate_factors
 
 logger = logging.getLogger(__name__)
@@ -188,7 +189,7 @@ class LTETrainer(Trainer):
                         "lr": self.args.router_learning_rate * scale,
                     }
                 )
-            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, target)
+            optimizer_class, kwargs = optimizer_for(self.args, target)
             self.optimizer = optimizer_class(groups, **kwargs)
         return self.optimizer
 
