@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import warnings
 from typing import Any
 
 import torch
@@ -78,6 +79,7 @@ def _repeatable(name: str) -> Any:
     whatever its dropout has drawn: nothing else holds the copies together. The random state of the training goes on as
     if nothing had been drawn.
     """
+    warnings.filterwarnings("ignore", message=".*does not implement _stable_hash_for_caching")
     base: Any = getattr(importlib.import_module("torchao.optim.adam"), name)
 
     class RoundingAdamW(base):
