@@ -3,11 +3,12 @@
 // The sums of a model step, float32 between the layers.
 struct DecodeWork {
   Buffer<float> residual, normed, qkv, attention;
+  Buffer<float> plain;  // normed in natural order, which routers read; unused where that is the split order
   FfnWork ffn;
 };
 
 template <class W>
-static void norm(const float* x, const W* weight, int64_t n, float eps, float offset, float* out) {
+static void norm(const float* x, const W* weight, int64_t n, float eps, float offset, float* out, float* plain) {
   float squares = 0;
   vf acc{};
   int64_t i = 0;
@@ -15,16 +16,20 @@ static void norm(const float* x, const W* weight, int64_t n, float eps, float of
   squares = sum(acc);
   for (; i < n; ++i) squares += x[i] * x[i];
   float scale = 1.0f / std::sqrt(squares / float(n) + eps);
-  for (i = 0; i < n; ++i) put<W>(out, i, n, x[i] * scale * (offset + widen(weight[i])));
+  for (i = 0; i < n; ++i) {
+    float value = x[i] * scale * (offset + widen(weight[i]));
+    put<W>(out, i, n, value);
+    if (plain) plain[i] = value;
+  }
 }
 
 template <class W>
 static void norm_phase(Team& team, const lte_decoder& model, const void* weight, int64_t tokens, DecodeWork& work,
-                       int64_t stride) {
+                       int64_t stride, float* plain = nullptr) {
   Queue& queue = team.begin();
   for (int64_t t; queue.take(tokens, t);)
     norm(work.residual.data + t * model.d_model, static_cast<const W*>(weight), model.d_model, model.norm_eps,
-         model.norm_offset, work.normed.data + t * stride);
+         model.norm_offset, work.normed.data + t * stride, plain ? plain + t * stride : nullptr);
   team.end();
 }
 
@@ -132,13 +137,14 @@ static void decode_layer(Team& team, const lte_decoder& model, const lte_layer& 
   team.end();
   linear_phase<W>(team, &layer.output, 1, attention, width_stride, B, scratch,
                   [&](int64_t t, int64_t row, float value) { residual[t * D + row] += value; });
-  norm_phase<W>(team, model, layer.ffn_norm, B, work, stride);
+  float* plain = std::is_same_v<W, float> || layer.all_experts ? nullptr : work.plain.data;
+  norm_phase<W>(team, model, layer.ffn_norm, B, work, stride, plain);
   if (layer.all_experts) {
     team.begin();
     if (team.rank == 0) std::fill_n(work.ffn.scale.get(B * layer.ffn.n_experts), B * layer.ffn.n_experts, 1.0f);
     team.end();
   } else {
-    router_phase<W>(team, layer.ffn, work.normed.data, stride, B, work.ffn);
+    router_phase(team, layer.ffn, plain ? plain : work.normed.data, stride, B, work.ffn);
   }
   const W* bias = static_cast<const W*>(layer.ffn.down.bias);
   ffn_phases<W>(team, layer.ffn, work.normed.data, stride, B, work.ffn,
@@ -157,6 +163,7 @@ static void decode(const lte_decoder& model, const lte_step& step, int threads) 
   const int64_t width = model.n_heads * model.head_dim;
   float* residual = work.residual.get(B * D);
   work.normed.get(B * stride);
+  if (!std::is_same_v<W, float>) work.plain.get(B * stride);
   work.qkv.get(B * (width + 2 * model.n_kv_heads * model.head_dim));
   work.attention.get(B * ((width + STEP - 1) / STEP * STEP));
   for (int64_t i = 0; i < B * D; ++i) residual[i] = widen(static_cast<const W*>(step.hidden)[i]);

@@ -319,14 +319,14 @@ static void ffn_phases(Team& team, const lte_ffn& ffn, const float* xs, int64_t 
     down_by_columns<W>(team, ffn, tokens, work, emit);
 }
 
-template <class W>
+// xs: float32 in natural order: routers are float32 beside weights of any type.
 static void router_phase(Team& team, const lte_ffn& ffn, const float* xs, int64_t xs_stride, int64_t tokens,
                          FfnWork& work) {
   if (team.rank == 0) work.scale.get(tokens * ffn.n_experts);
   team.begin();
   team.end();
   float* scale = work.scale.data;
-  linear_phase<W>(team, &ffn.router, 1, xs, xs_stride, tokens, thread_scratch().linear,
+  linear_phase<float>(team, &ffn.router, 1, xs, xs_stride, tokens, thread_scratch().linear,
                   [&](int64_t t, int64_t e, float logit) {
                     scale[t * ffn.n_experts + e] = 1.0f / (1.0f + std::exp(-logit)) > ffn.threshold ? 1.0f : 0.0f;
                   });
@@ -342,6 +342,16 @@ static void sparse_ffn(const lte_ffn& ffn, const void* x, int64_t tokens, const 
   float* xs = split.get(tokens * stride);
   for (int64_t t = 0; t < tokens; ++t) to_split(static_cast<const W*>(x) + t * D, D, xs + t * stride);
   const bool routed = !mask && !given && ffn.router.weight;
+  const float* plain = xs;
+  if constexpr (!std::is_same_v<W, float>) {
+    static thread_local Buffer<float> widened;
+    if (routed) {
+      float* all = widened.get(tokens * stride);
+      for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t i = 0; i < D; ++i) all[t * stride + i] = widen(static_cast<const W*>(x)[t * D + i]);
+      plain = all;
+    }
+  }
   if (!routed) {
     float* scale = work.scale.get(tokens * E);
     for (int64_t i = 0; i < tokens * E; ++i) scale[i] = given ? given[i] : mask ? float(mask[i] != 0) : 1.0f;
@@ -349,7 +359,7 @@ static void sparse_ffn(const lte_ffn& ffn, const void* x, int64_t tokens, const 
   const W* bias = static_cast<const W*>(ffn.down.bias);
   W* out = static_cast<W*>(y);
   with_team(threads, [&](Team& team) {
-    if (routed) router_phase<W>(team, ffn, xs, stride, tokens, shared);
+    if (routed) router_phase(team, ffn, plain, stride, tokens, shared);
     ffn_phases<W>(team, ffn, xs, stride, tokens, shared, [&](int64_t t, int64_t from, int64_t to, const float* value) {
       for (int64_t i = from; i < to; ++i)
         narrow(value[split_index(i, D, (const W*)nullptr)] + (bias ? widen(bias[i]) : 0.0f), out + t * D + i);

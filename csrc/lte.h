@@ -18,7 +18,7 @@ struct lte_matrix {
 };
 
 // One feed-forward network; one row per neuron in every matrix. gate.weight is null for a plain FFN.
-// router: [n_experts, d_model]; its weight is null where the caller gives a mask.
+// router: [n_experts, d_model], its weight and bias float32 whatever `dtype`; null where the caller gives a mask.
 struct lte_ffn {
   lte_matrix gate, up, down;  // down: transposed, its bias is [d_model]
   lte_matrix router;

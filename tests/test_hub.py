@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import lte
 from lte.errors import CheckpointError
@@ -107,6 +107,50 @@ def test_low_precision_round_trips(saved, dtype, tmp_path):
         assert loaded.state_dict().keys() == model.state_dict().keys()
         assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
     assert torch.equal(logits(twice), logits(once))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_routers_stay_float32_to_the_bit_beside_other_weights(name, dtype, tmp_path):
+    config = lte.LTEConfig(expert_size=8, grouping="random", router_init="random")
+    model = lte.sparsify(models.build(name), config).to(dtype)
+    models.spread_routers(model)
+    wanted = {key: value.clone() for key, value in model.state_dict().items() if ".router." in key}
+    model.save_pretrained(tmp_path)
+    kept = load_file(tmp_path / "model.safetensors")
+    assert {value.dtype for key, value in kept.items() if ".router." in key} == {torch.float32}
+    assert {value.dtype for key, value in kept.items() if ".router." not in key} == {dtype}
+    auto = AutoModelForSequenceClassification if name in models.ENCODERS else AutoModelForCausalLM
+    other = {torch.bfloat16: torch.float16, torch.float16: torch.bfloat16}[dtype]
+    for load, asked, found in (
+        (lte.load, {}, dtype),
+        (lte.load, {"dtype": dtype}, dtype),
+        (lte.load, {"dtype": other}, other),
+        (lte.load, {"dtype": torch.float32}, torch.float32),
+        (auto.from_pretrained, {"dtype": "auto"}, dtype),
+        (auto.from_pretrained, {"dtype": torch.bfloat16}, torch.bfloat16),
+    ):
+        loaded = load(tmp_path, **asked)
+        assert loaded.dtype == found
+        state = loaded.state_dict()
+        assert {value.dtype for key, value in state.items() if ".router." not in key} == {found}
+        for key, value in wanted.items():
+            assert state[key].dtype == torch.float32
+            assert torch.equal(state[key], value)
+
+
+def test_routers_of_an_older_low_precision_checkpoint_load_as_float32(saved, tmp_path):
+    saved[0].to(torch.bfloat16).save_pretrained(tmp_path / "old")
+    rounded = {}
+
+    def round_all(tensors) -> None:
+        rounded.update({key: value.bfloat16() for key, value in tensors.items() if ".router." in key})
+        tensors.update(rounded)
+
+    edit_weights(tmp_path / "old", round_all)
+    state = lte.load(tmp_path / "old").state_dict()
+    assert all(state[key].dtype == torch.float32 and torch.equal(state[key], rounded[key].float()) for key in rounded)
+    assert {value.dtype for key, value in state.items() if key not in rounded} == {torch.bfloat16}
 
 
 def test_loading_in_bf16_keeps_nearly_every_decision(saved):

@@ -2,6 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
+import lte.quiet  # noqa: F401 - before anything imports transformers
+
+# isort: split
 from lte.families import FFNSpec, register_family
 from lte.hub import load, load_dense, load_tokenizer, require_sparse
 from lte.inference import prepare_for_inference

@@ -51,7 +51,7 @@ class MethodConfig(pydantic.BaseModel):
 
     @abstractmethod
     def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> ThresholdRouter:
-        """A router with uninitialised parameters, on the device and in the dtype of ``like``."""
+        """A router with uninitialised parameters, in float32, on the device of ``like``."""
 
     has_thresholds: ClassVar[bool] = True
     """Whether a sparsity can be asked of it, by training or by moving thresholds."""

@@ -28,7 +28,7 @@ ACTIVATION_NAMES = {
 """Names transformers uses in configs -> the canonical names of :class:`lte.ops.FFNWeights`."""
 
 RouterFactory = Callable[[int, int, nn.Parameter], ThresholdRouter]
-"""``(d_model, d_ff, like)`` -> a router on the device and in the dtype of ``like``."""
+"""``(d_model, d_ff, like)`` -> a router on the device of ``like``."""
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class SparseModelLoader(HfQuantizer):
     quantization_config: SparsityConfig
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         install_sparse_ffns(model, self.quantization_config.method)
         try:
@@ -58,6 +58,8 @@ class SparseModelLoader(HfQuantizer):
         except ConfigError as error:
             raise CheckpointError(f"config.json: quantization_config: {error}") from None
         enable_dial(model)
+        # Whatever dtype is asked for, and also where a checkpoint holds routers of another one.
+        model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), ".router."}
         if checkpoint_files is not None:
             _check_files(model, checkpoint_files)
 

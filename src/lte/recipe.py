@@ -16,8 +16,9 @@ from transformers import TrainingArguments, get_scheduler
 
 from lte.config import MethodConfig, method_config, validate_model
 from lte.errors import ConfigError
+from lte.hub import read_config
 from lte.tasks import TaskConfig
-from lte.training import PAPER
+from lte.training import PAPER, check_optimizer
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "single-stage": {"sparsity": {}, "training": {}},
@@ -39,7 +40,9 @@ class Recipe(pydantic.BaseModel):
         training: fields of :class:`lte.LTETrainingArguments` (of ``transformers.TrainingArguments`` for a dense
             run).
         seed: of grouping, routers, data order and dropout.
-        dtype: of the weights while training; ``auto`` takes the checkpoint's.
+        dtype: of the weights while training, but for the routers', which are float32; ``auto`` takes the
+            checkpoint's. With ``bfloat16`` the optimizer rounds at random (torchao's AdamW), unless ``training.optim``
+            names one that does not: :func:`lte.training.optimizer_for`.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid")
@@ -86,11 +89,23 @@ class Recipe(pydantic.BaseModel):
         try:
             args = cls(**values)
             _check_arguments(args)
+            self._check_dtype(args)
         except ConfigError:
             raise
         except (TypeError, ValueError) as error:
             raise ConfigError(f"training: {error}") from error
         return args
+
+    def _check_dtype(self, args: TrainingArguments) -> None:
+        """ConfigError where the dtype of the weights cannot be trained."""
+        dtype = read_config(self.model).dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+        if dtype == torch.float16:
+            raise ConfigError(
+                f"dtype={self.dtype!r}: float16 weights cannot be trained, small gradients vanish and AdamW divides by "
+                "zero; use dtype=bfloat16, or dtype=float32 with training.bf16=true"
+            )
+        if dtype == torch.bfloat16:
+            check_optimizer(args)
 
 
 def load_recipe(path: Path | None, flags: Mapping[str, Any], settings: Iterable[str]) -> Recipe:

@@ -32,6 +32,7 @@ from lte.training import (
     StepProgress,
     correct_loss_scaling,
     last_complete_checkpoint,
+    optimizer_for,
 )
 
 logger = logging.getLogger(__name__)
@@ -112,6 +113,8 @@ def check_recipe(recipe: Recipe, command: str) -> None:
     if command == "finetune":
         recipe.arguments(TrainingArguments, output_dir=recipe.out, **RUN_DEFAULTS)
     else:
+        if command == "sparsify":  # trains nothing, in whatever dtype
+            recipe = recipe.model_copy(update={"dtype": "float32"})
         args = recipe.arguments(LTETrainingArguments, output_dir=recipe.out, **RUN_DEFAULTS)
         _check_target(recipe.method(), args.target_sparsity)
 
@@ -162,6 +165,7 @@ def finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -
         data_collator=task.collator(tokenizer),
         processing_class=tokenizer,
         callbacks=[JsonLinesLog(out / "training_log.jsonl"), StepProgress("dense training"), FiniteGradients()],
+        optimizer_cls_and_kwargs=optimizer_for(args, model),
     )
     correct_loss_scaling(trainer)
     trainer.remove_callback(ProgressCallback)

@@ -236,9 +236,7 @@ class _Search:
             return here
         self.move(whole, [self.sparsity] * len(_reached(here)))
         after = self.measure(half)
-        changed = zip(
-            whole.sparsity_per_layer, after.sparsity_per_layer, before.sparsity_per_layer, strict=True
-        )
+        changed = zip(whole.sparsity_per_layer, after.sparsity_per_layer, before.sparsity_per_layer, strict=True)
         there = self.point([min(max(at + new - old, 0.0), 1.0) for at, new, old in changed])
         if self.error(there) < self.error(here):
             return there
@@ -257,7 +255,9 @@ class _Search:
         """Put the thresholds where, by the last measurement, the aims are reached."""
         logits = [_logit(threshold) for threshold in thresholds_of(self.model)]
         if self.per_layer:
-            moved = [at + counts.quantile_of(layer, aim) for layer, (at, aim) in enumerate(zip(logits, aims, strict=True))]
+            moved = [
+                at + counts.quantile_of(layer, aim) for layer, (at, aim) in enumerate(zip(logits, aims, strict=True))
+            ]
         else:
             moved = [sum(logits) / len(logits) + counts.quantile(aims[0])] * len(logits)
         set_thresholds(self.model, [shifted(0.5, logit) for logit in moved])

@@ -139,7 +139,7 @@ def test_the_speed_model_knows_the_published_ceiling():
     count = decode_bytes(model_config("llama-2-7b"))
     assert count.dense == 2 * (32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32000 * 4096)
     assert count.speedup(0.5, router=False) == pytest.approx(1.487, abs=0.001)
-    assert count.speedup(0.5) == pytest.approx(1.472, abs=0.001)
+    assert count.speedup(0.5) == pytest.approx(1.457, abs=0.001)  # routers are float32
     assert count.speedup(0.0) < 1
     longer = decode_bytes(model_config("llama-2-7b"), context=4096)
     assert longer.cache == 2 * 32 * 2 * 4096 * 4096

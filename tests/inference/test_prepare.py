@@ -80,13 +80,15 @@ def test_greedy_generation_is_the_same_token_for_token(name, batch, fused_steps)
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "phi3"])
-def test_logits_in_bf16(name):
+def test_logits_in_bf16(name, fused_steps):
     """Both round to bf16, at different places: within 3 % of the largest logit at every step."""
     plain, fast = pair(name, torch.bfloat16)
+    assert {p.dtype for ffn in sparse_ffns(fast) for p in ffn.router.parameters()} == {torch.float32}
     options = {"output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 4, "min_new_tokens": 4}
     ours, theirs = (generate(m, padded(2), **options).logits for m in (fast, plain))
     for a, b in zip(ours[:2], theirs[:2], strict=True):
         assert (a.float() - b.float()).abs().max() < 0.03 * b.float().abs().max()
+    assert len(fused_steps) == (3 if name in FUSED else 0)
 
 
 @pytest.mark.parametrize(

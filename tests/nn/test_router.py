@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lte.nn import ThresholdRouter
+from lte.nn import KeepLargestRouter, LowRankRouter, ThresholdRouter, TopKSoftmaxRouter
 
 
 def router(bias: bool = True, **init: float) -> ThresholdRouter:
@@ -50,13 +50,47 @@ def test_initial_weights_follow_the_seed_alone():
     assert torch.equal(first, router().weight)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ThresholdRouter(16, 4),
+        lambda: LowRankRouter(16, 4, rank=3),
+        lambda: TopKSoftmaxRouter(16, 4, k=2),
+        lambda: KeepLargestRouter(4),
+    ],
+    ids=["threshold", "low-rank", "top-k", "oracle"],
+)
+def test_casting_a_model_leaves_its_routers_as_they_are(make):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        made = make()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter)
+        if parameter.requires_grad:
+            parameter.grad = torch.randn_like(parameter)
+    before = {name: (value.clone(), value.grad) for name, value in made.named_parameters()}
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), made)
+    model.to(torch.bfloat16).half().double().bfloat16().to("cpu", torch.float16)
+    assert model[0].weight.dtype == torch.float16
+    for name, value in made.named_parameters():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, before[name][0])
+        assert value.grad is before[name][1] or torch.equal(value.grad, before[name][1])
+    model.to("meta", torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in made.parameters()} == {("meta", torch.float32)}
+    model.to_empty(device="cpu")
+    assert {(p.device.type, p.dtype) for p in made.parameters()} == {("cpu", torch.float32)}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_scores_are_float32_whatever_the_dtype(dtype):
     made = router().to(dtype)
     x = torch.randn(8, 16).to(dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         scores = made(x).scores
-    expected = torch.sigmoid(x.float() @ made.weight.float().T + made.bias.float())
+    expected = torch.sigmoid(x.float() @ made.weight.T + made.bias)
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores, expected)
 

@@ -160,15 +160,16 @@ def test_the_result_does_not_depend_on_the_number_of_threads_or_on_the_run(token
     assert all(torch.equal(result, results[0]) for result in results)
 
 
+@pytest.mark.parametrize("router_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_the_router_is_the_routers_mask(impl, dtype, tokens):
+def test_the_router_is_the_routers_mask(impl, dtype, tokens, router_dtype):
     if impl == "cpu" and cpu.unavailable():
         pytest.skip(cpu.unavailable())
     torch.manual_seed(0)
     weights, x = make(dtype=dtype), torch.randn(tokens, 40).to(dtype)
-    weight, bias = torch.randn(5, 40).to(dtype), torch.zeros(5).to(dtype)
+    weight, bias = torch.randn(5, 40).to(router_dtype), torch.zeros(5).to(router_dtype)
     mask = route(x, weight, bias) > 0.6
     assert 0 < mask.float().mean() < 1
     got = routed_ffn(x, weight, bias, 0.6, weights, impl=impl)
@@ -177,6 +178,27 @@ def test_the_router_is_the_routers_mask(impl, dtype, tokens):
         routed_ffn(x, weight, None, 0.6, weights, impl=impl),
         sparse_ffn(x, weights, route(x, weight, None) > 0.6, impl=impl),
     )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("tokens", [1, 3, 17, 64])
+@pytest.mark.parametrize(("d_model", "d_ff", "n_experts"), [(64, 320, 10), (33, 77, 11), (130, 72, 36)])
+def test_a_float32_router_is_fused_beside_weights_of_any_dtype(
+    isa, d_model, d_ff, n_experts, tokens, dtype, monkeypatch
+):
+    """Its scores are float32's own: bf16 could not tell the two sides of the threshold apart."""
+    generator = torch.Generator().manual_seed(0)
+    weights, x = make(d_model, d_ff, dtype=dtype), torch.randn(tokens, d_model, generator=generator).to(dtype)
+    weight, bias = torch.randn(n_experts, d_model, generator=generator), torch.zeros(n_experts)
+    # One token's logits end 1e-4 beside the threshold, on alternating sides.
+    side = torch.tensor([1e-4, -1e-4]).repeat(n_experts)[:n_experts]
+    bias = side - torch.nn.functional.linear(x[:1].float(), weight)[0]
+    mask = route(x, weight, bias) > 0.5
+    assert mask[0].tolist() == (side > 0).tolist()
+    wanted = sparse_ffn(x, weights, mask, impl="cpu")
+    monkeypatch.setattr("lte.ops.operator.route", lambda *_: pytest.fail("the router ran by itself"))
+    for _ in range(2):  # the long way, and the one remembered
+        assert torch.equal(routed_ffn(x, weight, bias, 0.5, weights, impl="cpu"), wanted)
 
 
 @needs_kernels
@@ -242,7 +264,7 @@ def test_linear_is_a_linear_layer(isa, n_in, n_out, tokens, dtype):
 @pytest.mark.parametrize("impl", ["auto", "reference"])
 def test_opcheck(impl, dtype):
     weights, x = make(dtype=dtype, biases=True), torch.randn(3, 40).to(dtype)
-    mask, router = torch.rand(3, 5) > 0.5, torch.randn(5, 40).to(dtype)
+    mask, router = torch.rand(3, 5) > 0.5, torch.randn(5, 40)
     tensors = (weights.up, weights.down, weights.gate, weights.up_bias, weights.gate_bias, weights.down_bias)
     tail = (*tensors, weights.activation, impl, 1.0)
     torch.library.opcheck(torch.ops.lte.sparse_ffn.default, (x, mask, *tail))
@@ -325,6 +347,9 @@ def test_the_avx512_bf16_code_computes_the_same(tmp_path, monkeypatch):
             for tokens in (1, 2, 5, 16):
                 x, mask = torch.randn(tokens, d_model).to(dtype), torch.rand(tokens, n_experts) > 0.5
                 assert_matches(sparse_ffn(x, weights, mask, impl="cpu"), x, weights, mask)
+                router = torch.randn(n_experts, d_model)
+                chosen = sparse_ffn(x, weights, route(x, router, None) > 0.5, impl="cpu")
+                assert torch.equal(routed_ffn(x, router, None, 0.5, weights, impl="cpu"), chosen)
 
 
 @pytest.mark.parametrize(

@@ -138,8 +138,22 @@ def test_bf16(tmp_path):
 def test_bf16_weights(tmp_path):
     run = trainer(tmp_path, model=sparse_model().to(torch.bfloat16))
     run.train()
-    assert {p.dtype for p in run.model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for n, p in run.model.named_parameters() if ".router." not in n} == {torch.bfloat16}
     assert all(torch.isfinite(p).all() for p in run.model.parameters())
+
+
+def test_routers_of_a_bf16_model_move_by_steps_that_bf16_would_lose(tmp_path):
+    model = sparse_model().to(torch.bfloat16)
+    with torch.no_grad():
+        for ffn in sparse_ffns(model):
+            ffn.router.weight.copy_(ffn.router.weight.bfloat16())
+    start = router_weights(model)
+    run = trainer(tmp_path, model, stages=1, router_learning_rate=1e-6, router_weight_decay=0.0)
+    run.train()
+    for before, after in zip(start, router_weights(run.model), strict=True):
+        typical = before.abs() > before.abs().mean() / 2
+        assert (after != before)[typical].float().mean() > 0.9
+        assert torch.equal(after.bfloat16()[typical], before.bfloat16()[typical])
 
 
 def test_every_step_is_logged(tmp_path):

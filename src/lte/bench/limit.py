@@ -13,6 +13,7 @@ from typing import Any
 from lte.accounting import layer_costs
 from lte.bench.shapes import SHAPES, meta_model, model_config
 from lte.errors import ConfigError
+from lte.nn import ROUTER_DTYPE
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def decode_bytes(config: Any, *, expert_size: int = 32, weight_bytes: int = 2, c
     Args:
         config: a transformers config.
         expert_size: neurons per expert.
-        weight_bytes: bytes of a weight; 2 for bf16.
+        weight_bytes: bytes of a weight, but for the routers', which are float32; 2 for bf16.
         context: tokens in the KV cache.
     """
     model = meta_model(config)
@@ -72,7 +73,7 @@ def decode_bytes(config: Any, *, expert_size: int = 32, weight_bytes: int = 2, c
         attention=weight_bytes * sum(c.attention for c in costs),
         ffn=weight_bytes * sum(c.ffn for c in costs),
         head=weight_bytes * model.get_output_embeddings().weight.numel(),
-        router=weight_bytes * len(costs) * d_model * -(-d_ff // expert_size),
+        router=ROUTER_DTYPE.itemsize * len(costs) * d_model * -(-d_ff // expert_size),
         cache=weight_bytes * len(costs) * 2 * kv_heads * head_dim * context,
     )
 

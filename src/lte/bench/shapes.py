@@ -101,7 +101,8 @@ def random_model(config: Any, dtype: torch.dtype, device: torch.device, *, exper
                 value = torch.ones_like(value) if name == "weight" else torch.zeros_like(value)
             elif name == "bias" and not module_name.endswith("router"):
                 value = torch.zeros_like(value)
-            setattr(module, name, nn.Parameter(streaming_copy(value), requires_grad=False))
+            copy = streaming_copy(value.to(parameter.dtype))  # routers keep their own
+            setattr(module, name, nn.Parameter(copy, requires_grad=False))
     for name, buffer in fresh.named_buffers():
         owner, _, leaf = name.rpartition(".")
         model.get_submodule(owner).register_buffer(leaf, buffer.to(device), persistent=False)

@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lte.families import DECODERS, blocks_of
-from lte.nn import FastLinear, Mode, SparseFFN, ThresholdRouter, sparse_ffns
+from lte.nn import ROUTER_DTYPE, FastLinear, Mode, SparseFFN, ThresholdRouter, sparse_ffns
 from lte.ops.cpu import DTYPES, kernels
 from lte.ops.cpu.calls import describe_ffn
 from lte.ops.cpu.library import Cache, Decoder, Layer, Matrix, Step, matrix
@@ -75,8 +75,11 @@ class DecodeStep:
         if type(getattr(model, "lm_head", None)) not in (nn.Linear, FastLinear):
             return f"{type(model).__name__} has no plain LM head"
         parameters = list(model.parameters())
-        if {p.dtype for p in parameters} not in ({torch.float32}, {torch.bfloat16}):
+        routers = {id(p) for ffn in sparse_ffns(model) for p in ffn.router.parameters()}
+        if {p.dtype for p in parameters if id(p) not in routers} not in ({torch.float32}, {torch.bfloat16}):
             return "the parameters are not all float32 or all bfloat16"
+        if any(p.dtype != ROUTER_DTYPE or not p.is_contiguous() for p in parameters if id(p) in routers):
+            return "a router is not in float32, its rows side by side"
         if {p.device.type for p in parameters} != {"cpu"}:
             return "the parameters are not all on the CPU"
         for name, module in _decoder_linears(model):

@@ -23,9 +23,10 @@ class LTEConfig(MethodConfig):
         router_bias: whether the routers have a bias.
         router_rank: width of a hidden layer in the routers; None for linear routers.
         router_init: ``energy`` fits every router, by ridge regression on the calibration data, to the logarithm of the
-            norm of its experts' outputs times the sensitivity of the loss to the layer's output (for data with one label per
-            row, to that of the token), so that training starts from a good guess; ``random`` draws its weights.
-        router_init_std: standard deviation of the initial router logits, from their quartiles; None for 2 (``energy``) or 0.3 (``random``).
+            norm of its experts' outputs times the sensitivity of the loss to the layer's output (for data with one label
+            per row, to that of the token), so that training starts from a good guess; ``random`` draws its weights.
+        router_init_std: standard deviation of the initial router logits, from their quartiles; None for 2 (``energy``)
+            or 0.3 (``random``).
         router_init_score: score the routers start from, for ``energy`` that of the median expert; None for 0.5
             (``energy``) or 0.95 (``random``), or 0.5 without a bias.
     """
@@ -70,7 +71,7 @@ class LTEConfig(MethodConfig):
 
     def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> ThresholdRouter:
         """See :class:`MethodConfig`."""
-        kwargs = {"threshold": self.threshold, "bias": self.router_bias, "device": like.device, "dtype": like.dtype}
+        kwargs = {"threshold": self.threshold, "bias": self.router_bias, "device": like.device}
         if self.router_rank is not None:
             return LowRankRouter(d_model, n_experts, rank=self.router_rank, **kwargs)  # type: ignore[arg-type]
         return ThresholdRouter(d_model, n_experts, **kwargs)  # type: ignore[arg-type]
@@ -95,9 +96,7 @@ FLOOR = 1e-2
 
 
 @torch.no_grad()
-def _fit_routers(
-    ffns: Sequence[SparseFFN], calibration: Iterator[Calibration], std: float, score: float
-) -> None:
+def _fit_routers(ffns: Sequence[SparseFFN], calibration: Iterator[Calibration], std: float, score: float) -> None:
     """Make logits an affine map, one for all layers, of the predicted logarithm of each expert's weight in the loss.
 
     The weight is the norm of the expert's output times the layer's (or token's) sensitivity. On the scale of logarithms

@@ -33,7 +33,7 @@ class OracleConfig(MethodConfig):
 
     def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> ThresholdRouter:
         """See :class:`MethodConfig`."""
-        return KeepLargestRouter(n_experts, device=like.device, dtype=like.dtype)
+        return KeepLargestRouter(n_experts, device=like.device)
 
     @torch.no_grad()
     def init_routers(

@@ -34,7 +34,7 @@ class TopKConfig(MethodConfig):
     def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> ThresholdRouter:
         """See :class:`MethodConfig`."""
         k = max(1, round(n_experts * (1 - self.sparsity)))
-        return TopKSoftmaxRouter(d_model, n_experts, k=k, noise=self.noise, device=like.device, dtype=like.dtype)
+        return TopKSoftmaxRouter(d_model, n_experts, k=k, noise=self.noise, device=like.device)
 
     def init_routers(
         self, ffns: Sequence[SparseFFN], calibration: Iterator[Calibration] | None, generator: torch.Generator

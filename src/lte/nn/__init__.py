@@ -3,9 +3,10 @@
 from lte.nn.ffn import DeferredLinear, Mode, RoutingObserver, SparseFFN, SplitSparseFFN
 from lte.nn.linear import FastLinear
 from lte.nn.observe import SparsityMeter, observe_routing, set_mode, sparse_ffns
-from lte.nn.router import KeepLargestRouter, LowRankRouter, Routing, ThresholdRouter, TopKSoftmaxRouter
+from lte.nn.router import ROUTER_DTYPE, KeepLargestRouter, LowRankRouter, Routing, ThresholdRouter, TopKSoftmaxRouter
 
 __all__ = [
+    "ROUTER_DTYPE",
     "DeferredLinear",
     "FastLinear",
     "KeepLargestRouter",

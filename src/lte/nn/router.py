@@ -5,10 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+ROUTER_DTYPE = torch.float32
+"""Of every router's parameters, whatever the model's. A router's learning rate falls with its width: at 4096 a step is
+below half a unit in the last place of a typical bf16 weight, and most steps would round to nothing."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class ThresholdRouter(nn.Module):
     The paper's threshold is 0.5 and stays there; moving ``threshold`` moves all of a router's scores against it.
 
     Scores are always computed in float32, under autocast too: near the threshold bf16 has steps of 0.004, and a
-    mask that depends on the dtype cannot be reproduced.
+    mask that depends on the dtype cannot be reproduced. So are the parameters, and they stay so when the model is cast.
 
     Args:
         d_model: width D of the FFN's input.
@@ -55,12 +60,20 @@ class ThresholdRouter(nn.Module):
         threshold: float = 0.5,
         bias: bool = True,
         device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.threshold = threshold
-        self.weight = nn.Parameter(torch.empty(n_experts, d_model, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(n_experts, device=device, dtype=dtype)) if bias else None
+        self.weight = nn.Parameter(torch.empty(n_experts, d_model, device=device, dtype=ROUTER_DTYPE))
+        self.bias = nn.Parameter(torch.empty(n_experts, device=device, dtype=ROUTER_DTYPE)) if bias else None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """What ``.to()``, ``.half()``, ``.cuda()``, ... go through: the device changes, dtype and values do not."""
+
+        def keep(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep, recurse)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator, *, init_std: float, init_score: float) -> None:
@@ -107,7 +120,7 @@ class LowRankRouter(ThresholdRouter):
     """Two layers with a ReLU between them, ``sigmoid(relu(x A) B + b)``: the form of Deja Vu's predictor.
 
     Args:
-        d_model, n_experts, threshold, bias, device, dtype: as for :class:`ThresholdRouter`.
+        d_model, n_experts, threshold, bias, device: as for :class:`ThresholdRouter`.
         rank: width of the layer between.
     """
 
@@ -120,10 +133,9 @@ class LowRankRouter(ThresholdRouter):
         threshold: float = 0.5,
         bias: bool = True,
         device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(rank, n_experts, threshold=threshold, bias=bias, device=device, dtype=dtype)
-        self.reduce = nn.Parameter(torch.empty(rank, d_model, device=device, dtype=dtype))
+        super().__init__(rank, n_experts, threshold=threshold, bias=bias, device=device)
+        self.reduce = nn.Parameter(torch.empty(rank, d_model, device=device, dtype=ROUTER_DTYPE))
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator, *, init_std: float, init_score: float) -> None:
@@ -145,7 +157,7 @@ class TopKSoftmaxRouter(ThresholdRouter):
     token gets the same number of experts. ``threshold`` has no meaning.
 
     Args:
-        d_model, n_experts, bias, device, dtype: as for :class:`ThresholdRouter`.
+        d_model, n_experts, bias, device: as for :class:`ThresholdRouter`.
         k: experts per token.
         noise: standard deviation of the Gaussian noise added to the logits in training.
     """
@@ -161,9 +173,8 @@ class TopKSoftmaxRouter(ThresholdRouter):
         noise: float = 0.0,
         bias: bool = True,
         device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(d_model, n_experts, bias=bias, device=device, dtype=dtype)
+        super().__init__(d_model, n_experts, bias=bias, device=device)
         self.k, self.noise = k, noise
 
     def forward(self, x: Tensor) -> Routing:
@@ -184,7 +195,7 @@ class KeepLargestRouter(ThresholdRouter):
     are compared with. ``score = sigmoid(log(norm of the expert's output) + offset)``.
 
     Args:
-        n_experts, threshold, device, dtype: as for :class:`ThresholdRouter`.
+        n_experts, threshold, device: as for :class:`ThresholdRouter`.
     """
 
     def __init__(
@@ -193,11 +204,10 @@ class KeepLargestRouter(ThresholdRouter):
         *,
         threshold: float = 0.5,
         device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(1, n_experts, threshold=threshold, bias=False, device=device, dtype=dtype)
+        super().__init__(1, n_experts, threshold=threshold, bias=False, device=device)
         self.weight.requires_grad_(False)
-        self.offset = nn.Parameter(torch.zeros(1, device=device, dtype=dtype), requires_grad=False)
+        self.offset = nn.Parameter(torch.zeros(1, device=device, dtype=ROUTER_DTYPE), requires_grad=False)
         self._norms: list[Callable[[Tensor], Tensor]] = []
 
     def attach(self, norms: Callable[[Tensor], Tensor]) -> None:

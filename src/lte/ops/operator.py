@@ -80,7 +80,7 @@ def routed_ffn(
 
     Args:
         x_TD: [T, D] inputs.
-        router_weight_ED: [E, D]; scores are summed in float32 whatever the dtype.
+        router_weight_ED: [E, D], in float32 for the fused kernels; scores are float32 whatever the dtype.
         router_bias_E: [E] or None.
         threshold: in (0, 1).
         weights: see :func:`sparse_ffn`.
@@ -219,9 +219,9 @@ def _run_routed(
     remember: bool = False,
 ) -> Tensor:
     chosen = backends.choose(impl, x, weights)
-    fusible = router_weight.dtype == x.dtype and router_weight.stride(1) == 1
+    fusible = router_weight.dtype == torch.float32 and router_weight.stride(1) == 1
     if router_bias is not None:
-        fusible = fusible and router_bias.dtype == x.dtype and router_bias.is_contiguous()
+        fusible = fusible and router_bias.dtype == torch.float32 and router_bias.is_contiguous()
     if chosen == "cpu" and fusible and max_density >= 1:
         if remember:
             weights.plans["cpu"] = cpu.Plan(weights, router_weight, router_bias, threshold)

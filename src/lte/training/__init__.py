@@ -2,8 +2,9 @@
 
 from lte.training.arguments import PAPER, LTETrainingArguments
 from lte.training.callbacks import FiniteGradients, JsonLinesLog, StepProgress, last_complete_checkpoint
-from lte.training.tracker import SparsityTracker
 from lte.training.losses import efficiency_loss, separability_loss
+from lte.training.precision import check_optimizer, optimizer_for
+from lte.training.tracker import SparsityTracker
 from lte.training.trainer import LTETrainer, correct_loss_scaling
 
 __all__ = [
@@ -14,8 +15,10 @@ __all__ = [
     "LTETrainingArguments",
     "SparsityTracker",
     "StepProgress",
+    "check_optimizer",
     "correct_loss_scaling",
     "efficiency_loss",
     "last_complete_checkpoint",
+    "optimizer_for",
     "separability_loss",
 ]

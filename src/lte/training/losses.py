@@ -44,9 +44,7 @@ class RoutingTotals:
     tokens: Tensor
 
 
-def total_routing(
-    routings: Sequence[Routing], token_mask: Tensor | None, *, epsilon: float
-) -> RoutingTotals:
+def total_routing(routings: Sequence[Routing], token_mask: Tensor | None, *, epsilon: float) -> RoutingTotals:
     """Sum the losses of all layers over the tokens of a batch, padding left out.
 
     Args:
@@ -60,9 +58,7 @@ def total_routing(
     if token_mask is not None:
         keep_T = token_mask.reshape(-1).to(keep_T)
     efficiency = torch.stack([(efficiency_loss(scores) * keep_T).sum() for scores in flat]).mean()
-    separability = torch.stack(
-        [(separability_loss(scores, epsilon) * keep_T).sum() for scores in flat]
-    ).mean()
+    separability = torch.stack([(separability_loss(scores, epsilon) * keep_T).sum() for scores in flat]).mean()
     slope = torch.stack(
         [((2 * (1 - scores) * scores.square()).mean(-1) * keep_T).sum() for scores in (s.detach() for s in flat)]
     ).mean()

@@ -12,6 +12,7 @@ from transformers import get_scheduler
 from lte.nn import Mode
 from lte.training.arguments import LTETrainingArguments
 
+
 @dataclass(frozen=True)
 class StagePlan:
     """How many optimiser steps each stage takes, and what holds at a given step.

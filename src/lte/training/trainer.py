@@ -19,8 +19,8 @@ from transformers.trainer_utils import TrainOutput
 from lte.calibration import sample_batches
 from lte.config import OperatingPoint
 from lte.errors import CheckpointError, ConfigError, NonFiniteLossError
-from lte.nn import Mode, Routing, ThresholdRouter, observe_routing, set_mode, sparse_ffns
 from lte.margins import Margins
+from lte.nn import Mode, Routing, ThresholdRouter, observe_routing, set_mode, sparse_ffns
 from lte.thresholds import (
     DIAL_TOKENS,
     MISSED,
@@ -34,6 +34,7 @@ from lte.thresholds import (
 from lte.training.arguments import STAGE_LENGTHS, LTETrainingArguments, refuse_reentrant
 from lte.training.callbacks import StepProgress, gradient_norm, last_complete_checkpoint
 from lte.training.losses import RoutingTotals, total_routing
+from lte.training.precision import optimizer_for
 from lte.training.stages import StagePlan, learning_rate_factors
 from lte.training.steps import LogWindow, StepCallback
 from lte.training.tracker import LAST, SparsityTracker
@@ -196,7 +197,7 @@ class LTETrainer(Trainer):
                         "lr": self.args.router_learning_rate * scale,
                     }
                 )
-            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, target)
+            optimizer_class, kwargs = optimizer_for(self.args, target)
             self.optimizer = optimizer_class(groups, **kwargs)
         return self.optimizer
 
@@ -239,9 +240,7 @@ class LTETrainer(Trainer):
         if not (self.model_accepts_loss_kwargs and num_items_in_batch is not None):
             task = task / self.current_gradient_accumulation_steps
         with torch.set_grad_enabled(self.plan.stage(self.state.global_step) == 1):
-            totals = total_routing(
-                routings, _token_mask(inputs), epsilon=self.args.sep_epsilon
-            )
+            totals = total_routing(routings, _token_mask(inputs), epsilon=self.args.sep_epsilon)
         if self.tracker is not None:
             self._count_margins(task, routings, _token_mask(inputs))
         loss = self._total_loss(task, totals)
