@@ -23,9 +23,11 @@ class LTEConfig(MethodConfig):
         router_bias: whether the routers have a bias.
         router_rank: width of a hidden layer in the routers; None for linear routers.
         router_init: ``energy`` fits every router, by ridge regression on the calibration data, to the logarithm of the
-            norm of its experts' outputs times the sensitivity of the loss to the layer's output (for data with one label
-            per row, to that of the token), so that training starts from a good guess; ``random`` draws its weights.
+            norm of its experts' outputs times the sensitivity of the loss to the layer's output (for data with one
+            label per row, to that of the token), so that training starts from a good guess; ``random`` draws its
+            weights.
         router_init_std: standard deviation of the initial router logits, from their quartiles; None for 2 (``energy``)
+            or 0.3 (``random``).
             or 0.3 (``random``).
         router_init_score: score the routers start from, for ``energy`` that of the median expert; None for 0.5
             (``energy``) or 0.95 (``random``), or 0.5 without a bias.

@@ -17,7 +17,9 @@ def efficiency_loss(scores: Tensor) -> Tensor:
 
 
 def separability_loss(scores: Tensor, epsilon: float) -> Tensor:
-    """``mean over experts of 1 / ((G - tau)^2 + epsilon)``, per token: [T, E] -> [T]; tau is 0.5 (:class:`lte.nn.Routing`).
+    """``mean over experts of 1 / ((G - tau)^2 + epsilon)``, per token: [T, E] -> [T].
+
+    Scores are measured from the threshold (:class:`lte.nn.Routing`), so tau is 0.5.
 
     The paper's loss has no epsilon, is singular at the threshold, and leaves open how that is avoided. The epsilon
     decides how hard a score near the threshold is thrown to one side before the task could say which; see

@@ -62,8 +62,8 @@ class LTETrainer(Trainer):
     task loss jumps, is warned about and made with a tenth of the learning rate.
 
     Logged per step, beside what transformers logs: ``task_loss``, ``efficiency_loss``, ``separability_loss``,
-    ``eta``, ``stage``, ``threshold``, ``backoff`` (factor of the learning rate), ``sparsity`` (of the hard mask, padding
-    excluded) and ``sparsity/layer_N``.
+    ``eta``, ``stage``, ``backoff`` (factor of the learning rate), ``sparsity`` (of the hard mask, padding excluded) and
+    ``sparsity/layer_N``.
 
     Args:
         model: a model after :func:`lte.sparsify`.
