@@ -28,7 +28,6 @@ class LTEConfig(MethodConfig):
             weights.
         router_init_std: standard deviation of the initial router logits, from their quartiles; None for 2 (``energy``)
             or 0.3 (``random``).
-            or 0.3 (``random``).
         router_init_score: score the routers start from, for ``energy`` that of the median expert; None for 0.5
             (``energy``) or 0.95 (``random``), or 0.5 without a bias.
     """
