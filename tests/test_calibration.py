@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 
 import lte
-from lte.calibration import collect_calibration, sample_batches
+from lte.calibration import sample_batches, stream_calibration
 from lte.errors import ConfigError
 from lte.tasks.collate import PaddingCollator
 from tests import models
@@ -19,20 +19,24 @@ def rows_of(lengths):
 
 
 def test_a_sample_comes_from_all_over_the_data():
-    batches = sample_batches(rows_of([10] * 100), PaddingCollator(0), 100, 4)
+    batches = sample_batches(rows_of([10] * 100), PaddingCollator(0), 100)
     assert sorted(int(i) for batch in batches for i in batch["input_ids"][:, 0]) == list(range(0, 100, 10))
-    assert [len(batch["input_ids"]) for batch in batches] == [4, 4, 2]
+
+
+def test_batches_are_bounded_in_tokens():
+    batches = sample_batches(rows_of([200] * 7 + [900]), PaddingCollator(0), 10_000)
+    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(2, 200)] * 3 + [(1, 200), (1, 900)]
 
 
 def test_batches_hold_rows_of_similar_length():
-    lengths = [5, 40, 7, 38, 6, 39, 8, 37]
-    batches = sample_batches(rows_of(lengths), PaddingCollator(0), 10_000, 4)
-    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(4, 8), (4, 40)]
+    lengths = [50, 250, 57, 248, 56, 249, 58, 247]
+    batches = sample_batches(rows_of(lengths), PaddingCollator(0), 10_000)
+    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(4, 58), (2, 248), (2, 250)]
     assert sum(int(batch["attention_mask"].sum()) for batch in batches) == sum(lengths)
 
 
 def test_one_long_row_does_not_make_the_sample_small():
-    batches = sample_batches(rows_of([300, *([10] * 2000)]), PaddingCollator(0), 8000, 8)
+    batches = sample_batches(rows_of([300, *([10] * 2000)]), PaddingCollator(0), 8000)
     assert sum(int(batch["attention_mask"].sum()) for batch in batches) == pytest.approx(8000, rel=0.4)
 
 
@@ -58,13 +62,13 @@ def test_with_a_label_per_row_tokens_have_sensitivities_of_their_own():
     )
     batch = models.inputs(4, 10) | {"labels": torch.tensor([0, 1, 1, 0])}
     batch["attention_mask"][0, 6:] = 0
-    last = collect_calibration(model, [batch])[-1]
+    last = list(stream_calibration(model, [batch]))[-1]
     first_tokens = torch.tensor([0, 6, 16, 26])
     others = torch.ones(36, dtype=torch.bool).index_fill(0, first_tokens, False)
     assert (last.token_sensitivity_T[first_tokens] > 0).all()
     assert (last.token_sensitivity_T[others] == 0).all()
     in_halves = [{key: value[rows] for key, value in batch.items()} for rows in (slice(0, 3), slice(3, 4))]
-    split = collect_calibration(model, in_halves)[-1]
+    split = list(stream_calibration(model, in_halves))[-1]
     torch.testing.assert_close(split.token_sensitivity_T, last.token_sensitivity_T, rtol=1e-4, atol=1e-7)
 
 
@@ -73,6 +77,6 @@ def test_with_a_label_per_token_they_have_not():
         models.build("llama"), lte.LTEConfig(expert_size=models.EXPERT, grouping="random", router_init="random")
     )
     batch = models.inputs(4, 10)
-    assert all(seen.token_sensitivity_T is None for seen in collect_calibration(model, [batch]))
+    assert all(seen.token_sensitivity_T is None for seen in stream_calibration(model, [batch]))
     batch["labels"] = batch["input_ids"]
-    assert all(seen.token_sensitivity_T is None for seen in collect_calibration(model, [batch]))
+    assert all(seen.token_sensitivity_T is None for seen in stream_calibration(model, [batch]))
