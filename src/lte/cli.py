@@ -59,6 +59,10 @@ def lte() -> None:
     transformers_logging.disable_progress_bar()
 
 
+OFF_TARGET = 3
+"""Exit code of a training that ended, but not at the sparsity asked for."""
+
+
 @app.command()
 def train(
     recipe: RecipeFile = None,
@@ -119,6 +123,15 @@ def train(
         f"[bold]{loaded.out}[/]: {summary['steps']} steps in {summary['seconds']:.0f} s{sparsity}. "
         f"Next: lte evaluate {loaded.out} --data FILE"
     )
+    if summary.get("on_target") is False:
+        trained = summary["trained_sparsity"]
+        at = "no step says at what" if trained is None else f"at {trained:.1%}"
+        typer.echo(
+            f"off target: the model was trained {at}, not {loaded.training['target_sparsity']:.1%}. It is saved, with "
+            "thresholds for the target, but train it for longer or with a lower learning rate",
+            err=True,
+        )
+        raise typer.Exit(OFF_TARGET)
 
 
 @app.command()
@@ -156,6 +169,8 @@ def sparsify(
     }
     loaded = load_recipe(recipe, flags, settings)
     summary = runs.make_sparse(loaded, overwrite=overwrite)
+    spent = ", ".join(f"{part} {seconds:.0f} s" for part, seconds in summary["seconds_of"].items())
+    console.print(f"{summary['seconds']:.0f} s: {spent}")
     console.print(
         f"[bold]{loaded.out}[/]: FFN sparsity {summary['sparsity']:.1%} on the data. "
         f"Next: lte evaluate {loaded.out} --data FILE"

@@ -102,7 +102,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> d
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     summary = _summary(recipe, trainer.state.global_step, started)
     if trainer.landed is not None:
-        summary |= _point_sparsity(trainer.landed)
+        summary |= _point_sparsity(trainer.landed) | _held(trainer)
     else:
         summary |= _final_sparsity(trainer.state.log_history)
     return _save_trained(trainer, tokenizer, out, summary)
@@ -136,10 +136,14 @@ def make_sparse(recipe: Recipe, *, overwrite: bool = False) -> dict[str, Any]:
     tokenizer, task, rows = _read_inputs(recipe)
     model = _load_dense(recipe, task, tokenizer).to(default_device())
     collate = task.collator(tokenizer)
-    sparsify(model, method, calibration=sample_batches(rows, collate, CALIBRATION_TOKENS))
+    parts: dict[str, float] = {"reading": time.perf_counter() - started}
+    sparsify(model, method, calibration=sample_batches(rows, collate, CALIBRATION_TOKENS), timings=parts)
+    searched = time.perf_counter()
     found = find_thresholds(model, sample_batches(rows, collate, DIAL_TOKENS), target)
+    parts["thresholds"] = time.perf_counter() - searched
     claim_folder(out, recipe, overwrite=overwrite)
-    return _save(model, tokenizer, out, _summary(recipe, 0, started) | _point_sparsity(found))
+    spent = {"seconds_of": {part: round(seconds, 1) for part, seconds in parts.items()}}
+    return _save(model, tokenizer, out, _summary(recipe, 0, started) | spent | _point_sparsity(found))
 
 
 def finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -335,6 +339,16 @@ def _summary(recipe: Recipe, steps: int, started: float) -> dict[str, Any]:
 
 def _point_sparsity(point: OperatingPoint) -> dict[str, Any]:
     return {"sparsity": point.sparsity, "sparsity_per_layer": list(point.sparsity_per_layer)}
+
+
+def _held(trainer: LTETrainer) -> dict[str, Any]:
+    """How the training kept to its target: the sparsity it ended at before the last move, and steps out of the band."""
+    assert trainer.tracker is not None
+    return {
+        "trained_sparsity": trainer.tracker.trained,
+        "steps_out_of_band": trainer.tracker.strays,
+        "on_target": trainer.on_target,
+    }
 
 
 def _final_sparsity(history: list[dict[str, Any]]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import TypeVar
@@ -27,6 +28,7 @@ def sparsify(
     config: MethodConfig,
     *,
     calibration: Iterable[Mapping[str, Tensor]] | None = None,
+    timings: dict[str, float] | None = None,
 ) -> AnyModel:
     """Turn a dense transformers model into a contextually sparse one, in place.
 
@@ -39,6 +41,8 @@ def sparsify(
         config: the method and its settings, for instance :class:`lte.LTEConfig`.
         calibration: some batches of model inputs, a few thousand tokens in all, with their labels where there are
             any. The default grouping and the routers' initialisation look at what the dense model does on them.
+        timings: filled with the seconds that ``calibration`` (the dense model on the batches, forward and backward),
+            ``grouping`` and ``routers`` took.
 
     Returns:
         The same model.
@@ -60,40 +64,51 @@ def sparsify(
         )
     before = [(module, dict(module._modules)) for module in model.modules()]
     try:
-        _convert(model, config, batches)
+        spent = _convert(model, config, batches)
     except BaseException:
         # Neurons may be in another order by now, which changes nothing; the dense modules come back.
         for module, children in before:
             module._modules.clear()
             module._modules.update(children)
         raise
+    if timings is not None:
+        timings.update(spent)
     enable_dial(model)
     model.config.quantization_config = SparsityConfig(config, version("learn-to-be-efficient"))  # type: ignore[union-attr]
     return model
 
 
-def _convert(model: nn.Module, config: MethodConfig, batches: list[Mapping[str, Tensor]]) -> None:
+def _convert(model: nn.Module, config: MethodConfig, batches: list[Mapping[str, Tensor]]) -> dict[str, float]:
+    started = time.perf_counter()
+    spent = {"calibration": 0.0, "grouping": 0.0}
     install_sparse_ffns(model, config)
     ffns = sparse_ffns(model)
     generator = torch.Generator().manual_seed(config.seed)
     if not batches:
         for ffn in ffns:
             _group(ffn, config, None)
+        spent["grouping"] = time.perf_counter() - started
         config.init_routers(ffns, None, generator)
-        return
-    grouped = _group_each(ffns, config, stream_calibration(model, batches))
-    config.init_routers(ffns, grouped, generator)
-    for _ in grouped:  # what a method did not ask to see is grouped all the same
-        pass
+    else:
+        grouped = _group_each(ffns, config, stream_calibration(model, batches), spent)
+        config.init_routers(ffns, grouped, generator)
+        for _ in grouped:  # what a method did not ask to see is grouped all the same
+            pass
+    spent["routers"] = time.perf_counter() - started - sum(spent.values())
+    return spent
 
 
 def _group_each(
-    ffns: Sequence[SparseFFN], config: MethodConfig, calibration: Iterator[Calibration]
+    ffns: Sequence[SparseFFN], config: MethodConfig, calibration: Iterator[Calibration], spent: dict[str, float]
 ) -> Iterator[Calibration]:
-    """Pass calibrations on, each once the neurons of its FFN are in their order."""
+    """Pass calibrations on, each once the neurons of its FFN are in their order; add up what it takes in ``spent``."""
     for ffn in ffns:
+        times = [time.perf_counter()]
         seen = next(calibration)
+        times.append(time.perf_counter())
         _group(ffn, config, seen)
+        spent["calibration"] += times[1] - times[0]
+        spent["grouping"] += time.perf_counter() - times[1]
         yield seen
         del seen
 

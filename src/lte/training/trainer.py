@@ -399,6 +399,13 @@ class LTETrainer(Trainer):
                 tracker.trained if tracker.trained is not None else float("nan"),
             )
 
+    @property
+    def on_target(self) -> bool:
+        """Whether the model was trained at its target, and its thresholds then found for it; True without a target."""
+        if self.tracker is None or self.landed is None:
+            return self.tracker is None
+        return self.tracker.on_target and abs(self.landed.sparsity - self.tracker.target) <= MISSED
+
     def _sample(self, tokens: int) -> list[Any]:
         """Batches of rows from all over the training data; the same ones in every process."""
         if isinstance(self.train_dataset, Dataset):
