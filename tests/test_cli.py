@@ -212,7 +212,7 @@ def test_finetune_and_recipe_file(folder, tmp_path):
     assert result.exit_code == 0, result.output + repr(result.exception)
     assert json.loads((tmp_path / "tuned" / "lte_run.json").read_text())["steps"] == 2
     run_again = run(
-        "train", recipe, "--out", tmp_path / "sparse", "--set", "training={max_steps: 2, target_sparsity: 0.5}"
+        "train", recipe, "--out", tmp_path / "sparse", "--set", "training={max_steps: 20, target_sparsity: 0.5}"
     )
     assert "not divisible" not in run_again.output
     assert run_again.exit_code == 0, run_again.output + repr(run_again.exception)

@@ -291,7 +291,7 @@ class LTETrainer(Trainer):
         loss, push, slope = (float(self.accelerator.reduce(each, "sum")) / processes for each in sums)
         tracker.feel(push / scale, slope)
         wrong = tracker.judge(margins.sparsity, loss, self._target_ramp(step))
-        if step >= (1 - LAST) * self.plan.total:
+        if step + 1 > (1 - LAST) * self.plan.total:
             tracker.keep_last()
         if wrong:
             logger.warning("step %d went wrong: %s; its learning rate is cut to a tenth", step + 1, wrong)
