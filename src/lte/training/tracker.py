@@ -7,7 +7,7 @@ from typing import Any
 
 from lte.margins import Margins
 
-RATE, DRIFT_RATE = 0.5, 0.03
+RATE, DRIFT_RATE = 0.35, 0.03
 """Share of the way to the wanted quantile that thresholds go in a step, and that is added to what they go in every
 step: training pushes all scores one way for a while. Readings come from before the step they correct, and sparser
 layers change what later ones see, so neither may be large."""
