@@ -174,8 +174,8 @@ def find_thresholds(
     """Move the thresholds as near to a sparsity as they go, in at most two passes over the tokens.
 
     What a layer sees depends on the thresholds before it, so the model is run again after every move: on an eighth of
-    the tokens until they are near, then on all of them, and after a last move on half of them. A few thousand tokens
-    cost little and are used whole throughout.
+    the tokens until they are near, then on all of them, and after each of at most two more moves on half of them. A few
+    thousand tokens cost little and are used whole throughout.
 
     Args:
         model: a sparse model with threshold routers; it is left in hard mode, at the new thresholds.
@@ -228,20 +228,27 @@ class _Search:
         return best
 
     def confirm(self, half: Sequence[Mapping[str, Tensor]], rest: Sequence[Mapping[str, Tensor]]) -> OperatingPoint:
-        """Measure on both halves, and once more on one of them after what had to be moved."""
+        """Measure on both halves, and on one of them once more after each of at most two moves."""
         before = self.measure(half)
-        whole = before.plus(self.measure(rest))
-        here = self.point(whole.sparsity_per_layer)
-        if self.error(here) <= TOLERANCE:
-            return here
-        self.move(whole, [self.sparsity] * len(_reached(here)))
-        after = self.measure(half)
-        changed = zip(whole.sparsity_per_layer, after.sparsity_per_layer, before.sparsity_per_layer, strict=True)
-        there = self.point([min(max(at + new - old, 0.0), 1.0) for at, new, old in changed])
-        if self.error(there) < self.error(here):
-            return there
-        set_thresholds(self.model, here.thresholds)
-        return here
+        counts = before.plus(self.measure(rest))
+        whole = counts.sparsity_per_layer
+        best = here = self.point(whole)
+        aims = [self.sparsity] * len(_reached(here))
+        for _ in range(2):
+            if self.error(best) <= TOLERANCE:
+                break
+            self.move(counts, aims)
+            counts = self.measure(half)
+            changed = zip(whole, counts.sparsity_per_layer, before.sparsity_per_layer, strict=True)
+            there = self.point([min(max(at + new - old, 0.0), 1.0) for at, new, old in changed])
+            best = min(best, there, key=self.error)
+            at_half = _reached(self.point(counts.sparsity_per_layer))
+            aims = [
+                min(max(now - (reached - self.sparsity) / _response(old, reached, self.sparsity), 1e-4), 1 - 1e-4)
+                for now, reached, old in zip(at_half, _reached(there), _reached(here), strict=True)
+            ]
+        set_thresholds(self.model, best.thresholds)
+        return best
 
     def measure(self, batches: Sequence[Mapping[str, Tensor]]) -> Margins:
         def ran() -> None:
@@ -272,6 +279,11 @@ class _Search:
 
     def error(self, point: OperatingPoint) -> float:
         return max(abs(reached - self.sparsity) for reached in _reached(point))
+
+
+def _response(before: float, after: float, wanted: float) -> float:
+    """Share of a move's wanted effect that it had: layers see what those before them left out."""
+    return min(max((after - before) / (wanted - before), 0.5), 2.0) if wanted != before else 1.0
 
 
 def _reached(point: OperatingPoint) -> tuple[float, ...]:

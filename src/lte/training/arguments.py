@@ -24,8 +24,8 @@ class LTETrainingArguments(TrainingArguments):
     routers frozen; each stage has its own length, warm-up and decay.
 
     Attributes:
-        target_sparsity: share of FFN neurons not to be used. Thresholds hold it, and the efficiency loss gets the weight
-            at which it only chooses among experts (:class:`lte.training.SparsityTracker`).
+        target_sparsity: share of FFN neurons not to be used. Thresholds hold it, and the efficiency loss gets the
+            weight at which it only chooses among experts (:class:`lte.training.SparsityTracker`).
         target_warmup: share of the training (of stage 1) over which the target rises from the sparsity
             the model starts with.
         eta: instead of a target, a fixed weight of the efficiency loss; larger is sparser.
