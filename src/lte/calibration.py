@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lte.errors import ConfigError
 from lte.grouping import Calibration
@@ -123,6 +125,8 @@ def _watch(
     token_mask: Tensor | None = None
 
     def keep(ffn: SparseFFN, args: tuple[Any, ...], output: Tensor) -> None:
+        if gradients is not None and gradients.backward:
+            return  # a checkpointed layer is run a second time
         x_TD = args[0].detach().flatten(0, -2)
         kept[ffn.layer_index].append(x_TD if token_mask is None else x_TD[token_mask])
 
@@ -131,6 +135,7 @@ def _watch(
         for ffn in watched:
             stack.enter_context(ffn.register_forward_hook(keep))
         if gradients is not None:
+            stack.enter_context(_checkpointed(model))
             for ffn in sparse_ffns(model):
                 stack.enter_context(ffn.register_forward_hook(gradients.watch))
         for batch in batches:
@@ -149,19 +154,26 @@ class _Gradients:
     """Of the loss, with respect to every FFN's output; only their norms are kept."""
 
     def __init__(self, n_layers: int) -> None:
+        self.backward = False
         self.outputs: dict[int, Tensor] = {}
         self.squares: list[list[float]] = [[] for _ in range(n_layers)]
         self.of_tokens: list[list[Tensor]] = [[] for _ in range(n_layers)]
 
     def watch(self, ffn: SparseFFN, args: tuple[Any, ...], output: Tensor) -> None:
         """Forward hook."""
-        self.outputs[ffn.layer_index] = output.requires_grad_(True)
+        output.requires_grad_(True)
+        if not self.backward:
+            self.outputs[ffn.layer_index] = output
 
     def take(self, loss: Tensor, labels: Tensor, token_mask: Tensor | None) -> None:
         """Backward through what the last forward left."""
         layers = list(self.outputs)
-        found = torch.autograd.grad(loss, [self.outputs[layer] for layer in layers])
-        self.outputs.clear()
+        self.backward = True
+        try:
+            found = torch.autograd.grad(loss, [self.outputs[layer] for layer in layers])
+        finally:
+            self.backward = False
+            self.outputs.clear()
         for layer, gradient in zip(layers, found, strict=True):
             squares = gradient.float().square().sum(-1).flatten()
             mean = float(squares.mean())
@@ -188,9 +200,45 @@ def _as_dense(model: nn.Module) -> Iterator[ExitStack]:
         stack.callback(model.train, model.training)
         stack.callback(set_mode, model, Mode.HARD)
         stack.enter_context(_frozen(model))
+        stack.enter_context(without_cache(model))
         model.eval()
         set_mode(model, Mode.DENSE)
         yield stack
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Keys and values are kept for tokens to come, and here none come."""
+    config: Any = model.config
+    before = getattr(config, "use_cache", None)
+    if before is None:
+        yield
+        return
+    config.use_cache = False
+    try:
+        yield
+    finally:
+        config.use_cache = before
+
+
+@contextmanager
+def _checkpointed(model: nn.Module) -> Iterator[None]:
+    """Layers keep their inputs alone for the backward pass; with everything else a batch would take gigabytes."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    kept = ("gradient_checkpointing", "_gradient_checkpointing_func", "training")
+    before = [{name: getattr(layer, name) for name in kept if hasattr(layer, name)} for layer in layers]
+    for layer in layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        layer.training = True  # it asks; its dropouts, children, stay as they are
+    try:
+        yield
+    finally:
+        for layer, values in zip(layers, before, strict=True):
+            if "_gradient_checkpointing_func" not in values:
+                del layer._gradient_checkpointing_func
+            for name, value in values.items():
+                setattr(layer, name, value)
 
 
 @contextmanager

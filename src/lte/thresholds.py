@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lte.calibration import device_inputs, every_nth, token_count
+from lte.calibration import device_inputs, every_nth, token_count, without_cache
 from lte.config import OperatingPoint, SparsityConfig
 from lte.errors import CalibrationError, ConfigError
 from lte.margins import Margins
@@ -318,7 +318,10 @@ def measure_margins(
     model.eval()
     set_mode(model, Mode.HARD)
     try:
-        with observe_routing(model, lambda layer, routing: margins.add(layer, routing, token_mask, shifts[layer])):
+        with (
+            without_cache(model),
+            observe_routing(model, lambda layer, routing: margins.add(layer, routing, token_mask, shifts[layer])),
+        ):
             for batch in batches:
                 inputs, token_mask = device_inputs(batch, device)
                 inputs.pop("labels", None)

@@ -21,7 +21,9 @@ def weights(seed: int = 0, gated: bool = True) -> FFNWeights:
 def calibration(hidden: torch.Tensor | None = None) -> Calibration:
     generator = torch.Generator().manual_seed(9)
     hidden = torch.randn(50, D_FF, generator=generator) if hidden is None else hidden
-    return Calibration(torch.randn(len(hidden), D_MODEL, generator=generator), hidden)
+    numbers = torch.arange(len(hidden))[:, None].float()  # an input that leads back to its hidden values
+    inputs = torch.cat([numbers, torch.randn(len(hidden), D_MODEL - 1, generator=generator)], dim=1)
+    return Calibration(inputs, lambda x: hidden[x[:, 0].long()])
 
 
 @pytest.mark.parametrize("name", sorted(GROUPINGS))

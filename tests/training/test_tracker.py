@@ -97,6 +97,11 @@ def test_a_step_outside_the_band_counts_for_less_until_it_recovers():
     assert tracker.strays == 1
 
 
+def test_the_few_tokens_of_a_small_step_are_no_reason_to_back_off():
+    assert SparsityTracker(0.5).judge(0.6, 1.0, 1.0, tokens=100) is None
+    assert SparsityTracker(0.5).judge(0.6, 1.0, 1.0, tokens=1000) is not None
+
+
 def test_a_task_loss_that_jumps_is_noticed_and_one_that_stays_up_is_got_used_to():
     tracker = SparsityTracker(0.5)
     for step in range(20):

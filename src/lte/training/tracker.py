@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,8 +13,9 @@ RATE, DRIFT_RATE = 0.35, 0.03
 step: training pushes all scores one way for a while. Readings come from before the step they correct, and sparser
 layers change what later ones see, so neither may be large."""
 
-BAND = 0.05
-"""Furthest that a step's sparsity may be from the one wanted."""
+BAND, SAMPLING = 0.05, 1.5
+"""Furthest that a step's sparsity may be from the one wanted; so many times ``tokens ** -0.5`` where that is more: the
+tokens of a small step are not like the average."""
 
 ON_TARGET = 0.02
 """Furthest that the sparsity trained at may be from the target, as a mean over :data:`LAST`."""
@@ -91,19 +93,20 @@ class SparsityTracker:
         self.push = keep * self.push + (1 - keep) * push
         self.slope = keep * self.slope + (1 - keep) * slope
 
-    def judge(self, sparsity: float, loss: float, ramp: float) -> str | None:
+    def judge(self, sparsity: float, loss: float, ramp: float, tokens: float = math.inf) -> str | None:
         """Take over what the forward passes of a step measured; what is wrong with it, if anything is.
 
         Args:
             sparsity: of the hard mask, over the tokens of the step.
             loss: task loss of the step.
             ramp: of that step.
+            tokens: of that step.
         """
         if self.start is None:
             self.start = sparsity
         self.sparsity = sparsity
         wrong = []
-        if ramp >= 1 and abs(sparsity - self.wanted(ramp)) > BAND:
+        if ramp >= 1 and abs(sparsity - self.wanted(ramp)) > max(BAND, SAMPLING * tokens**-0.5):
             self.strays += 1
             wrong.append(f"its sparsity is {sparsity:.3f}, not {self.wanted(ramp):.3f}")
         highest = max(self.loss + JUMP * self.deviation, JUMP_SHARE * self.loss)
