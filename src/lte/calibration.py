@@ -167,14 +167,8 @@ class _Gradients:
 
     def take(self, loss: Tensor, labels: Tensor, token_mask: Tensor | None) -> None:
         """Backward through what the last forward left."""
-        layers = list(self.outputs)
-        self.backward = True
-        try:
-            found = torch.autograd.grad(loss, [self.outputs[layer] for layer in layers])
-        finally:
-            self.backward = False
-            self.outputs.clear()
-        for layer, gradient in zip(layers, found, strict=True):
+
+        def measure(layer: int, gradient: Tensor) -> None:
             squares = gradient.float().square().sum(-1).flatten()
             mean = float(squares.mean())
             if math.isfinite(mean):
@@ -182,6 +176,15 @@ class _Gradients:
             if labels.dim() == 1:  # one per row, and the loss is a mean over them
                 norms = len(labels) * squares.sqrt()
                 self.of_tokens[layer].append(norms if token_mask is None else norms[token_mask])
+
+        for layer, output in self.outputs.items():
+            output.register_hook(partial(measure, layer))
+        self.outputs.clear()
+        self.backward = True
+        try:
+            loss.backward()
+        finally:
+            self.backward = False
 
     def all_zero(self) -> bool:
         """Whether the loss depends on no FFN."""
