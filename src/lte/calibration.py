@@ -23,7 +23,7 @@ PROBED_ROWS = 64
 BATCH_TOKENS = 512
 """Most tokens of a batch, padding included, unless one row is longer: a batch's logits are what takes memory."""
 
-INPUTS_BYTES = 600 * 2**20
+INPUTS_BYTES = 448 * 2**20
 """Most memory for the inputs of FFNs; where those of all layers take more, the model is run again for the others."""
 
 
