@@ -56,8 +56,7 @@ def sample_batches(
 
 def every_nth(batches: Sequence[Mapping[str, Tensor]], tokens: int) -> list[Mapping[str, Tensor]]:
     """Batches from all over a sample, short rows and long ones, until they hold about so many tokens."""
-    total = sum(_real_tokens(batch) for batch in batches)
-    count = min(len(batches), max(1, round(len(batches) * tokens / max(total, 1))))
+    count = min(len(batches), max(1, round(len(batches) * tokens / max(token_count(batches), 1))))
     return [batches[(2 * index + 1) * len(batches) // (2 * count)] for index in range(count)]
 
 
@@ -91,9 +90,8 @@ def stream_calibration(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]
         ConfigError: there are labels, and none of them counts.
     """
     ffns = sparse_ffns(model)
-    tokens = sum(_real_tokens(batch) for batch in batches)
     first = next(model.parameters())
-    layer_bytes = max(1, tokens * ffns[0].weights().d_model * first.element_size())
+    layer_bytes = max(1, token_count(batches) * ffns[0].weights().d_model * first.element_size())
     at_once = max(1, INPUTS_BYTES // layer_bytes)
     gradients = _Gradients(len(ffns)) if all("labels" in batch for batch in batches) else None
     for start in range(0, len(ffns), at_once):
@@ -106,11 +104,7 @@ def stream_calibration(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]
             )
         for ffn in watched:
             sensitivity, of_tokens = (None, None) if gradients is None else gradients.of(ffn.layer_index)
-            yield Calibration(inputs.pop(ffn.layer_index), partial(_hidden, ffn), sensitivity, of_tokens)
-
-
-def _hidden(ffn: SparseFFN, x_tD: Tensor) -> Tensor:
-    return ffn.hidden(x_tD)
+            yield Calibration(inputs.pop(ffn.layer_index), ffn.hidden, sensitivity, of_tokens)
 
 
 def _watch(

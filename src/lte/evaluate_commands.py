@@ -123,7 +123,7 @@ def calibrate(
     ],
     task: TrainedTask = None,
     per_layer: Annotated[bool, typer.Option("--per-layer", help="The same sparsity in every layer.")] = False,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of the data to use; default 32768.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of the data to use; default 16384.")] = None,
     context_length: ContextLength = None,
     prompt_column: PromptColumn = None,
     target_column: TargetColumn = None,

@@ -239,10 +239,11 @@ class LTETrainer(Trainer):
             task = (1 - self.args.distill) * task + self.args.distill * divergence
         if not (self.model_accepts_loss_kwargs and num_items_in_batch is not None):
             task = task / self.current_gradient_accumulation_steps
+        token_mask = _token_mask(inputs).flatten()
         with torch.set_grad_enabled(self.plan.stage(self.state.global_step) == 1):
-            totals = total_routing(routings, _token_mask(inputs), epsilon=self.args.sep_epsilon)
+            totals = total_routing(routings, token_mask, epsilon=self.args.sep_epsilon)
         if self.tracker is not None:
-            self._count_margins(task, routings, _token_mask(inputs))
+            self._count_margins(task, routings, token_mask)
         loss = self._total_loss(task, totals)
         return (loss, outputs) if return_outputs else loss
 
@@ -271,7 +272,7 @@ class LTETrainer(Trainer):
         if self._step_margins is None:
             self._step_margins = Margins(len(routings), "cpu" if task.device.type == "mps" else task.device)
         for layer, routing in enumerate(routings):
-            self._step_margins.add(layer, routing, token_mask.flatten())
+            self._step_margins.add(layer, routing, token_mask)
             if routing.margins is not None and routing.margins.requires_grad:
                 routing.margins.register_hook(self._feel)
         self._step_loss = self._step_loss + task.detach().float()
