@@ -94,19 +94,30 @@ def accounting(costs: Sequence[LayerCost], meter: SparsityMeter | None) -> dict[
 
 def load_for_evaluation(path: str, task: Task, *, dense: bool, **kwargs: Any) -> tuple[Any, Any]:
     """Model and tokenizer of a checkpoint; CheckpointError where a dense one was not asked for, or the reverse."""
-    config = read_config(path)
-    if is_sparse_config(config) and dense:
-        raise CheckpointError(f"{path} is a sparse checkpoint; evaluate it without --dense")
-    if not is_sparse_config(config) and not dense:
-        raise CheckpointError(
-            f"{path} is a dense checkpoint; make it sparse with `lte train`, or evaluate it as a baseline with --dense"
-        )
-    check_direction(config, task)
+    check_direction(read_kind(path, dense=dense), task)
     tokenizer = load_tokenizer(path)
     model: Any = load_dense(path, task.auto_class, **kwargs) if dense else load(path, **kwargs)
     if type(model) not in set(task.auto_class._model_mapping.values()):
         raise ConfigError(f"{path} is a {type(model).__name__}, which task={task.config.name!r} cannot use")
     return model.to(default_device()), tokenizer
+
+
+def read_kind(path: str, *, dense: bool, flag: str = "--dense") -> Any:
+    """The config of a checkpoint that is dense, or sparse, as asked for; CheckpointError otherwise.
+
+    Args:
+        path: folder, hub id or .gguf file.
+        dense: what was asked for.
+        flag: how it is asked for.
+    """
+    config = read_config(path)
+    if is_sparse_config(config) and dense:
+        raise CheckpointError(f"{path} is a sparse checkpoint; evaluate it without {flag}")
+    if not is_sparse_config(config) and not dense:
+        raise CheckpointError(
+            f"{path} is a dense checkpoint; make it sparse with `lte train`, or evaluate it as a baseline with {flag}"
+        )
+    return config
 
 
 def check_direction(config: Any, task: Task) -> None:

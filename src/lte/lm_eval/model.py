@@ -18,9 +18,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationMixin
 
 from lte.accounting import layer_costs
-from lte.errors import CheckpointError, ConfigError
-from lte.evaluate import accounting
-from lte.hub import default_device, is_sparse_config, load, load_dense, load_tokenizer, read_config
+from lte.errors import ConfigError
+from lte.evaluate import accounting, read_kind
+from lte.hub import default_device, load, load_dense, load_tokenizer
 from lte.inference import prepare_for_inference
 from lte.inference.crossover import FILE_NAME
 from lte.nn import SparsityMeter, observe_routing
@@ -246,13 +246,7 @@ def _load(path: str, *, dense: bool, sparsity: float | None, dtype: Any) -> Any:
         raise ConfigError(f"pretrained={path!r} must be a folder, hub id or .gguf file")
     if dense and sparsity is not None:
         raise ConfigError(f"sparsity={sparsity} goes with a sparse model; leave out dense")
-    sparse = is_sparse_config(read_config(path))
-    if sparse and dense:
-        raise CheckpointError(f"{path} is a sparse checkpoint; evaluate it without --dense (dense=True)")
-    if not sparse and not dense:
-        raise CheckpointError(
-            f"{path} is a dense checkpoint; make it sparse with `lte train`, or evaluate it with --dense (dense=True)"
-        )
+    read_kind(path, dense=dense, flag="--dense (dense=True)")
     model = load_dense(path, AutoModelForCausalLM, dtype=dtype) if dense else load(path, dtype=dtype)
     if not isinstance(model, GenerationMixin) or type(model) not in set(AutoModelForCausalLM._model_mapping.values()):
         raise ConfigError(f"{path} is a {type(model).__name__}; these tasks are for causal language models")
