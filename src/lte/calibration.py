@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lte.errors import ConfigError
@@ -22,6 +25,9 @@ PROBED_ROWS = 64
 
 BATCH_TOKENS = 512
 """Most tokens of a batch, padding included, unless one row is longer: a batch's logits are what takes memory."""
+
+LOSS_ROWS = 128
+"""Rows of logits for which a loss is computed at a time."""
 
 INPUTS_BYTES = 448 * 2**20
 """Most memory for the inputs of FFNs; where those of all layers take more, the model is run again for the others."""
@@ -123,6 +129,8 @@ def _watch(
             return  # a checkpointed layer is run a second time
         x_TD = args[0].detach().flatten(0, -2)
         kept[ffn.layer_index].append(x_TD if token_mask is None else x_TD[token_mask])
+        if device.type == "cpu":
+            _trim_heap()
 
     body = getattr(model, "base_model", model)  # without labels no logits are needed
     with _as_dense(model) as stack:
@@ -130,6 +138,7 @@ def _watch(
             stack.enter_context(ffn.register_forward_hook(keep))
         if gradients is not None:
             stack.enter_context(_checkpointed(model))
+            stack.enter_context(_loss_in_parts(model))
             for ffn in sparse_ffns(model):
                 stack.enter_context(ffn.register_forward_hook(gradients.watch))
         for batch in batches:
@@ -141,7 +150,19 @@ def _watch(
             else:
                 with torch.enable_grad():
                     gradients.take(model(**inputs).loss, inputs["labels"], token_mask)
-    return {layer: torch.cat(parts) for layer, parts in kept.items()}
+    return {layer: torch.cat(kept.pop(layer)) for layer in list(kept)}
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+
+
+def _trim_heap() -> None:
+    """Hand freed memory back: among what is kept of every layer, glibc leaves holes as large as the layer's hiddens."""
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
 
 
 class _Gradients:
@@ -236,6 +257,37 @@ def _checkpointed(model: nn.Module) -> Iterator[None]:
                 del layer._gradient_checkpointing_func
             for name, value in values.items():
                 setattr(layer, name, value)
+
+
+@contextmanager
+def _loss_in_parts(model: Any) -> Iterator[None]:
+    """A language model's loss is computed, forward and backward, for a few rows of logits at a time.
+
+    In float32, with what the backward pass keeps, it takes six times as much as the logits of a bf16 model.
+    """
+    if getattr(model, "loss_function", None) is not ForCausalLMLoss:
+        yield
+        return
+    before = model.__dict__.get("_loss_function")
+    model.loss_function = _causal_loss_in_parts
+    try:
+        yield
+    finally:
+        del model._loss_function
+        if before is not None:
+            model.loss_function = before
+
+
+def _causal_loss_in_parts(logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> Tensor:
+    """Mean cross entropy of the next token, as ``ForCausalLMLoss`` without options; logits [B, S, V], labels [B, S]."""
+    shifted_T = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:].reshape(-1)
+
+    def part(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits_TV.float(), labels_T, reduction="sum")
+
+    parts = zip(logits.reshape(-1, vocab_size).split(LOSS_ROWS), shifted_T.split(LOSS_ROWS), strict=True)
+    total = sum(checkpoint(part, *each, use_reentrant=False) for each in parts)
+    return total / (shifted_T != -100).sum()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import lte
 from lte.errors import ConfigError
 from lte.nn import sparse_ffns
 from lte.thresholds import thresholds_of
+from lte.training import SparsityTracker
 from tests import models
 from tests.training.common import collate, rows, sparse_model, trainer
 
@@ -73,6 +74,30 @@ def test_accumulated_steps_give_the_tracker_the_same_reading(tmp_path):
         run.train()
         readings.append(run.tracker.sparsity)
     assert readings[0] == pytest.approx(readings[1], abs=1e-6)
+
+
+@pytest.mark.parametrize("rate", [0.0, 1e-2])
+def test_a_probe_is_run_again_with_the_weights_that_moved(tmp_path, rate, monkeypatch):
+    data = rows(4, padded=True)
+    run = trainer(
+        tmp_path,
+        data=data,
+        stages=1,
+        max_steps=3,
+        target_sparsity=0.5,
+        learning_rate=rate,
+        router_learning_rate=rate,
+        per_device_train_batch_size=4,
+    )
+    probes = []
+    monkeypatch.setattr(SparsityTracker, "move", lambda self, margins, ramp, probe: probes.append(probe) or 0.0)
+    run.train()
+    assert len(probes) == 3
+    tokens = sum(int(row["attention_mask"].sum()) for row in data)
+    for before, after in probes:
+        assert before.seen.tolist() == after.seen.tolist() == [tokens * 8] * models.LAYERS
+    moved = [not torch.equal(before.counts, after.counts) for before, after in probes[1:]]
+    assert moved == [rate > 0] * 2
 
 
 def test_an_annealed_gate_hardens(tmp_path):

@@ -22,22 +22,25 @@ def normal(shape, generator):
 
 
 def run_plant(target, *, scale=1.0, layers=6, draw=normal, feedback=0.0, push=0.0, delay=0, steps=100, tokens=128):
-    """Sparsities, step by step, of layers whose logits spread differently, drift, and see each other's sparsity."""
+    """Sparsities, step by step, of layers that spread differently, see each other's sparsity, and are pushed."""
     generator = torch.Generator().manual_seed(0)
     tracker, shifts, readings = SparsityTracker(target), [0.0] * (delay + 1), []
     spreads = torch.logspace(-0.7, 0.7, layers) if layers > 1 else torch.ones(1)
     offsets = 0.5 * torch.randn(layers, generator=generator)
     for step in range(steps):
         ramp, following = (min(1.0, (at + 1) / (0.1 * steps)) for at in (step, step + 1))
-        margins, closed = Margins(layers), 0.0
+        margins, before, after, closed = Margins(layers), Margins(layers), Margins(layers), 0.0
         common = 0.03 * float(torch.randn((), generator=generator))
         for layer in range(layers):
             logits = spreads[layer] * draw((tokens, 32), generator) + offsets[layer] + common
             found = scale * (logits - feedback * closed / max(layer, 1) - push * step) - shifts[-1 - delay]
             margins.add(layer, Routing(found.sigmoid(), found > 0, found))
+            probe = found[: tokens // 4]
+            before.add(layer, Routing(probe.sigmoid(), probe > 0, probe))
+            after.add(layer, Routing(probe.sigmoid(), probe > 0, probe), shift=-scale * push)
             closed += float((found <= 0).float().mean())
         tracker.judge(margins.sparsity, 1.0, ramp)
-        shifts.append(shifts[-1] + tracker.move(margins, following))
+        shifts.append(shifts[-1] + tracker.move(margins, following, (before, after)))
         readings.append(margins.sparsity)
     return readings, tracker
 
@@ -52,7 +55,7 @@ def run_plant(target, *, scale=1.0, layers=6, draw=normal, feedback=0.0, push=0.
         {"layers": 80, "tokens": 32, "steps": 60},
         {"draw": heavy},
         {"feedback": 1.0},
-        {"push": 0.02},
+        {"push": 0.3},
         {"delay": 1},
     ],
     ids=["six layers", "one layer", "eighty layers", "heavy tails", "feedback", "push", "delay"],

@@ -8,10 +8,9 @@ from typing import Any
 
 from lte.margins import Margins
 
-RATE, DRIFT_RATE = 0.35, 0.03
-"""Share of the way to the wanted quantile that thresholds go in a step, and that is added to what they go in every
-step: training pushes all scores one way for a while. Readings come from before the step they correct, and sparser
-layers change what later ones see, so neither may be large."""
+RATE = 0.35
+"""Share of the way to the wanted quantile that thresholds go in a step. Of the tokens of one step it says more than is
+so, and sparser layers change what later ones see."""
 
 BAND, SAMPLING = 0.05, 1.5
 """Furthest that a step's sparsity may be from the one wanted; so many times ``tokens ** -0.5`` where that is more: the
@@ -45,7 +44,6 @@ class SparsityTracker:
         target: sparsity to be held, once warmed up to.
         start: sparsity as first measured, from which the target warms up.
         sparsity: of the last step.
-        drift: logits that thresholds move in every step.
         factor: of the learning rate; below 1 after a step that went wrong.
         steps, loss, deviation: running mean of the task loss, its mean deviation, and of how many steps.
         push, slope: running means, by how much the losses but for the efficiency loss would change, and by how much
@@ -57,7 +55,6 @@ class SparsityTracker:
     target: float
     start: float | None = None
     sparsity: float | None = None
-    drift: float = 0.0
     factor: float = 1.0
     steps: int = 0
     loss: float = 0.0
@@ -120,16 +117,18 @@ class SparsityTracker:
         self.factor = BACK_OFF if wrong else min(1.0, RECOVERY * self.factor)
         return " and ".join(wrong) or None
 
-    def move(self, margins: Margins, ramp: float) -> float:
+    def move(self, margins: Margins, ramp: float, probe: tuple[Margins, Margins] | None = None) -> float:
         """By how much thresholds are to move after a step, in logits.
 
         Args:
             margins: of the decisions of the step.
             ramp: of the next step.
+            probe: margins of the same few tokens before and after the step moved the weights. That moves logits by as
+                much as thresholds then move with them; what is left to correct is noise, and the target's warm-up.
         """
-        quantile = margins.quantile(self.wanted(ramp))
-        self.drift += DRIFT_RATE * quantile
-        return RATE * quantile + self.drift
+        wanted = self.wanted(ramp)
+        motion = 0.0 if probe is None else probe[1].quantile(wanted) - probe[0].quantile(wanted)
+        return motion + RATE * margins.quantile(wanted)
 
     def keep_last(self) -> None:
         """Count the last step among those that say at what sparsity the model was trained."""

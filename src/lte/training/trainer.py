@@ -16,7 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
-from lte.calibration import sample_batches
+from lte.calibration import sample_batches, without_cache
 from lte.config import OperatingPoint
 from lte.errors import CheckpointError, ConfigError, NonFiniteLossError
 from lte.margins import Margins
@@ -43,6 +43,9 @@ logger = logging.getLogger(__name__)
 
 ROUTER_WIDTH = 192
 """Width of a router's input for which ``router_learning_rate`` holds as it is."""
+
+PROBE_TOKENS = 512
+"""Of a step, run once more after it: how far have the new weights moved their logits?"""
 
 OPENING_TOKENS = 2048
 """Of the training data, on which the thresholds' first move is measured."""
@@ -107,6 +110,7 @@ class LTETrainer(Trainer):
         self._asked_steps = self.args.max_steps
         self._step_tokens: Tensor | None = None
         self._step_margins: Margins | None = None
+        self._step_probe: tuple[dict[str, Tensor], Tensor, Margins] | None = None
         self._step_loss: Tensor | float = 0.0
         self._step_push: Tensor | float = 0.0
         self._step_slope: Tensor | float = 0.0
@@ -243,7 +247,7 @@ class LTETrainer(Trainer):
         with torch.set_grad_enabled(self.plan.stage(self.state.global_step) == 1):
             totals = total_routing(routings, token_mask, epsilon=self.args.sep_epsilon)
         if self.tracker is not None:
-            self._count_margins(task, routings, token_mask)
+            self._count_margins(task, routings, token_mask, inputs)
         loss = self._total_loss(task, totals)
         return (loss, outputs) if return_outputs else loss
 
@@ -268,14 +272,55 @@ class LTETrainer(Trainer):
         self._step_margins = None
         self._step_loss = self._step_push = self._step_slope = 0.0
 
-    def _count_margins(self, task: Tensor, routings: list[Routing], token_mask: Tensor) -> None:
+    def _count_margins(self, task: Tensor, routings: list[Routing], token_mask: Tensor, inputs: dict[str, Any]) -> None:
         if self._step_margins is None:
-            self._step_margins = Margins(len(routings), "cpu" if task.device.type == "mps" else task.device)
+            self._step_margins = self._new_margins()
+            self._step_probe = self._take_probe(routings, token_mask, inputs)
         for layer, routing in enumerate(routings):
             self._step_margins.add(layer, routing, token_mask)
             if routing.margins is not None and routing.margins.requires_grad:
                 routing.margins.register_hook(self._feel)
         self._step_loss = self._step_loss + task.detach().float()
+
+    def _new_margins(self) -> Margins:
+        device = self.args.device
+        return Margins(len(sparse_ffns(self.model)), "cpu" if device.type == "mps" else device)
+
+    def _take_probe(
+        self, routings: list[Routing], token_mask: Tensor, inputs: dict[str, Any]
+    ) -> tuple[dict[str, Tensor], Tensor, Margins]:
+        """The first rows of a micro-batch, the mask of their tokens, and their margins."""
+        size, length = inputs["input_ids"].shape
+        rows = min(size, max(1, PROBE_TOKENS // length))
+        probe = {
+            name: value[:rows]
+            for name, value in inputs.items()
+            if name != "labels" and isinstance(value, Tensor) and value.shape[:1] == (size,)
+        }
+        # Tokens that do not count are left out by the mask: all margins are given, in the order of the tokens.
+        mask = token_mask.clone()
+        mask[rows * length :] = False
+        before = self._new_margins()
+        for layer, routing in enumerate(routings):
+            before.add(layer, routing, mask)
+        return probe, mask[: rows * length], before
+
+    @torch.no_grad()
+    def _probe_again(self) -> tuple[Margins, Margins]:
+        """Margins of the probe before and after the weights moved, over all processes."""
+        assert self._step_probe is not None
+        probe, mask, before = self._step_probe
+        after = self._new_margins()
+        with (
+            self.accelerator.autocast(),
+            without_cache(self.model),
+            observe_routing(self.model, lambda layer, routing: after.add(layer, routing, mask)),
+        ):
+            body: Any = getattr(self.model, "base_model", self.model)
+            body(**probe)
+        before.reduce(self.accelerator)
+        after.reduce(self.accelerator)
+        return before, after
 
     def _feel(self, gradient: Tensor) -> None:
         self._step_push = self._step_push + gradient.sum(dtype=torch.float32)
@@ -310,7 +355,8 @@ class LTETrainer(Trainer):
         """Move the thresholds for the next step."""
         if self.tracker is None or self._step_margins is None:
             return
-        shift = self.tracker.move(self._step_margins, self._target_ramp(self.state.global_step))
+        ramp = self._target_ramp(self.state.global_step)
+        shift = self.tracker.move(self._step_margins, ramp, self._probe_again())
         set_thresholds(self.model, [shifted(threshold, shift) for threshold in thresholds_of(self.model)])
 
     def begin(self) -> None:
