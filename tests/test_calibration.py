@@ -5,8 +5,9 @@ import torch
 from datasets import Dataset
 
 import lte
-from lte.calibration import sample_batches, stream_calibration
+from lte.calibration import LOSS_ROWS, sample_batches, stream_calibration
 from lte.errors import ConfigError
+from lte.nn import sparse_ffns
 from lte.tasks.collate import PaddingCollator
 from tests import models
 
@@ -80,3 +81,20 @@ def test_with_a_label_per_token_they_have_not():
     assert all(seen.token_sensitivity_T is None for seen in stream_calibration(model, [batch]))
     batch["labels"] = batch["input_ids"]
     assert all(seen.token_sensitivity_T is None for seen in stream_calibration(model, [batch]))
+
+
+def test_the_loss_in_parts_has_the_gradient_of_the_whole():
+    model = lte.sparsify(
+        models.build("llama"), lte.LTEConfig(expert_size=models.EXPERT, grouping="random", router_init="random")
+    )
+    batch = models.inputs(4, 50)
+    assert batch["input_ids"].numel() > LOSS_ROWS
+    batch["labels"] = batch["input_ids"].masked_fill(torch.arange(50) % 7 == 0, -100)
+    found = [seen.sensitivity for seen in stream_calibration(model, [batch])]
+    lte.set_mode(model, "dense")
+    outputs = []
+    for ffn in sparse_ffns(model):
+        ffn.register_forward_hook(lambda ffn, args, output: (output.retain_grad(), outputs.append(output))[0])
+    model.eval()(**batch).loss.backward()
+    wanted = [float(output.grad.square().sum(-1).mean().sqrt()) for output in outputs]
+    assert found == pytest.approx(wanted, rel=1e-4)
