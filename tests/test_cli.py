@@ -153,6 +153,13 @@ def test_train_to_a_target_then_turn_the_dial(folder, tmp_path):
     assert result.exit_code == 0, result.output + repr(result.exception)
     points = json.loads(record.read_text())["points"]
     assert [point["sparsity"] for point in points] == pytest.approx([0.3, 0.6], abs=0.01)
+    same = run("evaluate", out, "--data", folder / "text.txt").output
+    (tmp_path / "other.txt").write_text("Q" * 2000)
+    other = run("evaluate", out, "--data", tmp_path / "other.txt", "--json", record).output
+    found = json.loads(record.read_text())
+    assert found["expected_sparsity"] == points[1]["sparsity"]
+    assert abs(found["sparsity"] - 0.6) > 0.01
+    assert ["lte calibrate" in output for output in (same, other)] == [False, True]
     model = lte.load(out)
     assert [ffn.router.threshold for ffn in lte.nn.sparse_ffns(model)] == points[1]["thresholds"]
     model.set_sparsity(0.45)

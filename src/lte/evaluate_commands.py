@@ -197,14 +197,15 @@ def _evaluate(
     path: str, *, task: Any, data: str, title: str, dense: bool, sparsity: float | None = None, **settings: Any
 ) -> dict[str, Any]:
     from lte import evaluate as module
-    from lte.thresholds import set_sparsity
+    from lte.thresholds import set_sparsity, sparsity_set_for
 
     model, tokenizer = module.load_for_evaluation(path, task, dense=dense)
     if sparsity is not None:
         set_sparsity(model, sparsity)
+    expected = sparsity_set_for(model) if sparsity is None and not dense else sparsity
     with _progress(title) as progress:
         result = module.evaluate(model, tokenizer, task, data, dense=dense, progress=progress, **settings)
-    return {**result, "model": path}
+    return {**result, "model": path} | ({} if expected is None else {"expected_sparsity": expected})
 
 
 def _harness(
@@ -228,6 +229,8 @@ def _harness(
 
 
 def _print_evaluation(result: dict[str, Any]) -> None:
+    from lte.thresholds import MISSED
+
     shown = [result, *([result["baseline"]] if "baseline" in result else [])]
     title = None if len(shown) > 1 else result["model"]
     table = Table("", *(each["model"] for each in shown), show_header=title is None, title=title)
@@ -245,6 +248,13 @@ def _print_evaluation(result: dict[str, Any]) -> None:
     table.add_row("dense", *(f"{each['dense']:.4g}" for each in flops))
     table.add_row("tokens", *(f"{each['tokens']:,}" for each in shown))
     console.print(table)
+    expected = result.get("expected_sparsity", result["sparsity"])
+    if abs(result["sparsity"] - expected) > MISSED:
+        console.print(
+            f"The thresholds give {expected:.1%} on the text they were found on, and {result['sparsity']:.1%} here. "
+            f"To have {expected:.0%} on such text: lte calibrate {result['model']} --data OTHER_SUCH_TEXT "
+            f"--target-sparsity {expected:.2g}"
+        )
 
 
 def _with_error(result: dict[str, Any], name: str, value: Any) -> str:

@@ -81,6 +81,14 @@ def set_sparsity(model: Any, sparsity: float) -> None:
     )
 
 
+def sparsity_set_for(model: Any) -> float | None:
+    """The sparsity that the thresholds, as they stand, gave on the text they were found on; None where not known."""
+    config = getattr(model.config, "quantization_config", None)
+    here = tuple(thresholds_of(model))
+    points = getattr(config, "operating_points", ())
+    return next((point.sparsity for point in points if tuple(point.thresholds) == here), None)
+
+
 def _check_dial(model: nn.Module) -> None:
     ffns = sparse_ffns(model)
     if not ffns:
