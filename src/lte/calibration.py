@@ -129,8 +129,7 @@ def _watch(
             return  # a checkpointed layer is run a second time
         x_TD = args[0].detach().flatten(0, -2)
         kept[ffn.layer_index].append(x_TD if token_mask is None else x_TD[token_mask])
-        if device.type == "cpu":
-            _trim_heap()
+        trim_heap(device)
 
     body = getattr(model, "base_model", model)  # without labels no logits are needed
     with _as_dense(model) as stack:
@@ -158,10 +157,10 @@ def _malloc_trim() -> Callable[[int], int] | None:
     return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
-def _trim_heap() -> None:
+def trim_heap(device: torch.device) -> None:
     """Hand freed memory back: among what is kept of every layer, glibc leaves holes as large as the layer's hiddens."""
     trim = _malloc_trim()
-    if trim is not None:
+    if trim is not None and device.type == "cpu":
         trim(0)
 
 

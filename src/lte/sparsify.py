@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from lte.calibration import stream_calibration
+from lte.calibration import stream_calibration, trim_heap
 from lte.config import MethodConfig, SparsityConfig
 from lte.errors import ConfigError
 from lte.families import install_ffns
@@ -111,6 +111,7 @@ def _group_each(
         spent["grouping"] += time.perf_counter() - times[1]
         yield seen
         del seen
+        trim_heap(ffn.router.weight.device)
 
 
 def _group(ffn: SparseFFN, config: MethodConfig, seen: Calibration | None) -> None:

@@ -113,15 +113,18 @@ class Calibration:
         mean_D = (torch.stack(totals).sum(0) / count).float()
         width = len(mean_D)
         gram_DD = mean_D.new_zeros(width, width)
-        cross_DK, target_K = mean_D.new_zeros(()), mean_D.new_zeros(())
+        cross_DK, target_K = None, mean_D.new_zeros(())
         for part, (x_tD, hidden_tF) in self.chunks():
             centred_tD, targets_tK = features(x_tD) - mean_D, targets(part, hidden_tF)
             gram_DD.addmm_(centred_tD.T, centred_tD)
-            cross_DK = cross_DK + centred_tD.T @ targets_tK
+            if cross_DK is None:
+                cross_DK = mean_D.new_zeros(width, targets_tK.shape[1])
+            cross_DK.addmm_(centred_tD.T, targets_tK)
             target_K = target_K + targets_tK.sum(0) / count
         variance_D = gram_DD.diagonal()
         variance_D.add_(RIDGE * variance_D + 1e-6 * variance_D.mean() + torch.finfo(torch.float32).tiny)
         factor_DD = torch.linalg.cholesky(gram_DD)
+        assert cross_DK is not None
         weight_DK = torch.cholesky_solve(cross_DK, factor_DD)
         return LinearFit(weight_DK.T, target_K - mean_D @ weight_DK, target_K, factor_DD, count)
 

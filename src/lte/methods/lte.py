@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lte.config import MethodConfig, register_method
-from lte.grouping import Calibration, LinearFit
+from lte.grouping import Calibration
 from lte.nn import LowRankRouter, SparseFFN, ThresholdRouter
 
 
@@ -104,25 +104,26 @@ def _fit_routers(ffns: Sequence[SparseFFN], calibration: Iterator[Calibration], 
     every layer's spread is of order one, and outliers are a few units away from the rest instead of a few thousand; the
     spread over all layers is taken from quartiles, which outliers do not move.
     """
-    fits: list[LinearFit] = []
     samples: list[Tensor] = []
     for ffn, seen in zip(ffns, calibration, strict=True):
+        assert ffn.router.bias is not None
         features = _features(ffn)
         fit = seen.fit(_log_weights(ffn, seen), features)
         step = max(1, len(seen.inputs_TD) * ffn.router.n_experts // SAMPLED)
         x_tD = seen.inputs_TD[::step].float()
         predicted = (x_tD if features is None else features(x_tD)) @ fit.weight.T + fit.bias
         samples.append(predicted.flatten().cpu())
-        fits.append(fit)
+        ffn.router.weight.copy_(fit.weight)
+        ffn.router.bias.copy_(fit.bias)
     every = torch.cat([sample[:: max(1, len(sample) * len(samples) // 2**23)] for sample in samples]).sort().values
     low, centre, high = (float(every[int(share * (len(every) - 1))]) for share in (0.25, 0.5, 0.75))
     spread = (high - low) / NORMAL_QUARTILES
     slope = std / spread if spread > 0 else 0.0
     start = float(torch.logit(torch.tensor(score)))
-    for ffn, fit in zip(ffns, fits, strict=True):
+    for ffn in ffns:
         assert ffn.router.bias is not None
-        ffn.router.weight.copy_(fit.weight * slope)
-        ffn.router.bias.copy_((fit.bias - centre) * slope + start)
+        ffn.router.weight.mul_(slope)
+        ffn.router.bias.sub_(centre).mul_(slope).add_(start)
 
 
 NORMAL_QUARTILES = 1.349
