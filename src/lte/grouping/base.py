@@ -48,7 +48,7 @@ class NeuronGrouping:
 Chunk = tuple[Tensor, Tensor]
 """Of some tokens: FFN inputs [t, D] and what entered the down projection [t, F], both float32."""
 
-CHUNK_TOKENS = 1024
+CHUNK_TOKENS = 512
 """Tokens whose hidden values are held at once."""
 
 PROFILE_VALUES = 2**26
@@ -138,7 +138,7 @@ class Calibration:
 def contributions(hidden_tF: Tensor, weights: FFNWeights) -> Tensor:
     """What each neuron adds to the output, ``|activation| * norm of its row of the down projection``: [t, F]."""
     norms_F = weights.down.detach().float().norm(dim=1)
-    return hidden_tF.abs().float() * norms_F.to(hidden_tF.device)
+    return hidden_tF.abs().float().mul_(norms_F.to(hidden_tF.device))
 
 
 RIDGE = 1e-2
@@ -165,7 +165,10 @@ class LinearFit:
 
     def features(self) -> Tensor:
         """Rows with the predictions' inner products over all tokens, but for the ridge: [K, D + 1], not [K, T]."""
-        return torch.cat([self.weight @ self.factor, self.tokens**0.5 * self.mean[:, None]], dim=1)
+        features_KD = self.weight.new_empty(len(self.weight), self.factor.shape[1] + 1)
+        torch.mm(self.weight, self.factor, out=features_KD[:, :-1])
+        torch.mul(self.mean, self.tokens**0.5, out=features_KD[:, -1])
+        return features_KD
 
 
 class GroupingFn(Protocol):

@@ -28,11 +28,14 @@ def group_predicted(
     tell. It also makes the features D + 1 wide instead of as many as there are tokens.
     """
     calibration = require_calibration(calibration, "predicted")
-    fit = calibration.fit(lambda _, hidden_tF: contributions(hidden_tF, weights))
-    return _cluster(fit.features(), expert_size, seed)
+    # Nothing is kept by name: what a fit holds is as large as the features.
+    return _cluster(
+        calibration.fit(lambda _, hidden_tF: contributions(hidden_tF, weights)).features(), expert_size, seed
+    )
 
 
 def _cluster(features: Tensor, expert_size: int, seed: int) -> NeuronGrouping:
     check_divisible(len(features), expert_size)
-    labels_F = balanced_kmeans(normalise_rows(features), expert_size, seed=seed, name="activations")
+    features = normalise_rows(features)
+    labels_F = balanced_kmeans(features, expert_size, seed=seed, name="activations")
     return NeuronGrouping.from_labels(labels_F.cpu(), expert_size)
