@@ -68,6 +68,12 @@ def test_the_sparsity_is_held(target, scale, plant):
     assert tracker.factor == 1
 
 
+@pytest.mark.parametrize("target", [0.8, 0.95])
+def test_a_short_warm_up_ends_in_the_band(target):
+    readings, _ = run_plant(target, feedback=0.3, steps=40)
+    assert max(abs(reading - target) for reading in readings[4:]) < BAND
+
+
 def test_a_longer_delay_does_not_make_it_swing():
     readings, _ = run_plant(0.5, delay=2, steps=200)
     assert max(abs(reading - 0.5) for reading in readings[100:]) < 2 * BAND

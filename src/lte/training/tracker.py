@@ -9,8 +9,8 @@ from typing import Any
 from lte.margins import Margins
 
 RATE = 0.35
-"""Share of the way to the wanted quantile that thresholds go in a step. Of the tokens of one step it says more than is
-so, and sparser layers change what later ones see."""
+"""Share of what a step's sparsity missed its aim by that thresholds make up for in a step: the tokens of one step are
+not like those of the next, and sparser layers change what later ones see."""
 
 BAND, SAMPLING = 0.05, 1.5
 """Furthest that a step's sparsity may be from the one wanted; so many times ``tokens ** -0.5`` where that is more: the
@@ -44,6 +44,7 @@ class SparsityTracker:
         target: sparsity to be held, once warmed up to.
         start: sparsity as first measured, from which the target warms up.
         sparsity: of the last step.
+        aim: sparsity that thresholds were last moved for.
         factor: of the learning rate; below 1 after a step that went wrong.
         steps, loss, deviation: running mean of the task loss, its mean deviation, and of how many steps.
         push, slope: running means, by how much the losses but for the efficiency loss would change, and by how much
@@ -55,6 +56,7 @@ class SparsityTracker:
     target: float
     start: float | None = None
     sparsity: float | None = None
+    aim: float | None = None
     factor: float = 1.0
     steps: int = 0
     loss: float = 0.0
@@ -123,12 +125,15 @@ class SparsityTracker:
         Args:
             margins: of the decisions of the step.
             ramp: of the next step.
-            probe: margins of the same few tokens before and after the step moved the weights. That moves logits by as
-                much as thresholds then move with them; what is left to correct is noise, and the target's warm-up.
+            probe: margins of the same few tokens before and after the step moved the weights. Thresholds move with
+                the logits; what is left, besides the target's warm-up, is the noise of one step's tokens.
         """
-        wanted = self.wanted(ramp)
-        motion = 0.0 if probe is None else probe[1].quantile(wanted) - probe[0].quantile(wanted)
-        return motion + RATE * margins.quantile(wanted)
+        before, self.aim = self.aim, self.wanted(ramp)
+        if before is None:
+            before = margins.sparsity
+        motion = 0.0 if probe is None else probe[1].quantile(self.aim) - probe[0].quantile(self.aim)
+        warming = margins.quantile(self.aim) - margins.quantile(before)
+        return motion + warming + RATE * margins.quantile(before)
 
     def keep_last(self) -> None:
         """Count the last step among those that say at what sparsity the model was trained."""
