@@ -128,9 +128,14 @@ def test_trained_on_target_means_over_the_last_steps():
         tracker.keep_last()
     assert tracker.on_target
     assert tracker.trained == pytest.approx(0.5067, abs=1e-3)
-    tracker.judge(0.9, 1.0, 1.0)
+    tracker.judge(0.65, 1.0, 1.0)
     tracker.keep_last()
     assert not tracker.on_target
+    few = SparsityTracker(0.5, sparsity=0.54)
+    few.keep_last(tokens=1000)
+    assert few.on_target
+    few.keep_last(tokens=9000)
+    assert not few.on_target
 
 
 def test_state_is_restored():

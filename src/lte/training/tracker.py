@@ -12,12 +12,12 @@ RATE = 0.35
 """Share of what a step's sparsity missed its aim by that thresholds make up for in a step: the tokens of one step are
 not like those of the next, and sparser layers change what later ones see."""
 
-BAND, SAMPLING = 0.05, 1.5
-"""Furthest that a step's sparsity may be from the one wanted; so many times ``tokens ** -0.5`` where that is more: the
-tokens of a small step are not like the average."""
+BAND, ON_TARGET = 0.05, 0.02
+"""Furthest that a step's sparsity may be from the one wanted, and the mean over :data:`LAST` from the target."""
 
-ON_TARGET = 0.02
-"""Furthest that the sparsity trained at may be from the target, as a mean over :data:`LAST`."""
+SAMPLING = 2.0
+"""Both may be so many times ``tokens ** -0.5`` where that is more: few tokens are not like the average, the less so as
+those of a row, and rows batched by their length, are alike."""
 
 LAST = 0.1
 """Share of the training whose mean sparsity is the one trained at."""
@@ -49,7 +49,8 @@ class SparsityTracker:
         steps, loss, deviation: running mean of the task loss, its mean deviation, and of how many steps.
         push, slope: running means, by how much the losses but for the efficiency loss would change, and by how much
             the efficiency loss, were all logits moved alike.
-        last_steps, last_sum: steps among the last of the training, and the sum of their sparsities.
+        last_steps, last_tokens, last_sum: steps among the last of the training, their tokens, and the sum of their
+            sparsities.
         strays: steps after the warm-up whose sparsity left the band.
     """
 
@@ -64,6 +65,7 @@ class SparsityTracker:
     push: float = 0.0
     slope: float = 0.0
     last_steps: int = 0
+    last_tokens: float = 0.0
     last_sum: float = 0.0
     strays: int = 0
 
@@ -105,7 +107,7 @@ class SparsityTracker:
             self.start = sparsity
         self.sparsity = sparsity
         wrong = []
-        if ramp >= 1 and abs(sparsity - self.wanted(ramp)) > max(BAND, SAMPLING * tokens**-0.5):
+        if ramp >= 1 and abs(sparsity - self.wanted(ramp)) > _allowed(BAND, tokens):
             self.strays += 1
             wrong.append(f"its sparsity is {sparsity:.3f}, not {self.wanted(ramp):.3f}")
         highest = max(self.loss + JUMP * self.deviation, JUMP_SHARE * self.loss)
@@ -135,9 +137,10 @@ class SparsityTracker:
         warming = margins.quantile(self.aim) - margins.quantile(before)
         return motion + warming + RATE * margins.quantile(before)
 
-    def keep_last(self) -> None:
-        """Count the last step among those that say at what sparsity the model was trained."""
+    def keep_last(self, tokens: float = math.inf) -> None:
+        """Count the last step, of so many tokens, among those that say at what sparsity the model was trained."""
         self.last_steps += 1
+        self.last_tokens += tokens
         self.last_sum += self.sparsity or 0.0
 
     @property
@@ -148,7 +151,7 @@ class SparsityTracker:
     @property
     def on_target(self) -> bool:
         """Whether that is the target."""
-        return self.trained is not None and abs(self.trained - self.target) <= ON_TARGET
+        return self.trained is not None and abs(self.trained - self.target) <= _allowed(ON_TARGET, self.last_tokens)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -158,3 +161,7 @@ class SparsityTracker:
         """Go on from a checkpoint."""
         for key, value in state.items():
             setattr(self, key, value)
+
+
+def _allowed(distance: float, tokens: float) -> float:
+    return max(distance, SAMPLING * tokens**-0.5)

@@ -336,9 +336,10 @@ class LTETrainer(Trainer):
         sums = [torch.as_tensor(each) for each in (self._step_loss, self._step_push, self._step_slope)]
         loss, push, slope = (float(self.accelerator.reduce(each, "sum")) / processes for each in sums)
         tracker.feel(push / scale, slope)
-        wrong = tracker.judge(margins.sparsity, loss, self._target_ramp(step), float(self._step_tokens or math.inf))
+        tokens = float(self._step_tokens or math.inf)
+        wrong = tracker.judge(margins.sparsity, loss, self._target_ramp(step), tokens)
         if step + 1 > (1 - LAST) * self.plan.total:
-            tracker.keep_last()
+            tracker.keep_last(tokens)
         if wrong:
             logger.warning("step %d went wrong: %s; its learning rate is cut to a tenth", step + 1, wrong)
         if tracker.factor < 1:
