@@ -16,10 +16,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
-from lte.calibration import sample_batches, without_cache
+from lte.calibration import sample_batches
 from lte.config import OperatingPoint
 from lte.errors import CheckpointError, ConfigError, NonFiniteLossError
-from lte.margins import Margins
 from lte.nn import Mode, Routing, ThresholdRouter, observe_routing, set_mode, sparse_ffns
 from lte.thresholds import (
     DIAL_TOKENS,
@@ -35,6 +34,7 @@ from lte.training.arguments import STAGE_LENGTHS, LTETrainingArguments, refuse_r
 from lte.training.callbacks import StepProgress, gradient_norm, last_complete_checkpoint
 from lte.training.losses import RoutingTotals, total_routing
 from lte.training.precision import optimizer_for
+from lte.training.reading import StepReading
 from lte.training.stages import StagePlan, learning_rate_factors
 from lte.training.steps import LogWindow, StepCallback
 from lte.training.tracker import LAST, SparsityTracker
@@ -43,9 +43,6 @@ logger = logging.getLogger(__name__)
 
 ROUTER_WIDTH = 192
 """Width of a router's input for which ``router_learning_rate`` holds as it is."""
-
-PROBE_TOKENS = 512
-"""Of a step, run once more after it: how far have the new weights moved their logits?"""
 
 OPENING_TOKENS = 2048
 """Of the training data, on which the thresholds' first move is measured."""
@@ -109,11 +106,7 @@ class LTETrainer(Trainer):
         self._plan: StagePlan | None = None
         self._asked_steps = self.args.max_steps
         self._step_tokens: Tensor | None = None
-        self._step_margins: Margins | None = None
-        self._step_probe: tuple[dict[str, Tensor], Tensor, Margins] | None = None
-        self._step_loss: Tensor | float = 0.0
-        self._step_push: Tensor | float = 0.0
-        self._step_slope: Tensor | float = 0.0
+        self._reading: StepReading | None = None
         target = self.args.target_sparsity
         if target is not None and not all(ffn.router.uses_threshold for ffn in sparse_ffns(self.model)):
             raise ConfigError("target_sparsity needs routers with a threshold; a top-k router takes its own sparsity")
@@ -246,8 +239,8 @@ class LTETrainer(Trainer):
         token_mask = _token_mask(inputs).flatten()
         with torch.set_grad_enabled(self.plan.stage(self.state.global_step) == 1):
             totals = total_routing(routings, token_mask, epsilon=self.args.sep_epsilon)
-        if self.tracker is not None:
-            self._count_margins(task, routings, token_mask, inputs)
+        if self._reading is not None:
+            self._reading.count(task, routings, token_mask, inputs)
         loss = self._total_loss(task, totals)
         return (loss, outputs) if return_outputs else loss
 
@@ -269,75 +262,21 @@ class LTETrainer(Trainer):
         set_mode(self.model, self.plan.mode(step))
         for ffn in sparse_ffns(self.model):
             ffn.hardness = self.plan.hardness(step)
-        self._step_margins = None
-        self._step_loss = self._step_push = self._step_slope = 0.0
-
-    def _count_margins(self, task: Tensor, routings: list[Routing], token_mask: Tensor, inputs: dict[str, Any]) -> None:
-        if self._step_margins is None:
-            self._step_margins = self._new_margins()
-            self._step_probe = self._take_probe(routings, token_mask, inputs)
-        for layer, routing in enumerate(routings):
-            self._step_margins.add(layer, routing, token_mask)
-            if routing.margins is not None and routing.margins.requires_grad:
-                routing.margins.register_hook(self._feel)
-        self._step_loss = self._step_loss + task.detach().float()
-
-    def _new_margins(self) -> Margins:
-        device = self.args.device
-        return Margins(len(sparse_ffns(self.model)), "cpu" if device.type == "mps" else device)
-
-    def _take_probe(
-        self, routings: list[Routing], token_mask: Tensor, inputs: dict[str, Any]
-    ) -> tuple[dict[str, Tensor], Tensor, Margins]:
-        """The first rows of a micro-batch, the mask of their tokens, and their margins."""
-        size, length = inputs["input_ids"].shape
-        rows = min(size, max(1, PROBE_TOKENS // length))
-        probe = {
-            name: value[:rows]
-            for name, value in inputs.items()
-            if name != "labels" and isinstance(value, Tensor) and value.shape[:1] == (size,)
-        }
-        # Tokens that do not count are left out by the mask: all margins are given, in the order of the tokens.
-        mask = token_mask.clone()
-        mask[rows * length :] = False
-        before = self._new_margins()
-        for layer, routing in enumerate(routings):
-            before.add(layer, routing, mask)
-        return probe, mask[: rows * length], before
-
-    @torch.no_grad()
-    def _probe_again(self) -> tuple[Margins, Margins]:
-        """Margins of the probe before and after the weights moved, over all processes."""
-        assert self._step_probe is not None
-        probe, mask, before = self._step_probe
-        after = self._new_margins()
-        with (
-            self.accelerator.autocast(),
-            without_cache(self.model),
-            observe_routing(self.model, lambda layer, routing: after.add(layer, routing, mask)),
-        ):
-            body: Any = getattr(self.model, "base_model", self.model)
-            body(**probe)
-        before.reduce(self.accelerator)
-        after.reduce(self.accelerator)
-        return before, after
-
-    def _feel(self, gradient: Tensor) -> None:
-        self._step_push = self._step_push + gradient.sum(dtype=torch.float32)
+        self._reading = None if self.tracker is None else StepReading(self.model, self.args.device)
 
     def judge_step(self) -> None:
         """Let the tracker see what the step measured, before the weights move: they move less if it went wrong."""
-        tracker, margins = self.tracker, self._step_margins
-        if tracker is None or margins is None:
+        tracker, reading = self.tracker, self._reading
+        if tracker is None or reading is None:
             return
         step, processes = self.state.global_step, self.accelerator.num_processes
-        margins.reduce(self.accelerator)
+        reading.margins.reduce(self.accelerator)
         scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
-        sums = [torch.as_tensor(each) for each in (self._step_loss, self._step_push, self._step_slope)]
+        sums = [torch.as_tensor(each) for each in (reading.loss, reading.push, reading.slope)]
         loss, push, slope = (float(self.accelerator.reduce(each, "sum")) / processes for each in sums)
         tracker.feel(push / scale, slope)
         tokens = float(self._step_tokens or math.inf)
-        wrong = tracker.judge(margins.sparsity, loss, self._target_ramp(step), tokens)
+        wrong = tracker.judge(reading.margins.sparsity, loss, self._target_ramp(step), tokens)
         if step + 1 > (1 - LAST) * self.plan.total:
             tracker.keep_last(tokens)
         if wrong:
@@ -354,10 +293,10 @@ class LTETrainer(Trainer):
 
     def leave_step(self) -> None:
         """Move the thresholds for the next step."""
-        if self.tracker is None or self._step_margins is None:
+        if self.tracker is None or self._reading is None:
             return
         ramp = self._target_ramp(self.state.global_step)
-        shift = self.tracker.move(self._step_margins, ramp, self._probe_again())
+        shift = self.tracker.move(self._reading.margins, ramp, self._reading.probe_again(self.accelerator))
         set_thresholds(self.model, [shifted(threshold, shift) for threshold in thresholds_of(self.model)])
 
     def begin(self) -> None:
@@ -474,7 +413,8 @@ class LTETrainer(Trainer):
             eta = (args.eta or 0.0) * self.plan.ramp(step, 0.0, args.eta_warmup)
         else:
             eta = self.tracker.price
-            self._step_slope = self._step_slope + totals.slope * share
+            assert self._reading is not None
+            self._reading.slope = self._reading.slope + totals.slope * share
         lambda_sep = args.lambda_sep * self.plan.ramp(step, args.lambda_start, args.lambda_full)
         if self.plan.stage(step) == 1:
             loss = task + eta * efficiency + lambda_sep * separability
