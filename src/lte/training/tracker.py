@@ -121,7 +121,7 @@ class SparsityTracker:
         self.factor = BACK_OFF if wrong else min(1.0, RECOVERY * self.factor)
         return " and ".join(wrong) or None
 
-    def move(self, margins: Margins, ramp: float, probe: tuple[Margins, Margins] | None = None) -> float:
+    def move(self, margins: Margins, ramp: float, probe: tuple[Margins, Margins]) -> float:
         """By how much thresholds are to move after a step, in logits.
 
         Args:
@@ -133,7 +133,7 @@ class SparsityTracker:
         before, self.aim = self.aim, self.wanted(ramp)
         if before is None:
             before = margins.sparsity
-        motion = 0.0 if probe is None else probe[1].quantile(self.aim) - probe[0].quantile(self.aim)
+        motion = probe[1].quantile(self.aim) - probe[0].quantile(self.aim)
         warming = margins.quantile(self.aim) - margins.quantile(before)
         return motion + warming + RATE * margins.quantile(before)
 
