@@ -40,9 +40,10 @@ class Recipe(pydantic.BaseModel):
         training: fields of :class:`lte.LTETrainingArguments` (of ``transformers.TrainingArguments`` for a dense
             run).
         seed: of grouping, routers, data order and dropout.
-        dtype: of the weights while training, but for the routers', which are float32; ``auto`` takes the
-            checkpoint's. With ``bfloat16`` the optimizer rounds at random (torchao's AdamW), unless ``training.optim``
-            names one that does not: :func:`lte.training.optimizer_for`.
+        dtype: of the weights, but for the routers', which are float32; ``auto`` takes the checkpoint's. Left out,
+            ``float32`` where weights are trained and ``auto`` in ``sparsify``. Trained in ``bfloat16``, the optimizer
+            rounds at random (torchao's AdamW), unless ``training.optim`` names one that does not:
+            :func:`lte.training.optimizer_for`.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid")
@@ -55,7 +56,7 @@ class Recipe(pydantic.BaseModel):
     sparsity: dict[str, Any] = {}
     training: dict[str, Any] = {}
     seed: int = pydantic.Field(0, ge=0)
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] | None = None
 
     def method(self) -> MethodConfig:
         """The sparsity method's config."""
@@ -98,7 +99,7 @@ class Recipe(pydantic.BaseModel):
 
     def _check_dtype(self, args: TrainingArguments) -> None:
         """ConfigError where the dtype of the weights cannot be trained."""
-        dtype = read_config(self.model).dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+        dtype = read_config(self.model).dtype if self.dtype == "auto" else getattr(torch, self.dtype or "float32")
         if dtype == torch.float16:
             raise ConfigError(
                 f"dtype={self.dtype!r}: float16 weights cannot be trained, small gradients vanish and AdamW divides by "

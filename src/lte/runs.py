@@ -114,7 +114,7 @@ def check_recipe(recipe: Recipe, command: str) -> None:
         recipe.arguments(TrainingArguments, output_dir=recipe.out, **RUN_DEFAULTS)
     else:
         if command == "sparsify":  # trains nothing, in whatever dtype
-            recipe = recipe.model_copy(update={"dtype": "float32"})
+            recipe = recipe.model_copy(update={"dtype": None})
         args = recipe.arguments(LTETrainingArguments, output_dir=recipe.out, **RUN_DEFAULTS)
         _check_target(recipe.method(), args.target_sparsity)
 
@@ -133,6 +133,8 @@ def make_sparse(recipe: Recipe, *, overwrite: bool = False) -> dict[str, Any]:
     _check_target(method, target)
     out = Path(recipe.out)
     check_folder(out, recipe, resume=False, overwrite=overwrite)
+    if recipe.dtype is None:  # nothing is trained here, so a wider copy would only take memory
+        recipe = recipe.model_copy(update={"dtype": "auto"})
     tokenizer, task, rows = _read_inputs(recipe)
     model = _load_dense(recipe, task, tokenizer).to(default_device())
     collate = task.collator(tokenizer)
@@ -288,7 +290,7 @@ def _read_inputs(recipe: Recipe) -> tuple[Any, Task, Any]:
 
 
 def _dtype(recipe: Recipe) -> Any:
-    return "auto" if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    return "auto" if recipe.dtype == "auto" else getattr(torch, recipe.dtype or "float32")
 
 
 def _check_target(method: MethodConfig, target: float | None) -> None:

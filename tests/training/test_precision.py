@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainingArguments
+from transformers import AutoTokenizer, TrainingArguments
 
 from lte.errors import ConfigError
+from lte.hub import load_dense
 from lte.models import create
 from lte.nn import sparse_ffns
 from lte.recipe import Recipe, load_recipe
-from lte.runs import RUN_FILE, check_recipe, finetune, train
+from lte.runs import RUN_FILE, check_recipe, finetune, make_sparse, train
 from lte.training import optimizer_for
 from tests.training.common import sparse_model, trainer
 
@@ -250,6 +251,17 @@ def test_what_cannot_train_is_refused_before_it_starts(setting, message, folder,
     check_recipe(recipe(folder, tmp_path / "out", setting), "sparsify")
     check_recipe(recipe(folder, tmp_path / "out", "dtype=bfloat16", "training.optim=adafactor"), "train")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("settings", "kept"), [((), torch.bfloat16), (("dtype=float32",), torch.float32)])
+def test_sparsify_keeps_the_dtype_of_the_checkpoint(settings, kept, folder, tmp_path):
+    load_dense(folder / "dense", dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
+    AutoTokenizer.from_pretrained(folder / "dense").save_pretrained(tmp_path / "dense")
+    asked = recipe(folder, tmp_path / "out", *settings)
+    dtype = {} if settings else {"dtype": None}
+    make_sparse(asked.model_copy(update={"model": str(tmp_path / "dense"), **dtype}))
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert {value.dtype for key, value in weights.items() if ".router." not in key} == {kept}
 
 
 @needs_torchao
