@@ -74,6 +74,8 @@ def trained(folder) -> Path:
 def test_train_leaves_a_sparse_model_and_its_record(trained):
     lte.load(trained)
     record = json.loads((trained / "lte_run.json").read_text())
+    assert list(record["seconds_of"]) == ["reading", "calibration", "grouping", "routers", "training"]
+    assert 0.1 < record["peak_memory_gb"]["host"] < 200
     assert record["steps"] == 5
     assert len(record["sparsity_per_layer"]) == 2
     lines = [json.loads(line) for line in (trained / "training_log.jsonl").read_text().splitlines()]

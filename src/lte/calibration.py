@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lte.errors import ConfigError
 from lte.grouping import Calibration
+from lte.memory import trim_heap
 from lte.nn import Mode, SparseFFN, set_mode, sparse_ffns
 
 PROBED_ROWS = 64
@@ -149,18 +148,6 @@ def _watch(
                 with torch.enable_grad():
                     gradients.take(model(**inputs).loss, inputs["labels"], token_mask)
     return {layer: torch.cat(kept.pop(layer)) for layer in list(kept)}
-
-
-@cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-
-
-def trim_heap(device: torch.device) -> None:
-    """Hand freed memory back: among what is kept of every layer, glibc leaves holes as large as the layer's hiddens."""
-    trim = _malloc_trim()
-    if trim is not None and device.type == "cpu":
-        trim(0)
 
 
 class _Gradients:

@@ -119,6 +119,7 @@ def train(
     with _resumable(loaded.out):
         summary = runs.train(loaded, resume=resume, overwrite=overwrite)
     sparsity = f", FFN sparsity {summary['sparsity']:.1%} on training text" if "sparsity" in summary else ""
+    console.print(_cost(summary))
     console.print(
         f"[bold]{loaded.out}[/]: {summary['steps']} steps in {summary['seconds']:.0f} s{sparsity}. "
         f"Next: lte evaluate {loaded.out} --data FILE"
@@ -169,8 +170,7 @@ def sparsify(
     }
     loaded = load_recipe(recipe, flags, settings)
     summary = runs.make_sparse(loaded, overwrite=overwrite)
-    spent = ", ".join(f"{part} {seconds:.0f} s" for part, seconds in summary["seconds_of"].items())
-    console.print(f"{summary['seconds']:.0f} s: {spent}")
+    console.print(_cost(summary))
     console.print(
         f"[bold]{loaded.out}[/]: FFN sparsity {summary['sparsity']:.1%} on the data. "
         f"Next: lte evaluate {loaded.out} --data FILE"
@@ -318,6 +318,13 @@ def _common_flags(values: dict[str, Any]) -> dict[str, Any]:
         "training.learning_rate": values["learning_rate"],
         "training.per_device_train_batch_size": values["batch_size"],
     }
+
+
+def _cost(summary: dict[str, Any]) -> str:
+    """Where a run's time went, and its peak memory."""
+    parts = [f"{part} {seconds:.0f} s" for part, seconds in summary.get("seconds_of", {}).items()]
+    peaks = [f"{gb:.1f} GB ({where})" for where, gb in summary.get("peak_memory_gb", {}).items()]
+    return "; ".join(filter(None, (", ".join(parts), "peak memory " + ", ".join(peaks) if peaks else "")))
 
 
 def _print_inspection(result: dict[str, Any]) -> None:

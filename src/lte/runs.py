@@ -20,6 +20,7 @@ from lte.config import MethodConfig, OperatingPoint
 from lte.errors import ConfigError
 from lte.evaluate import check_direction, load_for_evaluation, versions
 from lte.hub import default_device, is_sparse_config, load, load_dense, load_tokenizer, read_config
+from lte.memory import peak_memory
 from lte.recipe import Recipe, dump_recipe, load_recipe
 from lte.sparsify import sparsify
 from lte.tasks import Task, build_task
@@ -76,6 +77,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> d
     if (done := _finished(out, recipe, resume=resume, overwrite=overwrite)) is not None:
         return done
     check_folder(out, recipe, resume=resume, overwrite=overwrite)
+    parts: dict[str, float] = {}
+    began = time.perf_counter()
     tokenizer, task, rows = _read_inputs(recipe)
     # A teacher with a head nobody trained would teach noise.
     teacher = _load_dense(recipe, task, tokenizer, new_head=False) if args.distill else None
@@ -84,10 +87,11 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> d
         model = load(checkpoint, dtype=_dtype(recipe))
     else:
         model = _load_dense(recipe, task, tokenizer).to(args.device)
+        parts["reading"] = time.perf_counter() - began
         seen = None
         if method.needs_calibration:
             seen = sample_batches(rows, task.collator(tokenizer), CALIBRATION_TOKENS)
-        sparsify(model, method, calibration=seen)
+        sparsify(model, method, calibration=seen, timings=parts)
     claim_folder(out, recipe, overwrite=overwrite)
     trainer = LTETrainer(
         model=model,
@@ -100,7 +104,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> d
     )
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    summary = _summary(recipe, trainer.state.global_step, started)
+    summary = _summary(recipe, trainer.state.global_step, started, parts | trainer.seconds_of)
     if trainer.landed is not None:
         summary |= _point_sparsity(trainer.landed) | _held(trainer)
     else:
@@ -144,8 +148,7 @@ def make_sparse(recipe: Recipe, *, overwrite: bool = False) -> dict[str, Any]:
     found = find_thresholds(model, sample_batches(rows, collate, DIAL_TOKENS), target)
     parts["thresholds"] = time.perf_counter() - searched
     claim_folder(out, recipe, overwrite=overwrite)
-    spent = {"seconds_of": {part: round(seconds, 1) for part, seconds in parts.items()}}
-    return _save(model, tokenizer, out, _summary(recipe, 0, started) | spent | _point_sparsity(found))
+    return _save(model, tokenizer, out, _summary(recipe, 0, started, parts) | _point_sparsity(found))
 
 
 def finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -178,7 +181,7 @@ def finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -
     trainer.remove_callback(PrinterCallback)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    return _save_trained(trainer, tokenizer, out, _summary(recipe, trainer.state.global_step, started))
+    return _save_trained(trainer, tokenizer, out, _summary(recipe, trainer.state.global_step, started, {}))
 
 
 def calibrate_checkpoint(
@@ -330,11 +333,13 @@ def _check_same_recipe(old: Recipe, new: Recipe, file: Path) -> None:
         )
 
 
-def _summary(recipe: Recipe, steps: int, started: float) -> dict[str, Any]:
+def _summary(recipe: Recipe, steps: int, started: float, parts: dict[str, float]) -> dict[str, Any]:
     return {
         "recipe": recipe.model_dump(mode="json", exclude_defaults=True),
         "steps": steps,
         "seconds": round(time.perf_counter() - started, 1),
+        "seconds_of": {part: round(seconds, 1) for part, seconds in parts.items()},
+        "peak_memory_gb": peak_memory(),
         "versions": versions(),
     }
 

@@ -11,11 +11,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from lte.calibration import stream_calibration, trim_heap
+from lte.calibration import stream_calibration
 from lte.config import MethodConfig, SparsityConfig
 from lte.errors import ConfigError
 from lte.families import install_ffns
 from lte.grouping import Calibration, check_divisible, get_grouping
+from lte.memory import trim_heap
 from lte.nn import SparseFFN, ThresholdRouter, sparse_ffns
 from lte.thresholds import enable_dial
 

@@ -11,6 +11,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "lte"
 FLOORS = [
     "quiet",
     "errors",
+    "memory",
     "ops",
     "nn",
     "margins",

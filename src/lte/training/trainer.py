@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,7 @@ class LTETrainer(Trainer):
             raise ConfigError("target_sparsity needs routers with a threshold; a top-k router takes its own sparsity")
         self.tracker = None if target is None else SparsityTracker(target)
         self.landed: OperatingPoint | None = None
+        self.seconds_of: dict[str, float] = {}
         self.teacher = self._prepare_teacher(teacher)
         self._window = LogWindow()
         self.add_callback(StepCallback(self))
@@ -150,11 +152,14 @@ class LTETrainer(Trainer):
                 raise CheckpointError(f"no complete checkpoint in {self.args.output_dir} to resume from")
             resume_from_checkpoint = str(last)
         output = self._restore_finished(resume_from_checkpoint)
+        started = time.perf_counter()
         if output is None:
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self.seconds_of["training"] = time.perf_counter() - started
         set_mode(self.model, Mode.HARD)
         if self.tracker is not None:
             self._land(self.tracker)
+            self.seconds_of["landing"] = time.perf_counter() - started - self.seconds_of["training"]
         return output
 
     def _restore_finished(self, checkpoint: str | bool | None) -> TrainOutput | None:
