@@ -124,6 +124,8 @@ def train(
         f"[bold]{loaded.out}[/]: {summary['steps']} steps in {summary['seconds']:.0f} s{sparsity}. "
         f"Next: lte evaluate {loaded.out} --data FILE"
     )
+    if strays := summary.get("steps_out_of_band"):
+        console.print(f"{strays} of {summary['steps']} steps were not at the sparsity wanted of them, see the warnings")
     if summary.get("on_target") is False:
         trained = summary["trained_sparsity"]
         at = "no step says at what" if trained is None else f"at {trained:.1%}"

@@ -77,7 +77,7 @@ def test_accumulated_steps_give_the_tracker_the_same_reading(tmp_path):
 
 
 @pytest.mark.parametrize("rate", [0.0, 1e-2])
-def test_a_probe_is_run_again_with_the_weights_that_moved(tmp_path, rate, monkeypatch):
+def test_the_same_tokens_are_run_before_and_after_the_weights_move(tmp_path, rate, monkeypatch):
     data = rows(4, padded=True)
     run = trainer(
         tmp_path,
@@ -90,7 +90,7 @@ def test_a_probe_is_run_again_with_the_weights_that_moved(tmp_path, rate, monkey
         per_device_train_batch_size=4,
     )
     probes = []
-    monkeypatch.setattr(SparsityTracker, "move", lambda self, margins, ramp, probe: probes.append(probe) or 0.0)
+    monkeypatch.setattr(SparsityTracker, "move", lambda self, *probed: probes.append(probed[:2]) or 0.0)
     run.train()
     assert len(probes) == 3
     tokens = sum(int(row["attention_mask"].sum()) for row in data)

@@ -21,28 +21,37 @@ def normal(shape, generator):
     return torch.randn(shape, generator=generator)
 
 
-def run_plant(target, *, scale=1.0, layers=6, draw=normal, feedback=0.0, push=0.0, delay=0, steps=100, tokens=128):
-    """Sparsities, step by step, of layers that spread differently, see each other's sparsity, and are pushed."""
+def run_plant(
+    target, *, scale=1.0, layers=6, draw=normal, feedback=0.0, push=0.0, delay=0, sweep=0.0, steps=100, tokens=128
+):
+    """Sparsities, step by step, of layers that spread differently, see each other's sparsity, and are pushed.
+
+    Also the tracker, and where the thresholds were. With ``sweep``, every 50 steps go through the rows from those with
+    the highest logits to those with the lowest, as rows batched by their length may.
+    """
     generator = torch.Generator().manual_seed(0)
     tracker, shifts, readings = SparsityTracker(target), [0.0] * (delay + 1), []
     spreads = torch.logspace(-0.7, 0.7, layers) if layers > 1 else torch.ones(1)
     offsets = 0.5 * torch.randn(layers, generator=generator)
+    fixed = [draw((32, 32), generator) for _ in range(layers)]
+
+    def margins(draws, common, step):
+        found, closed = Margins(layers), 0.0
+        for layer in range(layers):
+            logits = spreads[layer] * draws[layer] + offsets[layer] + common
+            at = scale * (logits - feedback * closed / max(layer, 1) - push * step) - shifts[-1 - delay]
+            found.add(layer, Routing(at.sigmoid(), at > 0, at))
+            closed += float((at <= 0).float().mean())
+        return found
+
     for step in range(steps):
         ramp, following = (min(1.0, (at + 1) / (0.1 * steps)) for at in (step, step + 1))
-        margins, before, after, closed = Margins(layers), Margins(layers), Margins(layers), 0.0
-        common = 0.03 * float(torch.randn((), generator=generator))
-        for layer in range(layers):
-            logits = spreads[layer] * draw((tokens, 32), generator) + offsets[layer] + common
-            found = scale * (logits - feedback * closed / max(layer, 1) - push * step) - shifts[-1 - delay]
-            margins.add(layer, Routing(found.sigmoid(), found > 0, found))
-            probe = found[: tokens // 4]
-            before.add(layer, Routing(probe.sigmoid(), probe > 0, probe))
-            after.add(layer, Routing(probe.sigmoid(), probe > 0, probe), shift=-scale * push)
-            closed += float((found <= 0).float().mean())
-        tracker.judge(margins.sparsity, 1.0, ramp)
-        shifts.append(shifts[-1] + tracker.move(margins, following, (before, after)))
-        readings.append(margins.sparsity)
-    return readings, tracker
+        common = 0.03 * float(torch.randn((), generator=generator)) + sweep * (0.5 - step % 50 / 50)
+        sparsity = margins([draw((tokens, 32), generator) for _ in range(layers)], common, step).sparsity
+        tracker.judge(sparsity, 1.0, ramp, tokens)
+        shifts.append(shifts[-1] + tracker.move(margins(fixed, 0, step), margins(fixed, 0, step + 1), following))
+        readings.append(sparsity)
+    return readings, tracker, shifts[delay + 1 :]
 
 
 @pytest.mark.parametrize("target", [0.3, 0.95])
@@ -61,7 +70,7 @@ def run_plant(target, *, scale=1.0, layers=6, draw=normal, feedback=0.0, push=0.
     ids=["six layers", "one layer", "eighty layers", "heavy tails", "feedback", "push", "delay"],
 )
 def test_the_sparsity_is_held(target, scale, plant):
-    readings, tracker = run_plant(target, scale=scale, **plant)
+    readings, tracker, _ = run_plant(target, scale=scale, **plant)
     count = len(readings)
     assert max(abs(reading - target) for reading in readings[count // 5 :]) < BAND
     assert sum(readings[-count // 10 :]) / (count // 10) == pytest.approx(target, abs=0.01)
@@ -70,13 +79,20 @@ def test_the_sparsity_is_held(target, scale, plant):
 
 @pytest.mark.parametrize("target", [0.8, 0.95])
 def test_a_short_warm_up_ends_in_the_band(target):
-    readings, _ = run_plant(target, feedback=0.3, steps=40)
+    readings, _, _ = run_plant(target, feedback=0.3, steps=40)
     assert max(abs(reading - target) for reading in readings[4:]) < BAND
 
 
 def test_a_longer_delay_does_not_make_it_swing():
-    readings, _ = run_plant(0.5, delay=2, steps=200)
+    readings, _, _ = run_plant(0.5, delay=2, steps=200)
     assert max(abs(reading - 0.5) for reading in readings[100:]) < 2 * BAND
+
+
+def test_rows_batched_by_length_do_not_drag_the_threshold_along():
+    readings, _, thresholds = run_plant(0.8, sweep=0.5, steps=600)
+    assert max(readings[500:]) - min(readings[500:]) > 0.1
+    assert max(thresholds[500:]) - min(thresholds[500:]) < 0.06
+    assert sum(readings[500:]) / 100 == pytest.approx(0.8, abs=0.01)
 
 
 def test_the_target_warms_up_from_where_the_model_starts():
@@ -120,21 +136,23 @@ def test_a_task_loss_that_jumps_is_noticed_and_one_that_stays_up_is_got_used_to(
     assert verdicts[-1] is None
 
 
-def test_trained_on_target_means_over_the_last_steps():
+def test_trained_on_target_means_over_the_tokens_of_the_last_steps():
     tracker = SparsityTracker(0.5)
     assert not tracker.on_target
     for reading in (0.49, 0.5, 0.53):
         tracker.judge(reading, 1.0, 1.0)
-        tracker.keep_last()
+        tracker.keep_last(100_000)
     assert tracker.on_target
     assert tracker.trained == pytest.approx(0.5067, abs=1e-3)
     tracker.judge(0.65, 1.0, 1.0)
-    tracker.keep_last()
+    tracker.keep_last(1000)
+    assert tracker.on_target
+    tracker.keep_last(50_000)
     assert not tracker.on_target
     few = SparsityTracker(0.5, sparsity=0.54)
-    few.keep_last(tokens=1000)
+    few.keep_last(1000)
     assert few.on_target
-    few.keep_last(tokens=9000)
+    few.keep_last(9000)
     assert not few.on_target
 
 

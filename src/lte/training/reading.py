@@ -2,94 +2,103 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lte.calibration import body_of, without_cache
+from lte.calibration import body_of, device_inputs, without_cache
 from lte.margins import Margins
 from lte.nn import Routing, observe_routing, sparse_ffns
+from lte.training.losses import RoutingTotals
 
-PROBE_TOKENS = 512
-"""Of a step, run once more after it: how far have the new weights moved their logits?"""
+PROBE_TOKENS, PROBE_LENGTH = 256, 64
+"""Tokens of the probe, and most of a row: several rows say more than a long one."""
 
 
 class StepReading:
     """Sums over the micro-batches of one step.
 
-    Args:
-        model: sparse, with threshold routers.
-        device: of the step's tensors.
-
     Attributes:
-        margins: of all decisions over the tokens that count.
+        active, tokens: experts that ran, as the mean over layers of their share, summed over the tokens that count.
         loss: task loss.
         push: derivative of the loss along a shift of all logits, filled by the backward pass.
-        slope: that of the efficiency loss, filled by whoever adds it to the loss.
+        slope: that of the efficiency loss, per token of the step.
     """
 
-    def __init__(self, model: Any, device: torch.device) -> None:
-        self.model, self.device = model, device
-        self.margins = self._new_margins()
+    def __init__(self) -> None:
+        self.active: Tensor | float = 0.0
+        self.tokens: Tensor | float = 0.0
         self.loss: Tensor | float = 0.0
         self.push: Tensor | float = 0.0
         self.slope: Tensor | float = 0.0
-        self._probe: tuple[dict[str, Tensor], Tensor, Margins] | None = None
 
-    def count(self, task: Tensor, routings: list[Routing], token_mask: Tensor, inputs: dict[str, Any]) -> None:
+    def count(self, task: Tensor, routings: list[Routing], totals: RoutingTotals, share: Tensor) -> None:
         """Add a micro-batch.
 
         Args:
             task: its task loss.
             routings: one per layer.
-            token_mask: flat, bool, True for the tokens that count.
-            inputs: of the model.
+            totals: of them.
+            share: of a token in the auxiliary losses of the step.
         """
-        if self._probe is None:
-            self._probe = self._take_probe(routings, token_mask, inputs)
-        for layer, routing in enumerate(routings):
-            self.margins.add(layer, routing, token_mask)
+        for routing in routings:
             if routing.margins is not None and routing.margins.requires_grad:
                 routing.margins.register_hook(self._feel)
+        self.active = self.active + totals.active_L.mean()
+        self.tokens = self.tokens + totals.tokens
         self.loss = self.loss + task.detach().float()
+        self.slope = self.slope + totals.slope * share
 
     def _feel(self, gradient: Tensor) -> None:
         self.push = self.push + gradient.sum(dtype=torch.float32)
 
-    def _new_margins(self) -> Margins:
-        return Margins(len(sparse_ffns(self.model)), self.device)
+    def reduce(self, accelerator: Any) -> dict[str, float]:
+        """The sums over all processes; gradients are averaged over them, and so are what is derived from losses."""
+        sums = {name: float(accelerator.reduce(torch.as_tensor(value), "sum")) for name, value in vars(self).items()}
+        averaged = {name: sums[name] / accelerator.num_processes for name in ("loss", "push", "slope")}
+        return {"sparsity": 1 - sums["active"] / sums["tokens"], "tokens": sums["tokens"], **averaged}
 
-    def _take_probe(
-        self, routings: list[Routing], token_mask: Tensor, inputs: dict[str, Any]
-    ) -> tuple[dict[str, Tensor], Tensor, Margins]:
-        """The first rows of a micro-batch, the mask of their tokens, and their margins."""
-        size, length = inputs["input_ids"].shape
-        rows = min(size, max(1, PROBE_TOKENS // length))
-        probe = {
-            name: value[:rows]
-            for name, value in inputs.items()
-            if name != "labels" and isinstance(value, Tensor) and value.shape[:1] == (size,)
-        }
-        mask = token_mask.clone()
-        mask[rows * length :] = False
-        before = self._new_margins()
-        for layer, routing in enumerate(routings):
-            before.add(layer, routing, mask)
-        return probe, mask[: rows * length], before
+
+class Probe:
+    """A few tokens of the training data that stay the same, run forward only, for what the weights do to the logits.
+
+    Args:
+        model: sparse, with threshold routers.
+        batches: of model inputs, the same in all processes.
+        accelerator: of the trainer.
+    """
+
+    def __init__(self, model: Any, batches: Iterable[Mapping[str, Tensor]], accelerator: Any) -> None:
+        self.model, self.accelerator = model, accelerator
+        self._batches = [
+            {name: value for name, value in batch.items() if name != "labels" and isinstance(value, Tensor)}
+            for batch in batches
+        ]
 
     @torch.no_grad()
-    def probe_again(self, accelerator: Any) -> tuple[Margins, Margins]:
-        """Margins of the first rows before and after the weights moved, over all processes."""
-        assert self._probe is not None
-        probe, mask, before = self._probe
-        after = self._new_margins()
-        with (
-            accelerator.autocast(),
-            without_cache(self.model),
-            observe_routing(self.model, lambda layer, routing: after.add(layer, routing, mask)),
-        ):
-            body_of(self.model)(**probe)
-        before.reduce(accelerator)
-        after.reduce(accelerator)
-        return before, after
+    def run(self) -> Margins:
+        """Margins at the thresholds as they are, in the mode the model is in: with dropout, where steps have it."""
+        device = self.accelerator.device
+        margins = Margins(len(sparse_ffns(self.model)), device)
+        for batch in self._batches:
+            inputs, mask = device_inputs(batch, device)
+            with (
+                self.accelerator.autocast(),
+                without_cache(self.model),
+                observe_routing(self.model, partial(margins.add, token_mask=mask)),
+            ):
+                body_of(self.model)(**inputs)
+        margins.reduce(self.accelerator)
+        return margins
+
+
+def first_tokens(batch: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
+    """A batch whose rows end after so many tokens."""
+    longest = batch["input_ids"].shape[1]
+    return {
+        name: value[:, :length] if value.ndim > 1 and value.shape[1] == longest else value
+        for name, value in batch.items()
+    }

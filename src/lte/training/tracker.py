@@ -9,8 +9,11 @@ from typing import Any
 from lte.margins import Margins
 
 RATE = 0.35
-"""Share of what a step's sparsity missed its aim by that thresholds make up for in a step: the tokens of one step are
-not like those of the next, and sparser layers change what later ones see."""
+"""Share of what the probe misses its aim by that thresholds make up for in a step: sparser layers change what later
+ones see."""
+
+MEMORY = 8192
+"""Tokens whose mean counts, where steps say something of the data: a step of as many changes it by half."""
 
 BAND, ON_TARGET = 0.05, 0.02
 """Furthest that a step's sparsity may be from the one wanted, and the mean over :data:`LAST` from the target."""
@@ -26,9 +29,6 @@ JUMP, JUMP_SHARE, SMOOTHING, SETTLED = 8.0, 1.25, 0.9, 10
 """A task loss has jumped that is so many mean deviations and so many times above its running mean, where the mean
 forgets by the smoothing per step and has seen as many steps."""
 
-PRICE_SMOOTHING = 0.8
-"""Of the price of running an expert, per step."""
-
 BACK_OFF, RECOVERY = 0.1, 2.0
 """Factor of the learning rate of a step that went wrong, and by how much it grows back with every good one."""
 
@@ -37,20 +37,24 @@ BACK_OFF, RECOVERY = 0.1, 2.0
 class SparsityTracker:
     """Moves all thresholds alike so that every step runs at the sparsity wanted of it.
 
-    The margins of a step's decisions say where a threshold would have to be for any sparsity: their quantile. Nothing
-    has to be known of the scale of the scores, nor of what pushes them.
+    The margins of decisions say where a threshold would have to be for any sparsity: their quantile. Nothing has to be
+    known of the scale of the scores, nor of what pushes them. The decisions are those on a probe, a few tokens from all
+    over the training data that stay the same: batches differ, most of all where rows are batched by their length, and
+    thresholds that followed them would hold every kind of row at the target, each with a threshold of its own, and
+    none of them at the one threshold that the model runs with.
 
     Attributes:
         target: sparsity to be held, once warmed up to.
         start: sparsity as first measured, from which the target warms up.
         sparsity: of the last step.
         aim: sparsity that thresholds were last moved for.
+        offset: by how much more of the probe's decisions than of a step's lie below the threshold, in logits of the
+            share.
         factor: of the learning rate; below 1 after a step that went wrong.
         steps, loss, deviation: running mean of the task loss, its mean deviation, and of how many steps.
         push, slope: running means, by how much the losses but for the efficiency loss would change, and by how much
             the efficiency loss, were all logits moved alike.
-        last_steps, last_tokens, last_sum: steps among the last of the training, their tokens, and the sum of their
-            sparsities.
+        last_tokens, last_sum: tokens of the last steps of the training, and the sum of their sparsities.
         strays: steps after the warm-up whose sparsity left the band.
     """
 
@@ -58,13 +62,13 @@ class SparsityTracker:
     start: float | None = None
     sparsity: float | None = None
     aim: float | None = None
+    offset: float = 0.0
     factor: float = 1.0
     steps: int = 0
     loss: float = 0.0
     deviation: float = 0.0
     push: float = 0.0
     slope: float = 0.0
-    last_steps: int = 0
     last_tokens: float = 0.0
     last_sum: float = 0.0
     strays: int = 0
@@ -82,15 +86,16 @@ class SparsityTracker:
         """
         return -self.push / self.slope if self.slope > 0 else 0.0
 
-    def feel(self, push: float, slope: float) -> None:
+    def feel(self, push: float, slope: float, tokens: float = math.inf) -> None:
         """Take over the gradients of a step.
 
         Args:
             push: of the whole loss, summed over all logits.
             slope: of the efficiency loss alone, the same.
+            tokens: of the step.
         """
         push -= self.price * slope
-        keep = min(PRICE_SMOOTHING, self.steps / (self.steps + 1))
+        keep = min(1 - _share(tokens), self.steps / (self.steps + 1))
         self.push = keep * self.push + (1 - keep) * push
         self.slope = keep * self.slope + (1 - keep) * slope
 
@@ -106,6 +111,9 @@ class SparsityTracker:
         if self.start is None:
             self.start = sparsity
         self.sparsity = sparsity
+        if self.aim is not None:
+            missed = min(max(self.aim - sparsity, -BAND), BAND)
+            self.offset += _share(tokens) * missed / (self.aim * (1 - self.aim))
         wrong = []
         if ramp >= 1 and abs(sparsity - self.wanted(ramp)) > _allowed(BAND, tokens):
             self.strays += 1
@@ -121,32 +129,38 @@ class SparsityTracker:
         self.factor = BACK_OFF if wrong else min(1.0, RECOVERY * self.factor)
         return " and ".join(wrong) or None
 
-    def move(self, margins: Margins, ramp: float, probe: tuple[Margins, Margins]) -> float:
+    def compare(self, probe: float, others: float) -> None:
+        """Take over by how much the probe is sparser than a larger sample, both at the thresholds as they are."""
+        self.offset = _odds(probe) - _odds(others)
+
+    def move(self, before: Margins, after: Margins, ramp: float) -> float:
         """By how much thresholds are to move after a step, in logits.
 
-        Args:
-            margins: of the decisions of the step.
-            ramp: of the next step.
-            probe: margins of the same few tokens before and after the step moved the weights. Thresholds move with
-                the logits; what is left, besides the target's warm-up, is the noise of one step's tokens.
-        """
-        before, self.aim = self.aim, self.wanted(ramp)
-        if before is None:
-            before = margins.sparsity
-        motion = probe[1].quantile(self.aim) - probe[0].quantile(self.aim)
-        warming = margins.quantile(self.aim) - margins.quantile(before)
-        return motion + warming + RATE * margins.quantile(before)
+        They move with the logits and with the target's warm-up, and by a share of what was missed before.
 
-    def keep_last(self, tokens: float = math.inf) -> None:
+        Args:
+            before: margins of the probe at the weights before the step.
+            after: margins of the probe at those after it, and the same thresholds.
+            ramp: of the next step.
+        """
+        held = None if self.aim is None else self._of_probe(self.aim)
+        self.aim = self.wanted(ramp)
+        missed = 0.0 if held is None else before.quantile(held)
+        return after.quantile(self._of_probe(self.aim)) - (1 - RATE) * missed
+
+    def _of_probe(self, sparsity: float) -> float:
+        """Sparsity of the probe where steps have this one."""
+        return 1 / (1 + math.exp(-_odds(sparsity) - self.offset))
+
+    def keep_last(self, tokens: float) -> None:
         """Count the last step, of so many tokens, among those that say at what sparsity the model was trained."""
-        self.last_steps += 1
         self.last_tokens += tokens
-        self.last_sum += self.sparsity or 0.0
+        self.last_sum += tokens * (self.sparsity or 0.0)
 
     @property
     def trained(self) -> float | None:
         """Sparsity the model was trained at in the end; None before the end."""
-        return self.last_sum / self.last_steps if self.last_steps else None
+        return self.last_sum / self.last_tokens if self.last_tokens else None
 
     @property
     def on_target(self) -> bool:
@@ -165,3 +179,14 @@ class SparsityTracker:
 
 def _allowed(distance: float, tokens: float) -> float:
     return max(distance, SAMPLING * tokens**-0.5)
+
+
+def _odds(sparsity: float) -> float:
+    """Their logarithm."""
+    sparsity = min(max(sparsity, 0.001), 0.999)
+    return math.log(sparsity / (1 - sparsity))
+
+
+def _share(tokens: float) -> float:
+    """Of a step with so many tokens in a mean over :data:`MEMORY`."""
+    return 1.0 if math.isinf(tokens) else tokens / (tokens + MEMORY)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers.trainer_utils import TrainOutput
 from lte.calibration import sample_batches
 from lte.config import OperatingPoint
 from lte.errors import CheckpointError, ConfigError, NonFiniteLossError
+from lte.margins import Margins
 from lte.nn import Mode, Routing, ThresholdRouter, observe_routing, set_mode, sparse_ffns
 from lte.thresholds import (
     DIAL_TOKENS,
@@ -35,7 +37,7 @@ from lte.training.arguments import STAGE_LENGTHS, LTETrainingArguments, refuse_r
 from lte.training.callbacks import StepProgress, gradient_norm, last_complete_checkpoint
 from lte.training.losses import RoutingTotals, total_routing
 from lte.training.precision import optimizer_for
-from lte.training.reading import StepReading
+from lte.training.reading import PROBE_LENGTH, PROBE_TOKENS, Probe, StepReading, first_tokens
 from lte.training.stages import StagePlan, learning_rate_factors
 from lte.training.steps import LogWindow, StepCallback
 from lte.training.tracker import LAST, SparsityTracker
@@ -108,6 +110,8 @@ class LTETrainer(Trainer):
         self._asked_steps = self.args.max_steps
         self._step_tokens: Tensor | None = None
         self._reading: StepReading | None = None
+        self._probe: Probe | None = None
+        self._probed: Margins | None = None
         target = self.args.target_sparsity
         if target is not None and not all(ffn.router.uses_threshold for ffn in sparse_ffns(self.model)):
             raise ConfigError("target_sparsity needs routers with a threshold; a top-k router takes its own sparsity")
@@ -245,7 +249,7 @@ class LTETrainer(Trainer):
         with torch.set_grad_enabled(self.plan.stage(self.state.global_step) == 1):
             totals = total_routing(routings, token_mask, epsilon=self.args.sep_epsilon)
         if self._reading is not None:
-            self._reading.count(task, routings, token_mask, inputs)
+            self._reading.count(task, routings, totals, self._share_of_a_token())
         loss = self._total_loss(task, totals)
         return (loss, outputs) if return_outputs else loss
 
@@ -267,21 +271,18 @@ class LTETrainer(Trainer):
         set_mode(self.model, self.plan.mode(step))
         for ffn in sparse_ffns(self.model):
             ffn.hardness = self.plan.hardness(step)
-        self._reading = None if self.tracker is None else StepReading(self.model, self.args.device)
+        self._reading = None if self.tracker is None else StepReading()
 
     def judge_step(self) -> None:
         """Let the tracker see what the step measured, before the weights move: they move less if it went wrong."""
-        tracker, reading = self.tracker, self._reading
-        if tracker is None or reading is None:
+        tracker, probe = self.tracker, self._probe
+        if tracker is None or probe is None or self._reading is None:
             return
-        step, processes = self.state.global_step, self.accelerator.num_processes
-        reading.margins.reduce(self.accelerator)
+        step, found = self.state.global_step, self._reading.reduce(self.accelerator)
         scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
-        sums = [torch.as_tensor(each) for each in (reading.loss, reading.push, reading.slope)]
-        loss, push, slope = (float(self.accelerator.reduce(each, "sum")) / processes for each in sums)
-        tracker.feel(push / scale, slope)
-        tokens = float(self._step_tokens or math.inf)
-        wrong = tracker.judge(reading.margins.sparsity, loss, self._target_ramp(step), tokens)
+        tokens = found["tokens"]
+        tracker.feel(found["push"] / scale, found["slope"], tokens)
+        wrong = tracker.judge(found["sparsity"], found["loss"], self._target_ramp(step), tokens)
         if step + 1 > (1 - LAST) * self.plan.total:
             tracker.keep_last(tokens)
         if wrong:
@@ -289,6 +290,7 @@ class LTETrainer(Trainer):
         if tracker.factor < 1:
             for group in self.optimizer.param_groups:
                 group["lr"] = group["lr"] * tracker.factor
+        self._probed = probe.run()
 
     def leave_optimizer(self) -> None:
         """Give the next step its learning rate back."""
@@ -298,10 +300,10 @@ class LTETrainer(Trainer):
 
     def leave_step(self) -> None:
         """Move the thresholds for the next step."""
-        if self.tracker is None or self._reading is None:
+        if self.tracker is None or self._probe is None or self._probed is None:
             return
         ramp = self._target_ramp(self.state.global_step)
-        shift = self.tracker.move(self._reading.margins, ramp, self._reading.probe_again(self.accelerator))
+        shift = self.tracker.move(self._probed, self._probe.run(), ramp)
         set_thresholds(self.model, [shifted(threshold, shift) for threshold in thresholds_of(self.model)])
 
     def begin(self) -> None:
@@ -314,13 +316,16 @@ class LTETrainer(Trainer):
         if self.tracker is None:
             return
         self.tracker = SparsityTracker(self.tracker.target)
+        self._probe = Probe(self.model, self._sample(PROBE_TOKENS, longest=PROBE_LENGTH), self.accelerator)
         saved = (self.state.stateful_callbacks or {}).get(StepCallback.__name__)
         if self.state.global_step and isinstance(saved, dict) and "tracker" in saved["attributes"]:
             self.tracker.restore(saved["attributes"]["tracker"])
             set_thresholds(self.model, saved["attributes"]["thresholds"])
             return
         batches = self._sample(OPENING_TOKENS)
-        if measure_margins(self.model, batches).sparsity > self.tracker.target:
+        opening = measure_margins(self.model, batches).sparsity
+        self.tracker.compare(self._probe.run().sparsity, opening)
+        if opening > self.tracker.target:
             find_thresholds(self.model, batches, self.tracker.target)
 
     def check_gradients(self) -> None:
@@ -398,19 +403,25 @@ class LTETrainer(Trainer):
             return self.tracker is None
         return self.tracker.on_target and abs(self.landed.sparsity - self.tracker.target) <= MISSED
 
-    def _sample(self, tokens: int) -> list[Any]:
-        """Batches of rows from all over the training data; the same ones in every process."""
-        if isinstance(self.train_dataset, Dataset):
-            rows = self._remove_unused_columns(self.train_dataset, "training")
-            return sample_batches(rows, self.data_collator, tokens)
-        collate = self._get_collator_with_removed_columns(self.data_collator, "training")
-        return sample_batches(self.train_dataset, collate, tokens)
+    def _sample(self, tokens: int, *, longest: int | None = None) -> list[Any]:
+        """Batches of rows, or of their first tokens, from all over the training data; the same in every process."""
+        rows, collate = self.train_dataset, self.data_collator
+        if isinstance(rows, Dataset):
+            rows = self._remove_unused_columns(rows, "training")
+        else:
+            collate = self._get_collator_with_removed_columns(collate, "training")
+        if longest is not None:
+            collate = partial(_collate_first, collate, longest)
+        return sample_batches(rows, collate, tokens)
+
+    def _share_of_a_token(self) -> Tensor:
+        """In the auxiliary losses: gradients are averaged over processes, while the token count is of all of them."""
+        assert self._step_tokens is not None
+        return self.accelerator.num_processes / self._step_tokens
 
     def _total_loss(self, task: Tensor, totals: RoutingTotals) -> Tensor:
         step, args = self.state.global_step, self.args
-        assert self._step_tokens is not None
-        # Gradients are averaged over processes, while the token count is of all of them.
-        share = self.accelerator.num_processes / self._step_tokens
+        share = self._share_of_a_token()
         efficiency, separability = totals.efficiency * share, totals.separability * share
         if self._routers_frozen(step):
             eta = 0.0
@@ -418,8 +429,6 @@ class LTETrainer(Trainer):
             eta = (args.eta or 0.0) * self.plan.ramp(step, 0.0, args.eta_warmup)
         else:
             eta = self.tracker.price
-            assert self._reading is not None
-            self._reading.slope = self._reading.slope + totals.slope * share
         lambda_sep = args.lambda_sep * self.plan.ramp(step, args.lambda_start, args.lambda_full)
         if self.plan.stage(step) == 1:
             loss = task + eta * efficiency + lambda_sep * separability
@@ -453,6 +462,10 @@ def correct_loss_scaling(trainer: Trainer) -> None:
     """
     if type(trainer.model).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         trainer.model_accepts_loss_kwargs = False
+
+
+def _collate_first(collate: Any, length: int, rows: list[Any]) -> dict[str, Tensor]:
+    return first_tokens(collate(rows), length)
 
 
 def _token_mask(inputs: dict[str, Any]) -> Tensor:
