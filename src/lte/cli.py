@@ -124,6 +124,13 @@ def train(
         f"[bold]{loaded.out}[/]: {summary['steps']} steps in {summary['seconds']:.0f} s{sparsity}. "
         f"Next: lte evaluate {loaded.out} --data FILE"
     )
+    loss = summary.get("task_loss", {})
+    if loss.get("last") and loss["last"] > 1.05 * loss["first"]:
+        console.print(
+            f"task loss {loss['first']:.2f} in the first step, {loss['last']:.2f} in the last ones: the model has lost "
+            "more to the target than training gave back. Train it longer, with a lower target, or a slower warm-up "
+            "(--set training.target_warmup=0.5)"
+        )
     if strays := summary.get("steps_out_of_band"):
         console.print(f"{strays} of {summary['steps']} steps were not at the sparsity wanted of them, see the warnings")
     if summary.get("on_target") is False:

@@ -353,6 +353,7 @@ def _held(trainer: LTETrainer) -> dict[str, Any]:
     assert trainer.tracker is not None
     return {
         "trained_sparsity": trainer.tracker.trained,
+        "task_loss": {"first": trainer.tracker.first_loss, "last": trainer.tracker.last_loss},
         "steps_out_of_band": trainer.tracker.strays,
         "on_target": trainer.on_target,
     }

@@ -141,18 +141,19 @@ def test_trained_on_target_means_over_the_tokens_of_the_last_steps():
     assert not tracker.on_target
     for reading in (0.49, 0.5, 0.53):
         tracker.judge(reading, 1.0, 1.0)
-        tracker.keep_last(100_000)
+        tracker.keep_last(2.0, 100_000)
     assert tracker.on_target
     assert tracker.trained == pytest.approx(0.5067, abs=1e-3)
     tracker.judge(0.65, 1.0, 1.0)
-    tracker.keep_last(1000)
+    tracker.keep_last(4.0, 1000)
     assert tracker.on_target
-    tracker.keep_last(50_000)
+    tracker.keep_last(4.0, 49_000)
     assert not tracker.on_target
+    assert (tracker.first_loss, tracker.last_loss) == (1.0, pytest.approx((2 * 300 + 4 * 50) / 350))
     few = SparsityTracker(0.5, sparsity=0.54)
-    few.keep_last(1000)
+    few.keep_last(1.0, 1000)
     assert few.on_target
-    few.keep_last(9000)
+    few.keep_last(1.0, 9000)
     assert not few.on_target
 
 

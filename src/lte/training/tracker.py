@@ -54,7 +54,8 @@ class SparsityTracker:
         steps, loss, deviation: running mean of the task loss, its mean deviation, and of how many steps.
         push, slope: running means, by how much the losses but for the efficiency loss would change, and by how much
             the efficiency loss, were all logits moved alike.
-        last_tokens, last_sum: tokens of the last steps of the training, and the sum of their sparsities.
+        first_loss, last_loss: task loss of the first step, and the mean over the last ones of the training.
+        last_tokens, last_sum: tokens of those, and the sum of their sparsities.
         strays: steps after the warm-up whose sparsity left the band.
     """
 
@@ -69,6 +70,8 @@ class SparsityTracker:
     deviation: float = 0.0
     push: float = 0.0
     slope: float = 0.0
+    first_loss: float | None = None
+    last_loss: float | None = None
     last_tokens: float = 0.0
     last_sum: float = 0.0
     strays: int = 0
@@ -109,7 +112,7 @@ class SparsityTracker:
             tokens: of that step.
         """
         if self.start is None:
-            self.start = sparsity
+            self.start, self.first_loss = sparsity, loss
         self.sparsity = sparsity
         if self.aim is not None:
             missed = min(max(self.aim - sparsity, -BAND), BAND)
@@ -152,9 +155,16 @@ class SparsityTracker:
         """Sparsity of the probe where steps have this one."""
         return 1 / (1 + math.exp(-_odds(sparsity) - self.offset))
 
-    def keep_last(self, tokens: float) -> None:
-        """Count the last step, of so many tokens, among those that say at what sparsity the model was trained."""
+    def keep_last(self, loss: float, tokens: float) -> None:
+        """Count a step among the last of the training, which say at what sparsity the model was trained, and how well.
+
+        Args:
+            loss: its task loss.
+            tokens: of the step.
+        """
         self.last_tokens += tokens
+        self.last_loss = loss if self.last_loss is None else self.last_loss
+        self.last_loss += (loss - self.last_loss) * tokens / self.last_tokens
         self.last_sum += tokens * (self.sparsity or 0.0)
 
     @property

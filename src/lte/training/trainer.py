@@ -284,7 +284,7 @@ class LTETrainer(Trainer):
         tracker.feel(found["push"] / scale, found["slope"], tokens)
         wrong = tracker.judge(found["sparsity"], found["loss"], self._target_ramp(step), tokens)
         if step + 1 > (1 - LAST) * self.plan.total:
-            tracker.keep_last(tokens)
+            tracker.keep_last(found["loss"], tokens)
         if wrong:
             logger.warning("step %d went wrong: %s; its learning rate is cut to a tenth", step + 1, wrong)
         if tracker.factor < 1:
