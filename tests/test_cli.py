@@ -82,6 +82,23 @@ def test_train_leaves_a_sparse_model_and_its_record(trained):
     assert [line["stage"] for line in lines if "stage" in line] == [1, 1, 1, 2, 2]
 
 
+def test_a_training_that_went_wrong_is_told_and_exits_with_3(folder, tmp_path, monkeypatch):
+    for allowance in ("BAND", "ON_TARGET", "SAMPLING"):
+        monkeypatch.setattr(f"lte.training.tracker.{allowance}", 0.0)
+    words = ("train", "--model", folder / "dense", "--task", "lm", "--data", folder / "text.txt", "--expert-size", 8)
+    more = ("--grouping", "random", "--context-length", 16, "--batch-size", 2, "--target-sparsity", 0.9)
+    rates = ("--learning-rate", 10, "--set", "training.max_steps=12", "--set", "training.warmup_steps=0")
+    result = run(*words, *more, *rates, "--out", tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "lte_run.json").read_text())
+    said = " ".join(result.output.split())
+    assert f"{record['steps_out_of_band']} of 12 steps were not at the sparsity wanted" in said
+    assert record["task_loss"]["last"] > 1.05 * record["task_loss"]["first"]
+    assert "the model has lost more to the target than training gave back" in said
+    assert f"off target: the model was trained at {record['trained_sparsity']:.1%}, not 90.0%" in said
+    assert result.exit_code == 3
+    lte.load(tmp_path / "out")
+
+
 def test_evaluate_writes_every_key(trained, folder, tmp_path):
     result = run("evaluate", trained, "--task", "lm", "--data", folder / "text.txt", "--json", tmp_path / "f.json")
     assert result.exit_code == 0, result.output
