@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lte.families import DECODERS, blocks_of
-from lte.nn import ROUTER_DTYPE, FastLinear, Mode, SparseFFN, ThresholdRouter, sparse_ffns
+from lte.nn import ROUTER_DTYPE, FastLinear, LinearForm, Mode, SparseFFN, sparse_ffns
 from lte.ops.cpu import DTYPES, kernels
 from lte.ops.cpu.calls import describe_ffn
 from lte.ops.cpu.library import Cache, Decoder, Layer, Matrix, Step, matrix
@@ -74,6 +74,8 @@ class DecodeStep:
             return f"no fused step for the family {getattr(model.config, 'model_type', '?')!r}"
         if type(getattr(model, "lm_head", None)) not in (nn.Linear, FastLinear):
             return f"{type(model).__name__} has no plain LM head"
+        if len(sparse_ffns(model)) != len(blocks_of(model)):
+            return "not every FFN is sparse"
         parameters = list(model.parameters())
         routers = {id(p) for ffn in sparse_ffns(model) for p in ffn.router.parameters()}
         if {p.dtype for p in parameters if id(p) not in routers} not in ({torch.float32}, {torch.bfloat16}):
@@ -85,8 +87,8 @@ class DecodeStep:
         for name, module in _decoder_linears(model):
             if type(module) not in (nn.Linear, FastLinear) or type(module.weight) is not nn.Parameter:
                 return f"{name} is a {type(module).__name__}, not a plain linear layer"
-        if any(type(ffn.router) is not ThresholdRouter for ffn in sparse_ffns(model)):
-            return "a router is not a threshold router"
+        if any(not isinstance(ffn.router.form(), LinearForm) for ffn in sparse_ffns(model)):
+            return "a router is more than a linear map and a threshold"
         return ""
 
     def _step(
@@ -217,7 +219,8 @@ class _Built:
         projections = [block.get_submodule(path) for path in spec.qkv]
         qkv = [matrix(p.weight, p.bias) for p in projections]  # type: ignore[arg-type]
         output = block.get_submodule(spec.output)
-        router = ffn.router
+        form = ffn.router.form()
+        assert isinstance(form, LinearForm)
         return Layer(
             attention_norm=weight(spec.attention_norm),
             ffn_norm=weight(spec.ffn_norm),
@@ -225,9 +228,7 @@ class _Built:
             k_norm=weight(spec.head_norms[1]) if spec.head_norms else None,
             qkv=(Matrix * 3)(*qkv, *(Matrix() for _ in range(3 - len(qkv)))),
             output=matrix(output.weight, output.bias),  # type: ignore[arg-type]
-            ffn=describe_ffn(
-                ffn.packed_weights(), router.weight.shape[0], router.weight, router.bias, router.threshold
-            ),
+            ffn=describe_ffn(ffn.packed_weights(), ffn.router.n_experts, form.weight, form.bias, form.threshold),
             all_experts=int(ffn.mode == Mode.DENSE),
         )
 

@@ -2,6 +2,7 @@
 
 from lte.methods.lte import LTEConfig
 from lte.methods.oracle import OracleConfig
+from lte.methods.self_prediction import SelfPredictionConfig
 from lte.methods.topk import TopKConfig
 
-__all__ = ["LTEConfig", "OracleConfig", "TopKConfig"]
+__all__ = ["LTEConfig", "OracleConfig", "SelfPredictionConfig", "TopKConfig"]

@@ -8,12 +8,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from lte.config import MethodConfig, register_method
+from lte.config import Method, MethodConfig, register_method
 from lte.grouping import Calibration
-from lte.nn import KeepLargestRouter, SparseFFN, ThresholdRouter
+from lte.nn import KeepLargestRouter, Router, SparseFFN
 
 
-@register_method
 class OracleConfig(MethodConfig):
     """The dense model with the experts left out whose outputs, weighted by their layer's sensitivity, are smallest.
 
@@ -22,29 +21,29 @@ class OracleConfig(MethodConfig):
 
     method = "oracle"
 
-    @property
-    def needs_calibration(self) -> bool:
-        """See :class:`MethodConfig`."""
-        return True
 
-    def describe_calibration(self) -> str:
-        """See :class:`MethodConfig`."""
+@register_method(OracleConfig)
+class Oracle(Method[OracleConfig]):
+    """Looks at what every expert would add."""
+
+    @property
+    def needs_calibration(self) -> str | None:
+        """See :class:`Method`."""
         return "method='oracle'"
 
-    def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> ThresholdRouter:
-        """See :class:`MethodConfig`."""
+    def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> Router:
+        """See :class:`Method`."""
         return KeepLargestRouter(n_experts, device=like.device)
 
     @torch.no_grad()
     def init_routers(
         self, ffns: Sequence[SparseFFN], calibration: Iterator[Calibration] | None, generator: torch.Generator
     ) -> None:
-        """See :class:`MethodConfig`."""
+        """See :class:`Method`."""
         assert calibration is not None
         typical = []
         for ffn, seen in zip(ffns, calibration, strict=True):
             assert isinstance(ffn.router, KeepLargestRouter)
-            ffn.router.reset_parameters(generator, init_std=0.0, init_score=0.5)
             norms = torch.cat([ffn.expert_norms(hidden_tF) for _, (_, hidden_tF) in seen.chunks(step=8)])
             scale = seen.sensitivity if seen.sensitivity is not None else 1 / float(norms.mean())
             ffn.router.offset.fill_(math.log(max(scale, 1e-20)))
