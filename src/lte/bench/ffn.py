@@ -158,6 +158,7 @@ def _build(d_model: int, d_ff: int, dtype: torch.dtype, expert_size: int, device
             shape = (d_model, d_ff) if name == "down_proj" else (d_ff, d_model)
             part.weight = nn.Parameter(matrix(*shape), requires_grad=False)
         router = ThresholdRouter(d_model, d_ff // expert_size, device=device)
+        torch.nn.init.zeros_(router.bias)  # type: ignore[arg-type]
         router.weight.copy_(torch.randn(router.weight.shape, generator=generator, device=device) * d_model**-0.5)
         downs.append(parts["down_proj"].weight.data)
         ffn = SparseFFN(

@@ -13,6 +13,7 @@ from torch import nn
 from lte.config import Method, MethodConfig, register_method
 from lte.grouping import Calibration
 from lte.nn import CopyRouter, Router, SparseFFN
+from lte.nn.copies import NOTHING
 
 
 class SelfPredictionConfig(MethodConfig):
@@ -57,7 +58,8 @@ class SelfPrediction(Method[SelfPredictionConfig]):
             step = max(1, len(seen.inputs_TD) // 256)
             logits = router(seen.inputs_TD[::step]).margins
             assert logits is not None
-            middle = float(logits.median())
+            some = logits[logits > math.log(NOTHING) + 1]
+            middle = float(some.median()) if len(some) else 0.0
             router.offset.fill_(math.log(max(seen.sensitivity, 1e-20)) if seen.sensitivity is not None else -middle)
             middles.append(middle + float(router.offset))
         for router in routers:

@@ -16,6 +16,9 @@ from lte.ops.weights import FFNWeights
 if TYPE_CHECKING:
     from lte.nn.ffn import SparseFFN
 
+NOTHING = 1e-20
+"""Smallest score: a ReLU leaves many at nothing, and they have no logarithm."""
+
 
 class CopyRouter(Router):
     """Score of a neuron: ``|act(g x) u x| * norm(down row)`` with g and u of few bits, times the layer's sensitivity.
@@ -76,7 +79,7 @@ class CopyRouter(Router):
             scores = self.copy().scores(x)
             if self.n_experts != scores.shape[-1]:
                 scores = scores.unflatten(-1, (self.n_experts, -1)).square().sum(-1).sqrt()
-            return self.decide(scores.clamp_min(1e-20).log() + self.offset)
+            return self.decide(scores.clamp_min(NOTHING).log() + self.offset)
 
 
 class Copy:
