@@ -101,7 +101,7 @@ def random_model(config: Any, dtype: torch.dtype, device: torch.device, *, exper
             value = _tile(pattern, parameter.shape) * scale
             if "norm" in module_name or "ln_" in module_name:
                 value = torch.ones_like(value) if name == "weight" else torch.zeros_like(value)
-            elif name == "bias" and not module_name.endswith("router"):
+            elif name == "bias":
                 value = torch.zeros_like(value)
             copy = streaming_copy(value.to(parameter.dtype))  # routers keep their own
             setattr(module, name, nn.Parameter(copy, requires_grad=False))
