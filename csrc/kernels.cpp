@@ -117,15 +117,24 @@ static void linear_phase(Team& team, const lte_matrix* matrices, int n_matrices,
 constexpr int64_t FEW = 4;     // tokens up to which the down projection is read row by row
 constexpr int64_t PARTS = 16;  // partial sums it then makes
 
-// What the threads share while one FFN runs.
+// What the threads share while one FFN runs. Neurons are worked on in groups: the active experts, each for its own
+// tokens; or, where experts are smaller than the rows that are read side by side, the neurons of all active experts
+// as one group, for all tokens (what a token does not use is multiplied by zero).
 struct FfnWork {
   Buffer<float> scale;      // [tokens, n_experts], 0 where the expert does not run
-  Buffer<float> hidden;     // per active expert: [its tokens, its neurons]
+  Buffer<float> hidden;     // per group: [its tokens, its neurons]
   Buffer<float> out;        // [tokens, out_stride], split order
   Buffer<int32_t> experts;  // active experts
-  Buffer<int32_t> begin;    // [active + 1], where an active expert's tokens begin in `tokens`
+  Buffer<int32_t> begin;    // [groups + 1], where a group's tokens begin in `tokens`
   Buffer<int32_t> tokens;
-  int64_t n_active = 0, out_stride = 0;
+  Buffer<int32_t> neurons, found;  // of the one group; and what every block of experts found of them
+  Buffer<int32_t> counts;
+  int64_t n_groups = 0, group_size = 0, out_stride = 0;
+  bool scattered = false;
+
+  int64_t neuron(int64_t group, int64_t i) const {
+    return scattered ? neurons.data[i] : experts.data[group] * group_size + i;
+  }
 };
 
 struct ThreadScratch {
@@ -137,7 +146,7 @@ static ThreadScratch& thread_scratch() {
   return scratch;
 }
 
-static void list_active(const lte_ffn& ffn, int64_t tokens, FfnWork& work) {
+static void list_experts(const lte_ffn& ffn, int64_t tokens, FfnWork& work) {
   int64_t E = ffn.n_experts, found = 0, active = 0;
   const float* scale = work.scale.get(tokens * E);
   int32_t* experts = work.experts.get(E);
@@ -152,15 +161,71 @@ static void list_active(const lte_ffn& ffn, int64_t tokens, FfnWork& work) {
     begin[active++] = int32_t(before);
   }
   begin[active] = int32_t(found);
-  work.n_active = active;
-  work.out_stride = (ffn.d_model + STEP - 1) / STEP * STEP;
-  work.hidden.get(found * (ffn.d_ff / E) + VL);
-  work.out.get((tokens <= FEW ? PARTS : 1) * tokens * work.out_stride);
+  work.n_groups = active;
+  work.group_size = ffn.d_ff / E;
+  work.hidden.get(found * work.group_size + VL);
 }
 
-// gate and up of some neurons of one expert, for its tokens: hidden[t][row].
+// The neurons of all experts that any token uses, in order: every block of experts lists its own, and they are then put
+// side by side.
+static void list_neurons(Team& team, const lte_ffn& ffn, int64_t tokens, FfnWork& work) {
+  constexpr int64_t BLOCK = 256;
+  const int64_t E = ffn.n_experts, n = ffn.d_ff / E, blocks = (E + BLOCK - 1) / BLOCK;
+  const float* scale = work.scale.data;
+  int32_t *found = work.found.data, *counts = work.counts.data;
+  {
+    Queue& queue = team.begin();
+    for (int64_t block; queue.take(blocks, block);) {
+      int32_t* mine = found + block * BLOCK * n;
+      int64_t count = 0;
+      for (int64_t e = block * BLOCK; e < std::min(E, (block + 1) * BLOCK); ++e) {
+        bool used = false;
+        for (int64_t t = 0; t < tokens; ++t) used |= scale[t * E + e] != 0.0f;
+        for (int64_t i = 0; i < n; ++i) mine[count + i] = int32_t(e * n + i);
+        count += used ? n : 0;
+      }
+      counts[block] = int32_t(count);
+    }
+    team.end();
+  }
+  Queue& queue = team.begin();
+  for (int64_t block; queue.take(blocks, block);) {
+    int64_t before = 0;
+    for (int64_t other = 0; other < block; ++other) before += counts[other];
+    std::memcpy(work.neurons.data + before, found + block * BLOCK * n, counts[block] * sizeof(int32_t));
+    if (block == blocks - 1) work.group_size = before + counts[block];
+  }
+  team.end();
+}
+
+static void list_groups(Team& team, const lte_ffn& ffn, int64_t tokens, FfnWork& work) {
+  const int64_t E = ffn.n_experts;
+  team.begin();
+  if (team.rank == 0) {
+    work.scattered = ffn.d_ff / E < ROWS && E > 1;
+    work.out_stride = (ffn.d_model + STEP - 1) / STEP * STEP;
+    work.out.get((tokens <= FEW ? PARTS : 1) * tokens * work.out_stride);
+    if (work.scattered) {
+      // Blocks write whole experts before they know whether to keep them, hence the room behind the last.
+      work.found.get(ffn.d_ff + 256 * ROWS);
+      work.neurons.get(ffn.d_ff);
+      work.counts.get(E / 256 + 1);
+      work.hidden.get(tokens * ffn.d_ff + VL);
+      work.n_groups = 1;
+      int32_t *begin = work.begin.get(2), *list = work.tokens.get(tokens);
+      begin[0] = 0, begin[1] = int32_t(tokens);
+      for (int64_t t = 0; t < tokens; ++t) list[t] = int32_t(t);
+    } else {
+      list_experts(ffn, tokens, work);
+    }
+  }
+  team.end();
+  if (work.scattered) list_neurons(team, ffn, tokens, work);
+}
+
+// gate and up of some neurons of a group, for its tokens: hidden[t][row].
 template <class W>
-static void hidden_unit(const lte_ffn& ffn, int64_t neuron, int64_t count, const float* xs, int64_t xs_stride,
+static void hidden_unit(const lte_ffn& ffn, const int64_t* neurons, int64_t count, const float* xs, int64_t xs_stride,
                         int64_t tokens, ThreadScratch& mine) {
   const bool gated = ffn.gate.weight;
   const lte_matrix& inner = gated ? ffn.gate : ffn.up;
@@ -173,8 +238,8 @@ static void hidden_unit(const lte_ffn& ffn, int64_t neuron, int64_t count, const
     const W* rows[ROWS];
     int64_t block = count - r >= R ? R : 1;
     for (int64_t i = 0; i < block; ++i) {
-      rows[i] = gate_rows + (neuron + r + i) * inner.stride;
-      rows[block + i] = gated ? up_rows + (neuron + r + i) * ffn.up.stride : nullptr;
+      rows[i] = gate_rows + neurons[r + i] * inner.stride;
+      rows[block + i] = gated ? up_rows + neurons[r + i] * ffn.up.stride : nullptr;
     }
     if (block == R && gated && tokens == 1) {
       float out[ROWS];
@@ -191,24 +256,24 @@ static void hidden_unit(const lte_ffn& ffn, int64_t neuron, int64_t count, const
   }
   auto add_bias = [&](const lte_matrix& matrix, float* values) {
     if (!matrix.bias) return;
-    const W* bias = static_cast<const W*>(matrix.bias) + neuron;
+    const W* bias = static_cast<const W*>(matrix.bias);
     for (int64_t i = 0; i < count; ++i)
-      for (int64_t t = 0; t < tokens; ++t) values[i * tokens + t] += widen(bias[i]);
+      for (int64_t t = 0; t < tokens; ++t) values[i * tokens + t] += widen(bias[neurons[i]]);
   };
   add_bias(inner, gate);
   if (gated) add_bias(ffn.up, up);
   activate_all(ffn.activation, gate, up, count * tokens);
 }
 
-// Rows first .. first + count of one expert's down projection, added to the outputs of its tokens.
+// Rows first .. first + count of a group's down projection, added to the outputs of its tokens.
 template <class W>
-static void add_rows(const lte_ffn& ffn, int64_t neuron, int64_t count, const float* h, int64_t h_stride, int64_t tokens,
-                     int64_t from, int64_t to, float* const* y) {
-  const W* first = static_cast<const W*>(ffn.down.weight) + neuron * ffn.down.stride;
+static void add_rows(const lte_ffn& ffn, const FfnWork& work, int64_t group, int64_t first, int64_t count, const float* h,
+                     int64_t h_stride, int64_t tokens, int64_t from, int64_t to, float* const* y) {
+  const W* down = static_cast<const W*>(ffn.down.weight);
   const W* rows[ROWS];
   int64_t r = 0;
   auto point = [&](int64_t block) {
-    for (int64_t i = 0; i < block; ++i) rows[i] = first + (r + i) * ffn.down.stride;
+    for (int64_t i = 0; i < block; ++i) rows[i] = down + work.neuron(group, first + r + i) * ffn.down.stride;
   };
   if (tokens == 1)
     for (; r + ROWS <= count; r += ROWS) point(ROWS), scale_rows<ROWS>(rows, h + r, from, to, y[0]);
@@ -221,9 +286,9 @@ static void add_rows(const lte_ffn& ffn, int64_t neuron, int64_t count, const fl
 // parts do not depend on the number of threads, so neither does the result.
 template <class W, class Emit>
 static void down_by_rows(Team& team, const lte_ffn& ffn, int64_t tokens, FfnWork& work, Emit&& emit) {
-  const int64_t n = ffn.d_ff / ffn.n_experts, D = ffn.d_model, stride = work.out_stride, size = tokens * stride;
+  const int64_t n = work.group_size, D = ffn.d_model, stride = work.out_stride, size = tokens * stride;
   const int32_t *begin = work.begin.data, *list = work.tokens.data;
-  const int64_t blocks = (n + ROWS - 1) / ROWS, total = work.n_active * blocks;
+  const int64_t blocks = (n + ROWS - 1) / ROWS, total = work.n_groups * blocks;
   {
     Queue& queue = team.begin();
     for (int64_t part; queue.take(PARTS, part);) {
@@ -233,8 +298,8 @@ static void down_by_rows(Team& team, const lte_ffn& ffn, int64_t tokens, FfnWork
         const int64_t a = unit / blocks, first = unit % blocks * ROWS, its = begin[a + 1] - begin[a];
         float* y[FEW];
         for (int64_t i = 0; i < its; ++i) y[i] = out + list[begin[a] + i] * stride;
-        add_rows<W>(ffn, work.experts.data[a] * n + first, std::min(ROWS, n - first),
-                    work.hidden.data + begin[a] * n + first, n, its, 0, D, y);
+        add_rows<W>(ffn, work, a, first, std::min(ROWS, n - first), work.hidden.data + begin[a] * n + first, n, its, 0, D,
+                    y);
       }
     }
     team.end();
@@ -256,7 +321,7 @@ static void down_by_rows(Team& team, const lte_ffn& ffn, int64_t tokens, FfnWork
 // More tokens: every thread owns columns of the output.
 template <class W, class Emit>
 static void down_by_columns(Team& team, const lte_ffn& ffn, int64_t tokens, FfnWork& work, Emit&& emit) {
-  const int64_t n = ffn.d_ff / ffn.n_experts, D = ffn.d_model, stride = work.out_stride;
+  const int64_t n = work.group_size, D = ffn.d_model, stride = work.out_stride;
   const int32_t *begin = work.begin.data, *list = work.tokens.data;
   Queue& queue = team.begin();
   const int64_t slices = std::max<int64_t>(1, std::min<int64_t>(team.size, D / 256));
@@ -266,10 +331,10 @@ static void down_by_columns(Team& team, const lte_ffn& ffn, int64_t tokens, FfnW
     const int64_t from = slice * width, to = std::min(D, from + width);
     float* out = work.out.data;
     for (int64_t t = 0; t < tokens; ++t) std::fill(out + t * stride + from, out + t * stride + to, 0.0f);
-    for (int64_t a = 0; a < work.n_active; ++a) {
+    for (int64_t a = 0; a < work.n_groups; ++a) {
       const int64_t its = begin[a + 1] - begin[a];
       for (int64_t i = 0; i < its; ++i) y[i] = out + list[begin[a] + i] * stride;
-      add_rows<W>(ffn, work.experts.data[a] * n, n, work.hidden.data + begin[a] * n, n, its, from, to, y);
+      add_rows<W>(ffn, work, a, 0, n, work.hidden.data + begin[a] * n, n, its, from, to, y);
     }
     for (int64_t t = 0; t < tokens; ++t) emit(t, from, to, out + t * stride);
   }
@@ -282,20 +347,20 @@ template <class W, class Emit>
 static void ffn_phases(Team& team, const lte_ffn& ffn, const float* xs, int64_t xs_stride, int64_t tokens, FfnWork& work,
                        Emit&& emit) {
   ThreadScratch& mine = thread_scratch();
-  const int64_t E = ffn.n_experts, n = ffn.d_ff / E, D = ffn.d_model;
-  team.begin();
-  if (team.rank == 0) list_active(ffn, tokens, work);
-  team.end();
+  list_groups(team, ffn, tokens, work);
 
+  const int64_t E = ffn.n_experts, size = ffn.d_ff / E, n = work.group_size, D = ffn.d_model;
   const float* scale = work.scale.data;
   const int32_t *begin = work.begin.data, *list = work.tokens.data;
   float* hidden = work.hidden.data;
-  const int64_t chunk = std::min<int64_t>(n, 16), chunks = (n + chunk - 1) / chunk;
+  const int64_t chunk = std::min<int64_t>(std::max<int64_t>(n, 1), 16), chunks = (n + chunk - 1) / chunk;
   {
     Queue& queue = team.begin();
-    for (int64_t unit; queue.take(work.n_active * chunks, unit);) {
+    for (int64_t unit; queue.take(work.n_groups * chunks, unit);) {
       const int64_t a = unit / chunks, first = unit % chunks * chunk, count = std::min(chunk, n - first);
-      const int64_t e = work.experts.data[a], its = begin[a + 1] - begin[a];
+      const int64_t its = begin[a + 1] - begin[a];
+      int64_t neurons[16];
+      for (int64_t r = 0; r < count; ++r) neurons[r] = work.neuron(a, first + r);
       const int32_t* who = list + begin[a];
       const float* x = xs + who[0] * xs_stride;
       int64_t stride = xs_stride;
@@ -305,10 +370,12 @@ static void ffn_phases(Team& team, const lte_ffn& ffn, const float* xs, int64_t 
         for (int64_t i = 0; i < its; ++i) std::memcpy(gathered + i * stride, xs + who[i] * xs_stride, D * sizeof(float));
         x = gathered;
       }
-      hidden_unit<W>(ffn, e * n + first, count, x, stride, its, mine);
+      hidden_unit<W>(ffn, neurons, count, x, stride, its, mine);
       for (int64_t i = 0; i < its; ++i)
-        for (int64_t r = 0; r < count; ++r)
-          hidden[(begin[a] + i) * n + first + r] = mine.gate.data[r * its + i] * scale[who[i] * E + e];
+        for (int64_t r = 0; r < count; ++r) {
+          const float by = scale[who[i] * E + neurons[r] / size];
+          hidden[(begin[a] + i) * n + first + r] = by != 0.0f ? mine.gate.data[r * its + i] * by : 0.0f;
+        }
     }
     team.end();
   }

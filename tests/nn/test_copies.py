@@ -80,5 +80,5 @@ def test_its_cost_is_that_of_its_bits(name, matrices):
         layer.router.bytes
         == matrices * models.D_FF * (models.D_MODEL * 3 // 8 + models.D_MODEL // 16 * 2) + 4 * models.D_FF
     )
-    made = sparse_ffns(predicted(name, bits=3))[0].router.copy()
-    assert layer.router.bytes == made.up.nbytes * matrices + 4 * models.D_FF
+    made = sparse_ffns(predicted(name, bits=3))[0].router.copy().packed
+    assert layer.router.bytes == sum(matrix.nbytes for matrix in made.values()) + 4 * models.D_FF

@@ -85,7 +85,10 @@ def test_kernels_match_the_reference(isa, activation, gated, dtype):
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("tokens", [0, 1, 2, 5, 16, 64, 70])
-@pytest.mark.parametrize(("d_model", "d_ff", "n_experts"), [(64, 128, 4), (33, 77, 7), (130, 36, 36), (8, 12, 1)])
+@pytest.mark.parametrize(
+    ("d_model", "d_ff", "n_experts"),
+    [(64, 128, 4), (33, 77, 7), (130, 36, 36), (8, 12, 1), (40, 600, 600), (24, 1200, 400)],
+)
 def test_odd_sizes_and_any_number_of_tokens(isa, d_model, d_ff, n_experts, tokens, dtype):
     weights = make(d_model, d_ff, dtype=dtype)
     x = torch.randn(tokens, d_model).to(dtype)

@@ -9,12 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lte.nn.router import ROUTER_DTYPE, Router, RouterCost, Routing
-from lte.ops.lowbit import quantize, round_inputs
+from lte.ops.lowbit import quantize, round_inputs, round_to
 from lte.ops.reference import ACTIVATIONS
 from lte.ops.weights import FFNWeights
 
 if TYPE_CHECKING:
     from lte.nn.ffn import SparseFFN
+
+KEPT_SCALES = 32
+"""Steps for which scales are kept while weights are trained: searching for them takes ten times as long as rounding."""
 
 NOTHING = 1e-20
 """Smallest score: a ReLU leaves many at nothing, and they have no logarithm."""
@@ -56,11 +59,18 @@ class CopyRouter(Router):
         self._ffn = [ffn]  # in a list it is no child of its own child
 
     def copy(self) -> Copy:
-        """The copy of the weights as they are."""
+        """The copy of the weights as they are.
+
+        While they are trained, scales are kept for some steps and only the rounding is made anew.
+        """
         (ffn,) = self._ffn
         weights = ffn.weights()
         state = [(w.data_ptr(), w._version) for w in (weights.gate, weights.up, weights.down) if w is not None]
         if self._made is None or self._made[0] != state:
+            old = self._made[1] if self._made is not None and self.training else None
+            fresh = old is None or old.age >= KEPT_SCALES
+            self._made = state, Copy(weights, self.bits, self.group, None if fresh else old)
+        elif not self.training and self._made[1].age:
             self._made = state, Copy(weights, self.bits, self.group)
         return self._made[1]
 
@@ -74,7 +84,7 @@ class CopyRouter(Router):
         return RouterCost(multiplies=size, bytes=read, parameters=self.offset.numel())
 
     def forward(self, x: Tensor) -> Routing:
-        """Decide for inputs of shape [..., D]."""
+        """Decide for inputs of shape [..., D]; the gradient passes to the weights as if nothing had been rounded."""
         with torch.autocast(device_type=x.device.type, enabled=False):
             scores = self.copy().scores(x)
             if self.n_experts != scores.shape[-1]:
@@ -88,23 +98,50 @@ class Copy:
     Args:
         weights: of the FFN.
         bits, group: of the copy.
+        like: a copy of earlier weights whose scales to keep; None to search for them.
     """
 
-    def __init__(self, weights: FFNWeights, bits: int, group: int) -> None:
-        self.up = quantize(weights.up, bits, group)
-        self.gate = None if weights.gate is None else quantize(weights.gate, bits, group)
-        self.biases = weights.gate_bias, weights.up_bias
-        self.norms = weights.down.detach().float().norm(dim=1)
-        self.activation = weights.activation
-        self.group = group
-        # What the reference multiplies with; kernels read the packed form.
-        self._up_FD = self.up.dequantize()
-        self._gate_FD = None if self.gate is None else self.gate.dequantize()
+    def __init__(self, weights: FFNWeights, bits: int, group: int, like: Copy | None = None) -> None:
+        self.weights, self.bits, self.group = weights, bits, group
+        self.age: int = 0 if like is None else like.age + 1
+        """How many changes of the weights the scales are behind."""
+        if like is None:
+            self.packed = {
+                name: quantize(matrix, bits, group)
+                for name, matrix in (("gate", weights.gate), ("up", weights.up))
+                if matrix is not None
+            }
+        else:
+            self.packed = like.packed
+        self._norms = weights.down.detach().float().norm(dim=1)
+        self._rounded = {name: self._round(name) for name in self.packed}
+
+    def _round(self, name: str) -> Tensor:
+        if self.age:
+            return round_to(getattr(self.weights, name), self.packed[name].scales, self.bits, self.group)
+        return self.packed[name].dequantize()
 
     def scores(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., F], float32."""
-        x, act = round_inputs(x, self.group), ACTIVATIONS[self.activation]
-        gate_bias, up_bias = (None if bias is None else bias.float() for bias in self.biases)
-        hidden = F.linear(x, self._up_FD, up_bias)
-        hidden = act(hidden) if self._gate_FD is None else act(F.linear(x, self._gate_FD, gate_bias)) * hidden
-        return hidden.abs() * self.norms
+        weights, act = self.weights, ACTIVATIONS[self.weights.activation]
+        x = _as_rounded(x, round_inputs(x.detach(), self.group))
+        hidden = F.linear(x, self._matrix("up"), _float(weights.up_bias))
+        if weights.gate is None:
+            hidden = act(hidden)
+        else:
+            hidden = act(F.linear(x, self._matrix("gate"), _float(weights.gate_bias))) * hidden
+        return hidden.abs() * self._norms
+
+    def _matrix(self, name: str) -> Tensor:
+        return _as_rounded(getattr(self.weights, name), self._rounded[name])
+
+
+def _as_rounded(exact: Tensor, rounded: Tensor) -> Tensor:
+    """The rounded values, with the gradient of the exact ones."""
+    if not (torch.is_grad_enabled() and exact.requires_grad):
+        return rounded
+    return exact.float() + (rounded - exact.detach().float())
+
+
+def _float(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float()

@@ -94,6 +94,13 @@ def quantize(matrix_ND: Tensor, bits: int, group: int = 64, importance_D: Tensor
     return LowBitMatrix(torch.cat(planes), torch.cat(scales), columns)
 
 
+def round_to(matrix_ND: Tensor, scales_NG: Tensor, bits: int, group: int) -> Tensor:
+    """The numbers a matrix is rounded to with scales that are given; [N, D], float32."""
+    grouped, scales = _grouped(matrix_ND.detach().float(), group), scales_NG.float()
+    rounded = _levels(grouped, scales, _middle(bits)) * scales.unsqueeze(-1)
+    return rounded.flatten(1)[:, : matrix_ND.shape[1]]
+
+
 def round_inputs(x_TD: Tensor, group: int) -> Tensor:
     """Inputs as integer dot products see them: to 8 bits, symmetric, a scale for every group; [..., D], float32."""
     grouped = _grouped(x_TD.float().flatten(0, -2), group)
