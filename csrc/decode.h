@@ -144,7 +144,7 @@ static void decode_layer(Team& team, const lte_decoder& model, const lte_layer& 
     if (team.rank == 0) std::fill_n(work.ffn.scale.get(B * layer.ffn.n_experts), B * layer.ffn.n_experts, 1.0f);
     team.end();
   } else {
-    router_phase(team, layer.ffn, plain ? plain : work.normed.data, stride, B, work.ffn);
+    decide_phase<W>(team, layer.ffn, plain ? plain : work.normed.data, stride, B, work.ffn);
   }
   const W* bias = static_cast<const W*>(layer.ffn.down.bias);
   ffn_phases<W>(team, layer.ffn, work.normed.data, stride, B, work.ffn,

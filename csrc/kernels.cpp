@@ -6,6 +6,7 @@
 #include <new>
 
 #include "lte.h"
+#include "lowbit.h"
 #include "threads.h"
 #include "tiles.h"
 #include "variant.h"
@@ -129,6 +130,9 @@ struct FfnWork {
   Buffer<int32_t> tokens;
   Buffer<int32_t> neurons, found;  // of the one group; and what every block of experts found of them
   Buffer<int32_t> counts;
+  Buffer<int8_t> rounded;  // [tokens, width], for the copy
+  Buffer<float> input_scales;
+  Buffer<RoundedInputs> inputs;
   int64_t n_groups = 0, group_size = 0, out_stride = 0;
   bool scattered = false;
 
@@ -399,6 +403,74 @@ static void router_phase(Team& team, const lte_ffn& ffn, const float* xs, int64_
                   });
 }
 
+// What the copy says: xs as for the router.
+template <class W>
+static void copy_phase(Team& team, const lte_ffn& ffn, const float* xs, int64_t xs_stride, int64_t tokens, FfnWork& work) {
+  constexpr int64_t BLOCK = 64;
+  const lte_lowbit& up = ffn.copy.up;
+  const int64_t E = ffn.n_experts, F = ffn.d_ff, n = F / E, width = up.groups * up.group;
+  team.begin();
+  if (team.rank == 0) {
+    work.scale.get(tokens * E);
+    int8_t* values = work.rounded.get(tokens * width);
+    float* scales = work.input_scales.get(2 * tokens * up.groups);
+    RoundedInputs* inputs = work.inputs.get(tokens);
+    for (int64_t t = 0; t < tokens; ++t)
+      inputs[t] = {values + t * width, scales + 2 * t * up.groups, scales + (2 * t + 1) * up.groups};
+  }
+  team.end();
+  const RoundedInputs* inputs = work.inputs.data;
+  {
+    Queue& queue = team.begin();
+    for (int64_t t; queue.take(tokens, t);)
+      round_inputs(xs + t * xs_stride, ffn.d_model, up.group, const_cast<int8_t*>(inputs[t].values),
+                   const_cast<float*>(inputs[t].scales), const_cast<float*>(inputs[t].sums));
+    team.end();
+  }
+  Queue& queue = team.begin();
+  ThreadScratch& mine = thread_scratch();
+  const bool gated = ffn.copy.gate.planes;
+  const int64_t experts = std::max<int64_t>(1, BLOCK / n);  // of a block
+  float* gate = mine.gate.get(experts * n * tokens + VL);
+  float* hidden = gated ? mine.up.get(experts * n * tokens + VL) : nullptr;
+  auto add_bias = [&](const lte_matrix& matrix, int64_t first, int64_t count, float* values) {
+    if (!matrix.bias) return;
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t t = 0; t < tokens; ++t) values[i * tokens + t] += widen(static_cast<const W*>(matrix.bias)[first + i]);
+  };
+  for (int64_t block; queue.take((E + experts - 1) / experts, block);) {
+    const int64_t from = block * experts, to = std::min(E, from + experts), first = from * n, count = (to - from) * n;
+    lowbit_rows(gated ? ffn.copy.gate : up, first, count, inputs, tokens, gate, tokens);
+    add_bias(gated ? ffn.gate : ffn.up, first, count, gate);
+    if (gated) {
+      lowbit_rows(up, first, count, inputs, tokens, hidden, tokens);
+      add_bias(ffn.up, first, count, hidden);
+    }
+    activate_all(ffn.activation, gate, hidden, count * tokens);
+    const float* norms = ffn.copy.norms + first;
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t e = from; e < to; ++e) {
+        float squares = 0;
+        for (int64_t i = (e - from) * n; i < (e - from + 1) * n; ++i) {
+          const float score = gate[i * tokens + t] * norms[i];
+          squares += score * score;
+        }
+        work.scale.data[t * E + e] = squares > ffn.copy.cut * ffn.copy.cut ? 1.0f : 0.0f;
+      }
+  }
+  team.end();
+}
+
+// The experts that run, from whatever of the FFN decides.
+template <class W>
+static void decide_phase(Team& team, const lte_ffn& ffn, const float* xs, int64_t xs_stride, int64_t tokens,
+                         FfnWork& work) {
+  if (ffn.copy.up.planes)
+    copy_phase<W>(team, ffn, xs, xs_stride, tokens, work);
+  else
+    router_phase(team, ffn, xs, xs_stride, tokens, work);
+}
+
 template <class W>
 static void sparse_ffn(const lte_ffn& ffn, const void* x, int64_t tokens, const uint8_t* mask, const float* given, void* y,
                        int threads) {
@@ -408,7 +480,7 @@ static void sparse_ffn(const lte_ffn& ffn, const void* x, int64_t tokens, const 
   const int64_t D = ffn.d_model, E = ffn.n_experts, stride = (D + STEP - 1) / STEP * STEP;
   float* xs = split.get(tokens * stride);
   for (int64_t t = 0; t < tokens; ++t) to_split(static_cast<const W*>(x) + t * D, D, xs + t * stride);
-  const bool routed = !mask && !given && ffn.router.weight;
+  const bool routed = !mask && !given && (ffn.router.weight || ffn.copy.up.planes);
   const float* plain = xs;
   if constexpr (!std::is_same_v<W, float>) {
     static thread_local Buffer<float> widened;
@@ -426,7 +498,7 @@ static void sparse_ffn(const lte_ffn& ffn, const void* x, int64_t tokens, const 
   const W* bias = static_cast<const W*>(ffn.down.bias);
   W* out = static_cast<W*>(y);
   with_team(threads, [&](Team& team) {
-    if (routed) router_phase(team, ffn, plain, stride, tokens, shared);
+    if (routed) decide_phase<W>(team, ffn, plain, stride, tokens, shared);
     ffn_phases<W>(team, ffn, xs, stride, tokens, shared, [&](int64_t t, int64_t from, int64_t to, const float* value) {
       for (int64_t i = from; i < to; ++i)
         narrow(value[split_index(i, D, (const W*)nullptr)] + (bias ? widen(bias[i]) : 0.0f), out + t * D + i);

@@ -6,6 +6,7 @@ from lte.nn.linear import FastLinear
 from lte.nn.observe import SparsityMeter, observe_routing, set_mode, sparse_ffns
 from lte.nn.router import (
     ROUTER_DTYPE,
+    CopyForm,
     KeepLargestRouter,
     LinearForm,
     LowRankRouter,
@@ -18,6 +19,7 @@ from lte.nn.router import (
 
 __all__ = [
     "ROUTER_DTYPE",
+    "CopyForm",
     "CopyRouter",
     "DeferredLinear",
     "FastLinear",

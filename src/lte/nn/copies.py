@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lte.nn.router import ROUTER_DTYPE, Router, RouterCost, Routing
-from lte.ops.lowbit import quantize, round_inputs, round_to
+from lte.nn.router import ROUTER_DTYPE, CopyForm, Router, RouterCost, Routing
+from lte.ops.lowbit import FFNCopy, quantize, round_inputs, round_to
 from lte.ops.reference import ACTIVATIONS
 from lte.ops.weights import FFNWeights
 
@@ -74,6 +75,11 @@ class CopyRouter(Router):
             self._made = state, Copy(weights, self.bits, self.group)
         return self._made[1]
 
+    def form(self) -> CopyForm:
+        """See :meth:`Router.form`."""
+        log_cut = math.log(self.threshold / (1 - self.threshold)) - float(self.offset)
+        return CopyForm(self.copy().packed_ffn(), math.exp(min(log_cut, 80.0)))
+
     def cost(self) -> RouterCost:
         """Of the low-bit products; a copy is held beside the weights, but it is no parameter."""
         (ffn,) = self._ffn
@@ -115,6 +121,10 @@ class Copy:
             self.packed = like.packed
         self._norms = weights.down.detach().float().norm(dim=1)
         self._rounded = {name: self._round(name) for name in self.packed}
+
+    def packed_ffn(self) -> FFNCopy:
+        """What kernels read."""
+        return FFNCopy(self.packed["up"], self._norms, self.packed.get("gate"))
 
     def _round(self, name: str) -> Tensor:
         if self.age:

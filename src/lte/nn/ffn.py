@@ -12,8 +12,18 @@ from torch import Tensor, nn
 
 from lte.nn.gates import straight_through
 from lte.nn.linear import FastLinear
-from lte.nn.router import LinearForm, Router, Routing
-from lte.ops import SMALL_BATCH, FFNWeights, project_down, requested_backend, routed_ffn, scale_experts, sparse_ffn
+from lte.nn.router import CopyForm, LinearForm, Router, Routing
+from lte.ops import (
+    SMALL_BATCH,
+    FFNWeights,
+    copied_ffn,
+    project_down,
+    requested_backend,
+    routed_ffn,
+    runs_copies,
+    scale_experts,
+    sparse_ffn,
+)
 
 RoutingObserver = Callable[[int, Routing], None]
 PathChooser = Callable[[int], tuple[str, float]]
@@ -105,6 +115,8 @@ class SparseFFN(nn.Module):
         weights, form, x_TD = self.packed_weights(), self.router.form(), x.reshape(-1, x.shape[-1])
         if self.observer is None and isinstance(form, LinearForm) and not _has_hooks(self.router):
             out = routed_ffn(x_TD, form.weight, form.bias, form.threshold, weights, impl=impl, max_density=max_density)
+        elif self.observer is None and isinstance(form, CopyForm) and runs_copies(x_TD, weights, impl, max_density):
+            out = copied_ffn(x_TD, form.copy, form.cut, self.router.n_experts, weights)
         else:
             routing = self.router(x)
             if self.observer is not None:

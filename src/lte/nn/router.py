@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lte.ops.lowbit import FFNCopy
+
 if TYPE_CHECKING:
     from lte.nn.ffn import SparseFFN
 
@@ -49,6 +51,19 @@ class LinearForm:
     weight: Tensor
     bias: Tensor | None
     threshold: float
+
+
+@dataclass(frozen=True)
+class CopyForm:
+    """Experts run whose output, as a coarse copy of the FFN has it, is above a norm: the kernels run the copy.
+
+    Attributes:
+        copy: of the FFN.
+        cut: the norm.
+    """
+
+    copy: FFNCopy
+    cut: float
 
 
 @dataclass(frozen=True)
@@ -102,7 +117,7 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> Routing:
         """Decide for inputs of shape [..., D]."""
 
-    def form(self) -> LinearForm | None:
+    def form(self) -> LinearForm | CopyForm | None:
         """How kernels can decide by themselves; None where they have to be given the mask."""
         return None
 

@@ -26,7 +26,7 @@ class LowBitMatrix:
 
     Attributes:
         planes: [N, G, bits, group / 8] uint8.
-        scales: [N, G] float16.
+        scales: [N, G] bfloat16.
         columns: D; the last group is filled up with codes that no input meets.
     """
 
@@ -67,6 +67,26 @@ class LowBitMatrix:
         return (levels * self.scales.float().unsqueeze(-1)).flatten(1)[:, : self.columns].to(dtype)
 
 
+@dataclass(frozen=True)
+class FFNCopy:
+    """What an FFN's coarse copy consists of, for the kernels.
+
+    Attributes:
+        up: [F, D], of the up matrix.
+        norms: [F] float32, of the rows of the down projection.
+        gate: [F, D], or None for a plain FFN.
+    """
+
+    up: LowBitMatrix
+    norms: Tensor
+    gate: LowBitMatrix | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """All that it points to."""
+        matrices = [matrix for matrix in (self.gate, self.up) if matrix is not None]
+        return [self.norms, *(t for matrix in matrices for t in (matrix.planes, matrix.scales))]
+
+
 @torch.no_grad()
 def quantize(matrix_ND: Tensor, bits: int, group: int = 64, importance_D: Tensor | None = None) -> LowBitMatrix:
     """Round a matrix to few bits; every group's scale is the one, of some, with the smallest squared error.
@@ -90,7 +110,7 @@ def quantize(matrix_ND: Tensor, bits: int, group: int = 64, importance_D: Tensor
     for part in matrix_ND.split(rows):
         codes, scale = _round(_grouped(part.float(), group), weights_Gk, bits)
         planes.append(_planes(codes, bits))
-        scales.append(scale.half())
+        scales.append(scale.bfloat16())
     return LowBitMatrix(torch.cat(planes), torch.cat(scales), columns)
 
 
@@ -126,7 +146,7 @@ def _round(grouped_NGk: Tensor, weights_Gk: Tensor, bits: int) -> tuple[Tensor, 
     best_error = torch.full_like(largest, torch.inf)
     best_scale = torch.ones_like(largest)
     for step in range(SHRINKS):
-        scale = (largest * (1 - 0.05 * step) / middle).half().float().clamp_min(6e-8)
+        scale = (largest * (1 - 0.05 * step) / middle).bfloat16().float().clamp_min(2**-64)
         levels = _levels(grouped_NGk, scale, middle)
         error = ((levels * scale.unsqueeze(-1) - grouped_NGk).square() * weights_Gk).sum(-1)
         better = error < best_error
