@@ -13,6 +13,7 @@ from lte.nn.router import (
     Router,
     RouterCost,
     Routing,
+    ScoreRouter,
     ThresholdRouter,
     TopKSoftmaxRouter,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "RouterCost",
     "Routing",
     "RoutingObserver",
+    "ScoreRouter",
     "SparseFFN",
     "SparsityMeter",
     "SplitSparseFFN",

@@ -3,69 +3,47 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from lte.nn.router import ROUTER_DTYPE, CopyForm, Router, RouterCost, Routing
+from lte.nn.router import CopyForm, RouterCost, ScoreRouter
 from lte.ops.lowbit import FFNCopy, quantize, round_inputs, round_to
 from lte.ops.reference import ACTIVATIONS
 from lte.ops.weights import FFNWeights
 
-if TYPE_CHECKING:
-    from lte.nn.ffn import SparseFFN
-
 KEPT_SCALES = 32
 """Steps for which scales are kept while weights are trained: searching for them takes ten times as long as rounding."""
 
-NOTHING = 1e-20
-"""Smallest score: a ReLU leaves many at nothing, and they have no logarithm."""
 
+class CopyRouter(ScoreRouter):
+    """Score of a neuron: ``|act(g x) u x| * norm(down row)`` with g and u of few bits.
 
-class CopyRouter(Router):
-    """Score of a neuron: ``|act(g x) u x| * norm(down row)`` with g and u of few bits, times the layer's sensitivity.
-
-    ``logit = log(score) + offset``; of experts of several neurons, the score is the root of the sum of the squares.
     The copy is made of the weights as they are when it is first asked for, and again when they change.
 
     Args:
-        n_experts: number of experts E.
+        n_experts, threshold, device: as for :class:`ScoreRouter`.
         bits: of the copy's weights, 1 to 4.
         group: weights that share a scale.
-        threshold, device: as for :class:`Router` and its parameters.
     """
 
     def __init__(
-        self,
-        n_experts: int,
-        *,
-        bits: int,
-        group: int,
-        threshold: float = 0.5,
-        device: torch.device | None = None,
+        self, n_experts: int, *, bits: int, group: int, threshold: float = 0.5, device: torch.device | None = None
     ) -> None:
-        super().__init__(n_experts, threshold=threshold)
+        super().__init__(n_experts, threshold=threshold, device=device)
         self.bits, self.group = bits, group
-        self.offset = nn.Parameter(torch.zeros(1, device=device, dtype=ROUTER_DTYPE), requires_grad=False)
-        self._ffn: list[SparseFFN] = []
         self._made: tuple[list[tuple[int, int]], Copy] | None = None
 
     def __getstate__(self) -> dict[str, object]:
         return {**super().__getstate__(), "_made": None}
-
-    def attach(self, ffn: SparseFFN) -> None:
-        """See :meth:`Router.attach`."""
-        self._ffn = [ffn]  # in a list it is no child of its own child
 
     def copy(self) -> Copy:
         """The copy of the weights as they are.
 
         While they are trained, scales are kept for some steps and only the rounding is made anew.
         """
-        (ffn,) = self._ffn
-        weights = ffn.weights()
+        weights = self.ffn.weights()
         state = [(w.data_ptr(), w._version) for w in (weights.gate, weights.up, weights.down) if w is not None]
         if self._made is None or self._made[0] != state:
             old = self._made[1] if self._made is not None and self.training else None
@@ -82,20 +60,15 @@ class CopyRouter(Router):
 
     def cost(self) -> RouterCost:
         """Of the low-bit products; a copy is held beside the weights, but it is no parameter."""
-        (ffn,) = self._ffn
-        weights = ffn.weights()
+        weights = self.ffn.weights()
         size = weights.up.numel() * (1 if weights.gate is None else 2)
         per_row = -(-weights.d_model // self.group) * (self.group * self.bits // 8 + 2)
         read = per_row * (size // weights.d_model) + 4 * weights.d_ff
         return RouterCost(multiplies=size, bytes=read, parameters=self.offset.numel())
 
-    def forward(self, x: Tensor) -> Routing:
-        """Decide for inputs of shape [..., D]; the gradient passes to the weights as if nothing had been rounded."""
-        with torch.autocast(device_type=x.device.type, enabled=False):
-            scores = self.copy().scores(x)
-            if self.n_experts != scores.shape[-1]:
-                scores = scores.unflatten(-1, (self.n_experts, -1)).square().sum(-1).sqrt()
-            return self.decide(scores.clamp_min(NOTHING).log() + self.offset)
+    def scores(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., F]; the gradient passes to the weights as if nothing had been rounded."""
+        return self.copy().scores(x)
 
 
 class Copy:

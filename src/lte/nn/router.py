@@ -278,14 +278,19 @@ class TopKSoftmaxRouter(ThresholdRouter):
         return Routing(scores, torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True))
 
 
-class KeepLargestRouter(Router):
-    """An oracle: it computes every expert, and keeps those whose output is largest. It saves nothing.
+NOTHING = 1e-20
+"""Smallest score: a ReLU leaves many at nothing, and they have no logarithm."""
 
-    What a router could at best know without looking ahead; the dense model under it is the line that trained models
-    are compared with. ``score = sigmoid(log(norm of the expert's output) + offset)``.
+
+class ScoreRouter(Router):
+    """An expert runs where a guess of the norm of its output, times the layer's sensitivity, is large enough.
+
+    ``logit = log(score) + offset``; of experts of several neurons that are guessed one by one, the score is the root of
+    the sum of the squares. Sub-classes guess.
 
     Args:
-        n_experts, threshold, device: as for :class:`ThresholdRouter`.
+        n_experts, threshold: as for :class:`Router`.
+        device: of the offset.
     """
 
     def __init__(self, n_experts: int, *, threshold: float = 0.5, device: torch.device | None = None) -> None:
@@ -297,13 +302,35 @@ class KeepLargestRouter(Router):
         """See :meth:`Router.attach`."""
         self._ffn = [ffn]  # in a list it is no child of its own child
 
-    def cost(self) -> RouterCost:
-        """Nothing: an oracle is not charged for what it looks at."""
-        return RouterCost(0, 0, self.offset.numel())
+    @property
+    def ffn(self) -> SparseFFN:
+        """The FFN whose experts are decided on."""
+        return self._ffn[0]
+
+    @abstractmethod
+    def scores(self, x: Tensor) -> Tensor:
+        """The guess: [..., D] -> [..., E], or of every neuron, [..., F]."""
 
     def forward(self, x: Tensor) -> Routing:
         """Decide for inputs of shape [..., D]."""
-        (ffn,) = self._ffn
-        norms = ffn.output_norms(x)
         with torch.autocast(device_type=x.device.type, enabled=False):
-            return self.decide(norms.float().clamp_min(1e-20).log() + self.offset.float())
+            scores = self.scores(x).float()
+            if self.n_experts != scores.shape[-1]:
+                scores = scores.unflatten(-1, (self.n_experts, -1)).square().sum(-1).sqrt()
+            return self.decide(scores.clamp_min(NOTHING).log() + self.offset)
+
+
+class KeepLargestRouter(ScoreRouter):
+    """An oracle: it computes every expert, and keeps those whose output is largest. It saves nothing.
+
+    What a router could at best know without looking ahead; the dense model under it is the line that trained models
+    are compared with.
+    """
+
+    def scores(self, x: Tensor) -> Tensor:
+        """The norms themselves."""
+        return self.ffn.output_norms(x)
+
+    def cost(self) -> RouterCost:
+        """Nothing: an oracle is not charged for what it looks at."""
+        return RouterCost(0, 0, self.offset.numel())
