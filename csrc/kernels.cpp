@@ -519,6 +519,30 @@ static void linear(const lte_matrix& matrix, const void* x, int64_t tokens, void
   });
 }
 
+template <class W>
+static void quantize(const lte_matrix& matrix, const lte_lowbit& made, const float* importance, int tries, int threads) {
+  const int64_t group = made.group, padded = (group + VL - 1) / VL * VL, bytes = made.bits * group / 8;
+  with_team(threads, [&](Team& team) {
+    Queue& queue = team.begin();
+    std::unique_ptr<float[]> x(new float[padded]), weights(new float[padded]);
+    for (int64_t row; queue.take(made.rows, row);) {
+      const W* values = static_cast<const W*>(matrix.weight) + row * matrix.stride;
+      for (int64_t g = 0; g < made.groups; ++g) {
+        for (int64_t i = 0; i < padded; ++i) {
+          const int64_t column = g * group + i;
+          const bool inside = i < group && column < made.cols;
+          x[i] = inside ? widen(values[column]) : 0.0f;
+          weights[i] = !inside ? 0.0f : importance ? importance[column] : 1.0f;
+        }
+        const int64_t at = row * made.groups + g;
+        const_cast<uint16_t*>(made.scales)[at] = quantize_group(x.get(), weights.get(), group, padded, made.bits, tries,
+                                                                const_cast<uint8_t*>(made.planes) + at * bytes);
+      }
+    }
+    team.end();
+  });
+}
+
 #include "decode.h"
 
 static void run_sparse_ffn(const lte_ffn* ffn, const void* x, int64_t tokens, const uint8_t* mask, const float* scale,
@@ -530,6 +554,10 @@ static void run_linear(const lte_matrix* matrix, int32_t dtype, const void* x, i
 }
 static void run_decode(const lte_decoder* decoder, const lte_step* step, int32_t threads) {
   (decoder->dtype == LTE_BF16 ? decode<bf16> : decode<float>)(*decoder, *step, threads);
+}
+static void run_quantize(const lte_matrix* matrix, int32_t dtype, const lte_lowbit* made, const float* importance,
+                         int32_t tries, int32_t threads) {
+  (dtype == LTE_BF16 ? quantize<bf16> : quantize<float>)(*matrix, *made, importance, tries, threads);
 }
 static float run_read(const void* data, int64_t bytes, int32_t threads) {
   constexpr int64_t block = 256 << 10;
@@ -553,6 +581,6 @@ static float run_read(const void* data, int64_t bytes, int32_t threads) {
   return total.load();
 }
 
-extern const lte::Variant variant{run_sparse_ffn, run_linear, run_decode, run_read};
+extern const lte::Variant variant{run_sparse_ffn, run_linear, run_decode, run_quantize, run_read};
 
 }  // namespace LTE_VARIANT

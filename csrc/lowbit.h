@@ -212,4 +212,49 @@ static void lowbit_rows(const lte_lowbit& matrix, int64_t row, int64_t count, co
   }
 }
 
+// ---- making them ----------------------------------------------------------------------------------------------
+
+INLINE vf round_even(vf x) { return (x + 12582912.0f) - 12582912.0f; }
+
+// Codes of a group with this scale: whole numbers from 0 to 2 * middle.
+INLINE vf codes_at(vf x, float scale, float middle) {
+  vf code = round_even(x / splat(scale) + middle);
+  code = code < 0.0f ? splat(0.0f) : code;
+  return code > 2 * middle ? splat(2 * middle) : code;
+}
+
+// One group of `count` numbers, `padded` with zeros to a multiple of VL: its scale, of some that are tried the one with
+// the smallest weighted squared error, and its bit planes.
+static uint16_t quantize_group(const float* x, const float* importance, int64_t group, int64_t padded, int bits,
+                               int tries, uint8_t* planes) {
+  const float middle = ((1 << bits) - 1) / 2.0f;
+  float largest = 0, best = 0, least = 0;
+  for (int64_t i = 0; i < padded; ++i) largest = std::max(largest, std::fabs(x[i]));
+  for (int step = 0; step < tries; ++step) {
+    bf16 rounded;
+    narrow(largest * (1 - 0.05f * float(step)) / middle, &rounded);
+    const float scale = std::max(widen(rounded), 5.421010862427522e-20f);  // 2^-64
+    vf error = {};
+    for (int64_t i = 0; i < padded; i += VL) {
+      const vf value = load(x + i), off = (codes_at(value, scale, middle) - middle) * scale - value;
+      error += off * off * load(importance + i);
+    }
+    const float total = sum(error);
+    if (step == 0 || total < least) least = total, best = scale;
+  }
+  for (int64_t i = 0; i < padded; i += VL) {
+    float codes[VL];
+    store(codes, codes_at(load(x + i), best, middle));
+    for (int64_t j = 0; j < VL && i + j < group; ++j)
+      for (int b = 0; b < bits; ++b) {
+        uint8_t& byte = planes[b * (group / 8) + (i + j) / 8];
+        const int at = (i + j) % 8;
+        byte = uint8_t(at ? byte : 0) | uint8_t(((int(codes[j]) >> b) & 1) << at);
+      }
+  }
+  bf16 stored;
+  narrow(best, &stored);
+  return stored;
+}
+
 }  // namespace LTE_VARIANT

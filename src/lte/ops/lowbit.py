@@ -102,6 +102,9 @@ def quantize(matrix_ND: Tensor, bits: int, group: int = 64, importance_D: Tensor
     """
     if bits not in BITS or group < 8 or group % 8:
         raise ValueError(f"bits={bits}, group={group}: bits must be one of {BITS}, and group a multiple of 8")
+    matrix_ND = matrix_ND.detach()
+    if _kernels_take(matrix_ND):
+        return _quantize_fast(matrix_ND, bits, group, importance_D)
     columns = matrix_ND.shape[1]
     weights_D = torch.ones(columns, device=matrix_ND.device) if importance_D is None else importance_D.float()
     weights_Gk = _grouped(weights_D[None], group)[0]
@@ -112,6 +115,24 @@ def quantize(matrix_ND: Tensor, bits: int, group: int = 64, importance_D: Tensor
         planes.append(_planes(codes, bits))
         scales.append(scale.bfloat16())
     return LowBitMatrix(torch.cat(planes), torch.cat(scales), columns)
+
+
+def _kernels_take(matrix_ND: Tensor) -> bool:
+    from lte.ops import cpu  # it describes these matrices to the kernels, and so comes after them
+
+    plain = matrix_ND.device.type == "cpu" and matrix_ND.dtype in cpu.DTYPES and matrix_ND.stride(1) == 1
+    return plain and not cpu.unavailable()
+
+
+def _quantize_fast(matrix_ND: Tensor, bits: int, group: int, importance_D: Tensor | None) -> LowBitMatrix:
+    from lte.ops import cpu
+
+    rows, columns = matrix_ND.shape
+    groups = -(-columns // group)
+    planes = torch.empty(rows, groups, bits, group // 8, dtype=torch.uint8)
+    made = LowBitMatrix(planes, torch.empty(rows, groups, dtype=torch.bfloat16), columns)
+    cpu.quantize(matrix_ND, made, None if importance_D is None else importance_D.float().contiguous(), SHRINKS)
+    return made
 
 
 def round_to(matrix_ND: Tensor, scales_NG: Tensor, bits: int, group: int) -> Tensor:

@@ -1,6 +1,6 @@
 """C++ kernels for the CPU (sources in ``csrc/``), called through ctypes."""
 
-from lte.ops.cpu.calls import Plan, copied_ffn, linear, read_seconds, sparse_ffn
+from lte.ops.cpu.calls import Plan, copied_ffn, linear, quantize, read_seconds, sparse_ffn
 from lte.ops.cpu.library import DTYPES, instruction_set, kernels, unavailable
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "instruction_set",
     "kernels",
     "linear",
+    "quantize",
     "read_seconds",
     "sparse_ffn",
     "unavailable",

@@ -78,6 +78,18 @@ def _lowbit(made: LowBitMatrix | None) -> LowBit:
     return LowBit(made.planes.data_ptr(), made.scales.data_ptr(), rows, made.columns, groups, made.group, made.bits)
 
 
+def quantize(weight: Tensor, made: LowBitMatrix, importance: Tensor | None, tries: int) -> None:
+    """Fill the planes and scales of ``made`` with a [rows, columns] weight whose rows are contiguous."""
+    kernels().lte_quantize(
+        ctypes.byref(matrix(weight)),
+        DTYPES[weight.dtype],
+        ctypes.byref(_lowbit(made)),
+        None if importance is None else importance.data_ptr(),
+        tries,
+        torch.get_num_threads(),
+    )
+
+
 def copied_ffn(x_TD: Tensor, copy: FFNCopy, cut: float, n_experts: int, weights: FFNWeights) -> Tensor:
     """The FFN over the experts that its copy picks."""
     ffn = describe_copied_ffn(weights, n_experts, copy, cut)

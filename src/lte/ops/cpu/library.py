@@ -154,6 +154,8 @@ def open_library(path: Path) -> tuple[ctypes.CDLL | None, str]:
     library.lte_linear.restype = None
     library.lte_decode.argtypes = [POINTER(Decoder), POINTER(Step), c_int32]
     library.lte_decode.restype = None
+    library.lte_quantize.argtypes = [POINTER(Matrix), c_int32, POINTER(LowBit), c_void_p, c_int32, c_int32]
+    library.lte_quantize.restype = None
     library.lte_read.argtypes = [c_void_p, c_int64, c_int32]
     library.lte_read.restype = c_float
     return library, ""
