@@ -94,5 +94,9 @@ void lte_linear(const lte_matrix* matrix, int32_t dtype, const void* x, int64_t 
 void lte_decode(const lte_decoder* decoder, const lte_step* step, int32_t threads) {
   current->variant->decode(decoder, step, threads);
 }
+void lte_quantize(const lte_matrix* matrix, int32_t dtype, const lte_lowbit* made, const float* importance, int32_t tries,
+                  int32_t threads) {
+  current->variant->quantize(matrix, dtype, made, importance, tries, threads);
+}
 float lte_read(const void* data, int64_t bytes, int32_t threads) { return current->variant->read(data, bytes, threads); }
 }

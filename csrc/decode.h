@@ -144,7 +144,7 @@ static void decode_layer(Team& team, const lte_decoder& model, const lte_layer& 
     if (team.rank == 0) std::fill_n(work.ffn.scale.get(B * layer.ffn.n_experts), B * layer.ffn.n_experts, 1.0f);
     team.end();
   } else {
-    router_phase(team, layer.ffn, plain ? plain : work.normed.data, stride, B, work.ffn);
+    decide_phase<W>(team, layer.ffn, plain ? plain : work.normed.data, stride, B, work.ffn);
   }
   const W* bias = static_cast<const W*>(layer.ffn.down.bias);
   ffn_phases<W>(team, layer.ffn, work.normed.data, stride, B, work.ffn,
@@ -152,7 +152,10 @@ static void decode_layer(Team& team, const lte_decoder& model, const lte_layer& 
                   for (int64_t i = from; i < to; ++i)
                     residual[t * D + i] += value[split_index(i, D, (const W*)nullptr)] + (bias ? widen(bias[i]) : 0.0f);
                 });
-  if (step.active && team.rank == 0) step.active[index] = work.ffn.begin.data[work.ffn.n_active];
+  if (step.active && team.rank == 0) {
+    const float* scale = work.ffn.scale.data;
+    step.active[index] = std::count_if(scale, scale + B * layer.ffn.n_experts, [](float by) { return by != 0.0f; });
+  }
 }
 
 template <class W>

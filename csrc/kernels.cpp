@@ -6,6 +6,7 @@
 #include <new>
 
 #include "lte.h"
+#include "lowbit.h"
 #include "threads.h"
 #include "tiles.h"
 #include "variant.h"
@@ -117,15 +118,27 @@ static void linear_phase(Team& team, const lte_matrix* matrices, int n_matrices,
 constexpr int64_t FEW = 4;     // tokens up to which the down projection is read row by row
 constexpr int64_t PARTS = 16;  // partial sums it then makes
 
-// What the threads share while one FFN runs.
+// What the threads share while one FFN runs. Neurons are worked on in groups: the active experts, each for its own
+// tokens; or, where experts are smaller than the rows that are read side by side, the neurons of all active experts
+// as one group, for all tokens (what a token does not use is multiplied by zero).
 struct FfnWork {
   Buffer<float> scale;      // [tokens, n_experts], 0 where the expert does not run
-  Buffer<float> hidden;     // per active expert: [its tokens, its neurons]
+  Buffer<float> hidden;     // per group: [its tokens, its neurons]
   Buffer<float> out;        // [tokens, out_stride], split order
   Buffer<int32_t> experts;  // active experts
-  Buffer<int32_t> begin;    // [active + 1], where an active expert's tokens begin in `tokens`
+  Buffer<int32_t> begin;    // [groups + 1], where a group's tokens begin in `tokens`
   Buffer<int32_t> tokens;
-  int64_t n_active = 0, out_stride = 0;
+  Buffer<int32_t> neurons, found;  // of the one group; and what every block of experts found of them
+  Buffer<int32_t> counts;
+  Buffer<int8_t> rounded;  // [tokens, width], for the copy
+  Buffer<float> input_scales;
+  Buffer<RoundedInputs> inputs;
+  int64_t n_groups = 0, group_size = 0, out_stride = 0;
+  bool scattered = false;
+
+  int64_t neuron(int64_t group, int64_t i) const {
+    return scattered ? neurons.data[i] : experts.data[group] * group_size + i;
+  }
 };
 
 struct ThreadScratch {
@@ -137,7 +150,7 @@ static ThreadScratch& thread_scratch() {
   return scratch;
 }
 
-static void list_active(const lte_ffn& ffn, int64_t tokens, FfnWork& work) {
+static void list_experts(const lte_ffn& ffn, int64_t tokens, FfnWork& work) {
   int64_t E = ffn.n_experts, found = 0, active = 0;
   const float* scale = work.scale.get(tokens * E);
   int32_t* experts = work.experts.get(E);
@@ -152,15 +165,71 @@ static void list_active(const lte_ffn& ffn, int64_t tokens, FfnWork& work) {
     begin[active++] = int32_t(before);
   }
   begin[active] = int32_t(found);
-  work.n_active = active;
-  work.out_stride = (ffn.d_model + STEP - 1) / STEP * STEP;
-  work.hidden.get(found * (ffn.d_ff / E) + VL);
-  work.out.get((tokens <= FEW ? PARTS : 1) * tokens * work.out_stride);
+  work.n_groups = active;
+  work.group_size = ffn.d_ff / E;
+  work.hidden.get(found * work.group_size + VL);
 }
 
-// gate and up of some neurons of one expert, for its tokens: hidden[t][row].
+// The neurons of all experts that any token uses, in order: every block of experts lists its own, and they are then put
+// side by side.
+static void list_neurons(Team& team, const lte_ffn& ffn, int64_t tokens, FfnWork& work) {
+  constexpr int64_t BLOCK = 256;
+  const int64_t E = ffn.n_experts, n = ffn.d_ff / E, blocks = (E + BLOCK - 1) / BLOCK;
+  const float* scale = work.scale.data;
+  int32_t *found = work.found.data, *counts = work.counts.data;
+  {
+    Queue& queue = team.begin();
+    for (int64_t block; queue.take(blocks, block);) {
+      int32_t* mine = found + block * BLOCK * n;
+      int64_t count = 0;
+      for (int64_t e = block * BLOCK; e < std::min(E, (block + 1) * BLOCK); ++e) {
+        bool used = false;
+        for (int64_t t = 0; t < tokens; ++t) used |= scale[t * E + e] != 0.0f;
+        for (int64_t i = 0; i < n; ++i) mine[count + i] = int32_t(e * n + i);
+        count += used ? n : 0;
+      }
+      counts[block] = int32_t(count);
+    }
+    team.end();
+  }
+  Queue& queue = team.begin();
+  for (int64_t block; queue.take(blocks, block);) {
+    int64_t before = 0;
+    for (int64_t other = 0; other < block; ++other) before += counts[other];
+    std::memcpy(work.neurons.data + before, found + block * BLOCK * n, counts[block] * sizeof(int32_t));
+    if (block == blocks - 1) work.group_size = before + counts[block];
+  }
+  team.end();
+}
+
+static void list_groups(Team& team, const lte_ffn& ffn, int64_t tokens, FfnWork& work) {
+  const int64_t E = ffn.n_experts;
+  team.begin();
+  if (team.rank == 0) {
+    work.scattered = ffn.d_ff / E < ROWS && E > 1;
+    work.out_stride = (ffn.d_model + STEP - 1) / STEP * STEP;
+    work.out.get((tokens <= FEW ? PARTS : 1) * tokens * work.out_stride);
+    if (work.scattered) {
+      // Blocks write whole experts before they know whether to keep them, hence the room behind the last.
+      work.found.get(ffn.d_ff + 256 * ROWS);
+      work.neurons.get(ffn.d_ff);
+      work.counts.get(E / 256 + 1);
+      work.hidden.get(tokens * ffn.d_ff + VL);
+      work.n_groups = 1;
+      int32_t *begin = work.begin.get(2), *list = work.tokens.get(tokens);
+      begin[0] = 0, begin[1] = int32_t(tokens);
+      for (int64_t t = 0; t < tokens; ++t) list[t] = int32_t(t);
+    } else {
+      list_experts(ffn, tokens, work);
+    }
+  }
+  team.end();
+  if (work.scattered) list_neurons(team, ffn, tokens, work);
+}
+
+// gate and up of some neurons of a group, for its tokens: hidden[t][row].
 template <class W>
-static void hidden_unit(const lte_ffn& ffn, int64_t neuron, int64_t count, const float* xs, int64_t xs_stride,
+static void hidden_unit(const lte_ffn& ffn, const int64_t* neurons, int64_t count, const float* xs, int64_t xs_stride,
                         int64_t tokens, ThreadScratch& mine) {
   const bool gated = ffn.gate.weight;
   const lte_matrix& inner = gated ? ffn.gate : ffn.up;
@@ -173,8 +242,8 @@ static void hidden_unit(const lte_ffn& ffn, int64_t neuron, int64_t count, const
     const W* rows[ROWS];
     int64_t block = count - r >= R ? R : 1;
     for (int64_t i = 0; i < block; ++i) {
-      rows[i] = gate_rows + (neuron + r + i) * inner.stride;
-      rows[block + i] = gated ? up_rows + (neuron + r + i) * ffn.up.stride : nullptr;
+      rows[i] = gate_rows + neurons[r + i] * inner.stride;
+      rows[block + i] = gated ? up_rows + neurons[r + i] * ffn.up.stride : nullptr;
     }
     if (block == R && gated && tokens == 1) {
       float out[ROWS];
@@ -191,24 +260,24 @@ static void hidden_unit(const lte_ffn& ffn, int64_t neuron, int64_t count, const
   }
   auto add_bias = [&](const lte_matrix& matrix, float* values) {
     if (!matrix.bias) return;
-    const W* bias = static_cast<const W*>(matrix.bias) + neuron;
+    const W* bias = static_cast<const W*>(matrix.bias);
     for (int64_t i = 0; i < count; ++i)
-      for (int64_t t = 0; t < tokens; ++t) values[i * tokens + t] += widen(bias[i]);
+      for (int64_t t = 0; t < tokens; ++t) values[i * tokens + t] += widen(bias[neurons[i]]);
   };
   add_bias(inner, gate);
   if (gated) add_bias(ffn.up, up);
   activate_all(ffn.activation, gate, up, count * tokens);
 }
 
-// Rows first .. first + count of one expert's down projection, added to the outputs of its tokens.
+// Rows first .. first + count of a group's down projection, added to the outputs of its tokens.
 template <class W>
-static void add_rows(const lte_ffn& ffn, int64_t neuron, int64_t count, const float* h, int64_t h_stride, int64_t tokens,
-                     int64_t from, int64_t to, float* const* y) {
-  const W* first = static_cast<const W*>(ffn.down.weight) + neuron * ffn.down.stride;
+static void add_rows(const lte_ffn& ffn, const FfnWork& work, int64_t group, int64_t first, int64_t count, const float* h,
+                     int64_t h_stride, int64_t tokens, int64_t from, int64_t to, float* const* y) {
+  const W* down = static_cast<const W*>(ffn.down.weight);
   const W* rows[ROWS];
   int64_t r = 0;
   auto point = [&](int64_t block) {
-    for (int64_t i = 0; i < block; ++i) rows[i] = first + (r + i) * ffn.down.stride;
+    for (int64_t i = 0; i < block; ++i) rows[i] = down + work.neuron(group, first + r + i) * ffn.down.stride;
   };
   if (tokens == 1)
     for (; r + ROWS <= count; r += ROWS) point(ROWS), scale_rows<ROWS>(rows, h + r, from, to, y[0]);
@@ -221,9 +290,9 @@ static void add_rows(const lte_ffn& ffn, int64_t neuron, int64_t count, const fl
 // parts do not depend on the number of threads, so neither does the result.
 template <class W, class Emit>
 static void down_by_rows(Team& team, const lte_ffn& ffn, int64_t tokens, FfnWork& work, Emit&& emit) {
-  const int64_t n = ffn.d_ff / ffn.n_experts, D = ffn.d_model, stride = work.out_stride, size = tokens * stride;
+  const int64_t n = work.group_size, D = ffn.d_model, stride = work.out_stride, size = tokens * stride;
   const int32_t *begin = work.begin.data, *list = work.tokens.data;
-  const int64_t blocks = (n + ROWS - 1) / ROWS, total = work.n_active * blocks;
+  const int64_t blocks = (n + ROWS - 1) / ROWS, total = work.n_groups * blocks;
   {
     Queue& queue = team.begin();
     for (int64_t part; queue.take(PARTS, part);) {
@@ -233,8 +302,8 @@ static void down_by_rows(Team& team, const lte_ffn& ffn, int64_t tokens, FfnWork
         const int64_t a = unit / blocks, first = unit % blocks * ROWS, its = begin[a + 1] - begin[a];
         float* y[FEW];
         for (int64_t i = 0; i < its; ++i) y[i] = out + list[begin[a] + i] * stride;
-        add_rows<W>(ffn, work.experts.data[a] * n + first, std::min(ROWS, n - first),
-                    work.hidden.data + begin[a] * n + first, n, its, 0, D, y);
+        add_rows<W>(ffn, work, a, first, std::min(ROWS, n - first), work.hidden.data + begin[a] * n + first, n, its, 0, D,
+                    y);
       }
     }
     team.end();
@@ -256,7 +325,7 @@ static void down_by_rows(Team& team, const lte_ffn& ffn, int64_t tokens, FfnWork
 // More tokens: every thread owns columns of the output.
 template <class W, class Emit>
 static void down_by_columns(Team& team, const lte_ffn& ffn, int64_t tokens, FfnWork& work, Emit&& emit) {
-  const int64_t n = ffn.d_ff / ffn.n_experts, D = ffn.d_model, stride = work.out_stride;
+  const int64_t n = work.group_size, D = ffn.d_model, stride = work.out_stride;
   const int32_t *begin = work.begin.data, *list = work.tokens.data;
   Queue& queue = team.begin();
   const int64_t slices = std::max<int64_t>(1, std::min<int64_t>(team.size, D / 256));
@@ -266,10 +335,10 @@ static void down_by_columns(Team& team, const lte_ffn& ffn, int64_t tokens, FfnW
     const int64_t from = slice * width, to = std::min(D, from + width);
     float* out = work.out.data;
     for (int64_t t = 0; t < tokens; ++t) std::fill(out + t * stride + from, out + t * stride + to, 0.0f);
-    for (int64_t a = 0; a < work.n_active; ++a) {
+    for (int64_t a = 0; a < work.n_groups; ++a) {
       const int64_t its = begin[a + 1] - begin[a];
       for (int64_t i = 0; i < its; ++i) y[i] = out + list[begin[a] + i] * stride;
-      add_rows<W>(ffn, work.experts.data[a] * n, n, work.hidden.data + begin[a] * n, n, its, from, to, y);
+      add_rows<W>(ffn, work, a, 0, n, work.hidden.data + begin[a] * n, n, its, from, to, y);
     }
     for (int64_t t = 0; t < tokens; ++t) emit(t, from, to, out + t * stride);
   }
@@ -282,20 +351,20 @@ template <class W, class Emit>
 static void ffn_phases(Team& team, const lte_ffn& ffn, const float* xs, int64_t xs_stride, int64_t tokens, FfnWork& work,
                        Emit&& emit) {
   ThreadScratch& mine = thread_scratch();
-  const int64_t E = ffn.n_experts, n = ffn.d_ff / E, D = ffn.d_model;
-  team.begin();
-  if (team.rank == 0) list_active(ffn, tokens, work);
-  team.end();
+  list_groups(team, ffn, tokens, work);
 
+  const int64_t E = ffn.n_experts, size = ffn.d_ff / E, n = work.group_size, D = ffn.d_model;
   const float* scale = work.scale.data;
   const int32_t *begin = work.begin.data, *list = work.tokens.data;
   float* hidden = work.hidden.data;
-  const int64_t chunk = std::min<int64_t>(n, 16), chunks = (n + chunk - 1) / chunk;
+  const int64_t chunk = std::min<int64_t>(std::max<int64_t>(n, 1), 16), chunks = (n + chunk - 1) / chunk;
   {
     Queue& queue = team.begin();
-    for (int64_t unit; queue.take(work.n_active * chunks, unit);) {
+    for (int64_t unit; queue.take(work.n_groups * chunks, unit);) {
       const int64_t a = unit / chunks, first = unit % chunks * chunk, count = std::min(chunk, n - first);
-      const int64_t e = work.experts.data[a], its = begin[a + 1] - begin[a];
+      const int64_t its = begin[a + 1] - begin[a];
+      int64_t neurons[16];
+      for (int64_t r = 0; r < count; ++r) neurons[r] = work.neuron(a, first + r);
       const int32_t* who = list + begin[a];
       const float* x = xs + who[0] * xs_stride;
       int64_t stride = xs_stride;
@@ -305,10 +374,12 @@ static void ffn_phases(Team& team, const lte_ffn& ffn, const float* xs, int64_t 
         for (int64_t i = 0; i < its; ++i) std::memcpy(gathered + i * stride, xs + who[i] * xs_stride, D * sizeof(float));
         x = gathered;
       }
-      hidden_unit<W>(ffn, e * n + first, count, x, stride, its, mine);
+      hidden_unit<W>(ffn, neurons, count, x, stride, its, mine);
       for (int64_t i = 0; i < its; ++i)
-        for (int64_t r = 0; r < count; ++r)
-          hidden[(begin[a] + i) * n + first + r] = mine.gate.data[r * its + i] * scale[who[i] * E + e];
+        for (int64_t r = 0; r < count; ++r) {
+          const float by = scale[who[i] * E + neurons[r] / size];
+          hidden[(begin[a] + i) * n + first + r] = by != 0.0f ? mine.gate.data[r * its + i] * by : 0.0f;
+        }
     }
     team.end();
   }
@@ -332,6 +403,74 @@ static void router_phase(Team& team, const lte_ffn& ffn, const float* xs, int64_
                   });
 }
 
+// What the copy says: xs as for the router.
+template <class W>
+static void copy_phase(Team& team, const lte_ffn& ffn, const float* xs, int64_t xs_stride, int64_t tokens, FfnWork& work) {
+  constexpr int64_t BLOCK = 64;
+  const lte_lowbit& up = ffn.copy.up;
+  const int64_t E = ffn.n_experts, F = ffn.d_ff, n = F / E, width = up.groups * up.group;
+  team.begin();
+  if (team.rank == 0) {
+    work.scale.get(tokens * E);
+    int8_t* values = work.rounded.get(tokens * width);
+    float* scales = work.input_scales.get(2 * tokens * up.groups);
+    RoundedInputs* inputs = work.inputs.get(tokens);
+    for (int64_t t = 0; t < tokens; ++t)
+      inputs[t] = {values + t * width, scales + 2 * t * up.groups, scales + (2 * t + 1) * up.groups};
+  }
+  team.end();
+  const RoundedInputs* inputs = work.inputs.data;
+  {
+    Queue& queue = team.begin();
+    for (int64_t t; queue.take(tokens, t);)
+      round_inputs(xs + t * xs_stride, ffn.d_model, up.group, const_cast<int8_t*>(inputs[t].values),
+                   const_cast<float*>(inputs[t].scales), const_cast<float*>(inputs[t].sums));
+    team.end();
+  }
+  Queue& queue = team.begin();
+  ThreadScratch& mine = thread_scratch();
+  const bool gated = ffn.copy.gate.planes;
+  const int64_t experts = std::max<int64_t>(1, BLOCK / n);  // of a block
+  float* gate = mine.gate.get(experts * n * tokens + VL);
+  float* hidden = gated ? mine.up.get(experts * n * tokens + VL) : nullptr;
+  auto add_bias = [&](const lte_matrix& matrix, int64_t first, int64_t count, float* values) {
+    if (!matrix.bias) return;
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t t = 0; t < tokens; ++t) values[i * tokens + t] += widen(static_cast<const W*>(matrix.bias)[first + i]);
+  };
+  for (int64_t block; queue.take((E + experts - 1) / experts, block);) {
+    const int64_t from = block * experts, to = std::min(E, from + experts), first = from * n, count = (to - from) * n;
+    lowbit_rows(gated ? ffn.copy.gate : up, first, count, inputs, tokens, gate, tokens);
+    add_bias(gated ? ffn.gate : ffn.up, first, count, gate);
+    if (gated) {
+      lowbit_rows(up, first, count, inputs, tokens, hidden, tokens);
+      add_bias(ffn.up, first, count, hidden);
+    }
+    activate_all(ffn.activation, gate, hidden, count * tokens);
+    const float* norms = ffn.copy.norms + first;
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t e = from; e < to; ++e) {
+        float squares = 0;
+        for (int64_t i = (e - from) * n; i < (e - from + 1) * n; ++i) {
+          const float score = gate[i * tokens + t] * norms[i];
+          squares += score * score;
+        }
+        work.scale.data[t * E + e] = squares > ffn.copy.cut * ffn.copy.cut ? 1.0f : 0.0f;
+      }
+  }
+  team.end();
+}
+
+// The experts that run, from whatever of the FFN decides.
+template <class W>
+static void decide_phase(Team& team, const lte_ffn& ffn, const float* xs, int64_t xs_stride, int64_t tokens,
+                         FfnWork& work) {
+  if (ffn.copy.up.planes)
+    copy_phase<W>(team, ffn, xs, xs_stride, tokens, work);
+  else
+    router_phase(team, ffn, xs, xs_stride, tokens, work);
+}
+
 template <class W>
 static void sparse_ffn(const lte_ffn& ffn, const void* x, int64_t tokens, const uint8_t* mask, const float* given, void* y,
                        int threads) {
@@ -341,7 +480,7 @@ static void sparse_ffn(const lte_ffn& ffn, const void* x, int64_t tokens, const 
   const int64_t D = ffn.d_model, E = ffn.n_experts, stride = (D + STEP - 1) / STEP * STEP;
   float* xs = split.get(tokens * stride);
   for (int64_t t = 0; t < tokens; ++t) to_split(static_cast<const W*>(x) + t * D, D, xs + t * stride);
-  const bool routed = !mask && !given && ffn.router.weight;
+  const bool routed = !mask && !given && (ffn.router.weight || ffn.copy.up.planes);
   const float* plain = xs;
   if constexpr (!std::is_same_v<W, float>) {
     static thread_local Buffer<float> widened;
@@ -359,7 +498,7 @@ static void sparse_ffn(const lte_ffn& ffn, const void* x, int64_t tokens, const 
   const W* bias = static_cast<const W*>(ffn.down.bias);
   W* out = static_cast<W*>(y);
   with_team(threads, [&](Team& team) {
-    if (routed) router_phase(team, ffn, plain, stride, tokens, shared);
+    if (routed) decide_phase<W>(team, ffn, plain, stride, tokens, shared);
     ffn_phases<W>(team, ffn, xs, stride, tokens, shared, [&](int64_t t, int64_t from, int64_t to, const float* value) {
       for (int64_t i = from; i < to; ++i)
         narrow(value[split_index(i, D, (const W*)nullptr)] + (bias ? widen(bias[i]) : 0.0f), out + t * D + i);
@@ -380,6 +519,30 @@ static void linear(const lte_matrix& matrix, const void* x, int64_t tokens, void
   });
 }
 
+template <class W>
+static void quantize(const lte_matrix& matrix, const lte_lowbit& made, const float* importance, int tries, int threads) {
+  const int64_t group = made.group, padded = (group + VL - 1) / VL * VL, bytes = made.bits * group / 8;
+  with_team(threads, [&](Team& team) {
+    Queue& queue = team.begin();
+    std::unique_ptr<float[]> x(new float[padded]), weights(new float[padded]);
+    for (int64_t row; queue.take(made.rows, row);) {
+      const W* values = static_cast<const W*>(matrix.weight) + row * matrix.stride;
+      for (int64_t g = 0; g < made.groups; ++g) {
+        for (int64_t i = 0; i < padded; ++i) {
+          const int64_t column = g * group + i;
+          const bool inside = i < group && column < made.cols;
+          x[i] = inside ? widen(values[column]) : 0.0f;
+          weights[i] = !inside ? 0.0f : importance ? importance[column] : 1.0f;
+        }
+        const int64_t at = row * made.groups + g;
+        const_cast<uint16_t*>(made.scales)[at] = quantize_group(x.get(), weights.get(), group, padded, made.bits, tries,
+                                                                const_cast<uint8_t*>(made.planes) + at * bytes);
+      }
+    }
+    team.end();
+  });
+}
+
 #include "decode.h"
 
 static void run_sparse_ffn(const lte_ffn* ffn, const void* x, int64_t tokens, const uint8_t* mask, const float* scale,
@@ -391,6 +554,10 @@ static void run_linear(const lte_matrix* matrix, int32_t dtype, const void* x, i
 }
 static void run_decode(const lte_decoder* decoder, const lte_step* step, int32_t threads) {
   (decoder->dtype == LTE_BF16 ? decode<bf16> : decode<float>)(*decoder, *step, threads);
+}
+static void run_quantize(const lte_matrix* matrix, int32_t dtype, const lte_lowbit* made, const float* importance,
+                         int32_t tries, int32_t threads) {
+  (dtype == LTE_BF16 ? quantize<bf16> : quantize<float>)(*matrix, *made, importance, tries, threads);
 }
 static float run_read(const void* data, int64_t bytes, int32_t threads) {
   constexpr int64_t block = 256 << 10;
@@ -414,6 +581,6 @@ static float run_read(const void* data, int64_t bytes, int32_t threads) {
   return total.load();
 }
 
-extern const lte::Variant variant{run_sparse_ffn, run_linear, run_decode, run_read};
+extern const lte::Variant variant{run_sparse_ffn, run_linear, run_decode, run_quantize, run_read};
 
 }  // namespace LTE_VARIANT

@@ -17,11 +17,30 @@ struct lte_matrix {
   int64_t rows, cols, stride;
 };
 
+// [rows, cols] numbers scale * (code - (2^bits - 1) / 2), as src/lte/ops/lowbit.py has them. planes: [rows, groups, bits,
+// group / 8], bit b of the codes of a group in plane b, lowest bit first. scales: [rows, groups], bf16.
+struct lte_lowbit {
+  const uint8_t* planes;
+  const uint16_t* scales;
+  int64_t rows, cols, groups, group;
+  int32_t bits;
+};
+
+// An FFN's own coarse copy. An expert runs where the root of the sum, over its neurons, of the squares of
+// act(gate x) * (up x) * norm is above `cut`. gate.planes is null for a plain FFN, up.planes where there is no copy.
+struct lte_copy {
+  lte_lowbit gate, up;
+  const float* norms;  // [d_ff]
+  float cut;
+};
+
 // One feed-forward network; one row per neuron in every matrix. gate.weight is null for a plain FFN.
-// router: [n_experts, d_model], its weight and bias float32 whatever `dtype`; null where the caller gives a mask.
+// router: [n_experts, d_model], its weight and bias float32 whatever `dtype`; null where the caller gives a mask or the
+// copy decides.
 struct lte_ffn {
   lte_matrix gate, up, down;  // down: transposed, its bias is [d_model]
   lte_matrix router;
+  lte_copy copy;
   int64_t d_model, d_ff, n_experts;
   float threshold;
   int32_t dtype, activation;
@@ -69,11 +88,14 @@ int32_t lte_use_isa(const char* name);  // 0 when this machine cannot run it
 int32_t lte_shares_threads();           // 1 when torch's OpenMP pool was found
 
 // y[t] = sum over e of w[t, e] E_e(x[t]) + bias. mask: [tokens, n_experts] bytes, or scale: [tokens, n_experts], or
-// neither: the router decides where there is one, else every expert runs. x, y: [tokens, d_model].
+// neither: the router or the copy decides where there is one, else every expert runs. x, y: [tokens, d_model].
 void lte_sparse_ffn(const lte_ffn* ffn, const void* x, int64_t tokens, const uint8_t* mask, const float* scale, void* y,
                     int32_t threads);
 void lte_linear(const lte_matrix* matrix, int32_t dtype, const void* x, int64_t tokens, void* y, int32_t threads);
 void lte_decode(const lte_decoder* decoder, const lte_step* step, int32_t threads);
+// Rounds a matrix to few bits: fills the planes and scales of `made`. importance: [cols], weights of the errors, or null.
+void lte_quantize(const lte_matrix* matrix, int32_t dtype, const lte_lowbit* made, const float* importance, int32_t tries,
+                  int32_t threads);
 float lte_read(const void* data, int64_t bytes, int32_t threads);  // reads every byte once: the bandwidth limit
 }
 #pragma GCC visibility pop

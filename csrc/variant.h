@@ -7,6 +7,7 @@ struct Variant {
   decltype(lte_sparse_ffn)* sparse_ffn;
   decltype(lte_linear)* linear;
   decltype(lte_decode)* decode;
+  decltype(lte_quantize)* quantize;
   decltype(lte_read)* read;
 };
 }  // namespace lte

@@ -8,7 +8,7 @@ import lte.quiet  # noqa: F401 - before anything imports transformers
 from lte.families import FFNSpec, register_family
 from lte.hub import load, load_dense, load_tokenizer, require_sparse
 from lte.inference import prepare_for_inference
-from lte.methods import LTEConfig, OracleConfig, TopKConfig
+from lte.methods import CATSConfig, LTEConfig, OracleConfig, SelfPredictionConfig, TopKConfig
 from lte.nn import SparsityMeter, observe_routing, set_mode
 from lte.sparsify import sparsify
 from lte.thresholds import calibrate, set_sparsity
@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from lte.training import LTETrainer, LTETrainingArguments
 
 __all__ = [
+    "CATSConfig",
     "FFNSpec",
     "LTEConfig",
     "LTETrainer",
     "LTETrainingArguments",
     "OracleConfig",
+    "SelfPredictionConfig",
     "SparsityMeter",
     "TopKConfig",
     "calibrate",

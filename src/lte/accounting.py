@@ -1,14 +1,15 @@
-"""Linear FLOPs and parameters of a model, dense and sparse, counted as the LTE paper counts them."""
+"""FLOPs, bytes and parameters of a model, dense and sparse; FLOPs are counted as the LTE paper counts them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from lte.families import blocks_of, family_spec
-from lte.nn import SparseFFN, sparse_ffns
+from lte.nn import RouterCost, SparseFFN, sparse_ffns
 
 GFLOP = 2**30
 """FLOPs in one GFLOP as the paper counts them (section 5.2: LLaMA-7B has 12.06 = 4.00 attention + 8.06 FFN)."""
@@ -16,74 +17,93 @@ GFLOP = 2**30
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Weights of one transformer block. One weight is one multiply-add, 2 FLOPs, per token.
+    """One transformer block. One weight is one multiply-add, 2 FLOPs, per token.
 
     Attributes:
         attention: weights of the linear layers outside the FFN.
         ffn: weights of the FFN's matrices.
-        router: weights of the router.
+        ffn_bytes: of these, at their dtype.
         experts: number of experts; 0 for a dense layer.
+        router: what deciding takes; nothing for a dense layer.
     """
 
     attention: int
     ffn: int
-    router: int
+    ffn_bytes: int
     experts: int
+    router: RouterCost
 
 
-def layer_costs(model: nn.Module) -> list[LayerCost]:
-    """One entry per block. Embeddings, the LM head, norms and the attention's own products are not counted."""
-    ffns = sparse_ffns(model)
-    costs = []
-    for index, block in enumerate(blocks_of(model)):
-        ffn = ffns[index] if ffns else None
-        router = sum(matrix.numel() for matrix in ffn.router.matrices()) if ffn else 0
-        matrices = sum(p.numel() for p in block.parameters() if p.ndim == 2) - router
-        ffn_weights = _ffn_weights(ffn) if ffn else _dense_ffn_weights(model, block)
-        costs.append(
-            LayerCost(
-                attention=matrices - ffn_weights,
-                ffn=ffn_weights,
-                router=router,
-                experts=ffn.router.n_experts if ffn else 0,
-            )
-        )
-    return costs
+@dataclass(frozen=True)
+class ModelCost:
+    """A model's blocks, and what is read besides.
 
-
-def gflops_per_token(costs: Sequence[LayerCost], sparsity_per_layer: Sequence[float]) -> dict[str, float]:
-    """GFLOPs (2^30) per token: ``dense``; ``sparse``, router included; and ``router`` alone.
-
-    Args:
-        costs: of every block.
-        sparsity_per_layer: share of FFN neurons not used, per block; zeros for a dense model.
+    Attributes:
+        layers: one entry per block.
+        dense_bytes: read by a dense model for one token: all weights, of embeddings only those that are the head.
     """
-    flops = 2 / GFLOP
-    router = sum(cost.router for cost in costs) * flops
-    dense = sum(cost.attention + cost.ffn for cost in costs) * flops
-    used = sum(
-        cost.attention + cost.ffn * (1 - sparsity) for cost, sparsity in zip(costs, sparsity_per_layer, strict=True)
-    )
-    return {"dense": dense, "sparse": used * flops + router, "router": router}
+
+    layers: tuple[LayerCost, ...]
+    dense_bytes: int
+
+    def gflops_per_token(self, sparsity_per_layer: Sequence[float]) -> dict[str, float]:
+        """GFLOPs (2^30) per token: ``dense``; ``sparse``, router included; and ``router`` alone.
+
+        Embeddings, the LM head, norms and the attention's own products are not counted.
+
+        Args:
+            sparsity_per_layer: share of FFN neurons not used, per sparse FFN; none for a dense model.
+        """
+        flops = 2 / GFLOP
+        saved = sum(layer.ffn * sparsity for layer, sparsity in self._sparse(sparsity_per_layer))
+        router = sum(layer.router.multiplies for layer in self.layers) * flops
+        dense = sum(layer.attention + layer.ffn for layer in self.layers) * flops
+        return {"dense": dense, "sparse": dense - saved * flops + router, "router": router}
+
+    def bytes_per_token(self, sparsity_per_layer: Sequence[float]) -> dict[str, float]:
+        """Bytes of weights read for one token that comes alone, the head's and the norms' too: what decoding waits for.
+
+        The keys and ``sparsity_per_layer`` are those of :meth:`gflops_per_token`. The KV cache is not counted.
+        """
+        saved = sum(layer.ffn_bytes * sparsity for layer, sparsity in self._sparse(sparsity_per_layer))
+        router = sum(layer.router.bytes for layer in self.layers)
+        return {"dense": self.dense_bytes, "sparse": self.dense_bytes - saved + router, "router": router}
+
+    def _sparse(self, sparsity_per_layer: Sequence[float]) -> Iterator[tuple[LayerCost, float]]:
+        return zip((layer for layer in self.layers if layer.experts), sparsity_per_layer, strict=True)
 
 
-def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """Parameters in all, in the FFNs and in the routers; tied ones once."""
-    costs = layer_costs(model)
+def model_cost(model: Any) -> ModelCost:
+    """Count a model of a known family, dense or sparse."""
+    layers = tuple(_layer_cost(model, block) for block in blocks_of(model))
+    routers = {id(p) for ffn in sparse_ffns(model) for p in ffn.router.parameters()}
+    head = model.get_output_embeddings()
+    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    skipped = routers | ({id(table) for table in tables} - ({id(head.weight)} if head is not None else set()))
+    return ModelCost(layers, sum(p.nbytes for p in model.parameters() if id(p) not in skipped))
+
+
+def _layer_cost(model: Any, block: nn.Module) -> LayerCost:
+    ffn = next((module for module in block.modules() if isinstance(module, SparseFFN)), None)
+    if ffn is None:
+        parts = family_spec(model).parts()
+        paths = [parts[role] for role in ("gate", "up", "gate_up", "down") if role in parts]
+        matrices: list[Tensor] = [p for path in paths for p in block.get_submodule(path).parameters() if p.ndim == 2]
+        router, experts, of_router = RouterCost(0, 0, 0), 0, set()
+    else:
+        weights = ffn.weights()
+        matrices = [matrix for matrix in (weights.gate, weights.up, weights.down) if matrix is not None]
+        router, experts, of_router = ffn.router.cost(), ffn.router.n_experts, {id(p) for p in ffn.router.parameters()}
+    ffn_weights = sum(matrix.numel() for matrix in matrices)
+    every = sum(p.numel() for p in block.parameters() if p.ndim == 2 and id(p) not in of_router)
+    return LayerCost(every - ffn_weights, ffn_weights, sum(matrix.nbytes for matrix in matrices), experts, router)
+
+
+def parameter_counts(model: Any) -> dict[str, int]:
+    """Parameters in all, in the FFNs and for the routers; tied ones once."""
+    layers = model_cost(model).layers
     return {
         "total": sum(p.numel() for p in model.parameters()),
-        "ffn": sum(cost.ffn for cost in costs),
-        "router": sum(p.numel() for ffn in sparse_ffns(model) for p in ffn.router.parameters()),
+        "ffn": sum(layer.ffn for layer in layers),
+        "router": sum(layer.router.parameters for layer in layers),
     }
-
-
-def _ffn_weights(ffn: SparseFFN) -> int:
-    weights = ffn.weights()
-    matrices: list[Tensor | None] = [weights.gate, weights.up, weights.down]
-    return sum(matrix.numel() for matrix in matrices if matrix is not None)
-
-
-def _dense_ffn_weights(model: nn.Module, block: nn.Module) -> int:
-    parts = family_spec(model).parts()
-    paths = [parts[role] for role in ("gate", "up", "gate_up", "down") if role in parts]
-    return sum(p.numel() for path in paths for p in block.get_submodule(path).parameters() if p.ndim == 2)

@@ -362,7 +362,9 @@ def _print_inspection(result: dict[str, Any]) -> None:
     console.print(table)
     total = result["gflops_per_token"]
     sparse = "-" if total["sparse"] is None else f"{total['sparse']:.4g}"
+    read = {name: "-" if size is None else f"{size / 1e6:.4g}" for name, size in result["bytes_per_token"].items()}
     console.print(
-        f"GFLOPs/token: dense {total['dense']:.4g}, sparse {sparse}, router {total['router']:.2g}; "
+        f"GFLOPs/token: dense {total['dense']:.4g}, sparse {sparse}, router {total['router']:.2g}; MB/token: dense "
+        f"{read['dense']}, sparse {read['sparse']}, router {read['router']}; "
         f"parameters {result['parameters']['total']:,}"
     )

@@ -1,11 +1,11 @@
-"""What a sparse model's ``config.json`` says: the method's config, and the record that carries it."""
+"""What a sparse model's ``config.json`` says, and what it makes of it: a method's settings, and its behaviour."""
 
 from __future__ import annotations
 
 import difflib
-from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Annotated, Any, ClassVar, TypeVar
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
 import pydantic
 import torch
@@ -14,9 +14,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lte.errors import CheckpointError, ConfigError
 from lte.grouping import Calibration, needs_activations
-from lte.nn import SparseFFN, ThresholdRouter
+from lte.nn import Router, SparseFFN
 
 ModelT = TypeVar("ModelT", bound=pydantic.BaseModel)
+MethodT = TypeVar("MethodT", bound="Method[Any]")
 
 QUANT_METHOD = "lte"
 """Name under which this package registers itself with transformers."""
@@ -26,13 +27,12 @@ FORMAT_VERSION = 1
 
 
 class MethodConfig(pydantic.BaseModel):
-    """Base of all method configs: how neurons are grouped, and which router each FFN gets.
-
-    A method is one file with one subclass, registered with :func:`register_method`.
+    """Settings that all methods have: what is switched, and where. A method's own are those of its subclass.
 
     Attributes:
         expert_size: neurons per expert; must divide d_ff.
         grouping: name of the grouping, see :data:`lte.grouping.GROUPINGS`.
+        layers: indices of the blocks whose FFN is made sparse; None for all.
         seed: of the grouping and of the routers' initial weights.
     """
 
@@ -41,6 +41,7 @@ class MethodConfig(pydantic.BaseModel):
 
     expert_size: Annotated[int, pydantic.Field(ge=1)] = 32
     grouping: str = "predicted"
+    layers: Annotated[tuple[Annotated[int, pydantic.Field(ge=0)], ...] | None, pydantic.Field(min_length=1)] = None
     seed: int = 0
 
     def __init__(self, **values: Any) -> None:
@@ -49,21 +50,33 @@ class MethodConfig(pydantic.BaseModel):
         except pydantic.ValidationError as error:
             raise explain(error, type(self), type(self).__name__) from None
 
-    @abstractmethod
-    def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> ThresholdRouter:
-        """A router with uninitialised parameters, in float32, on the device of ``like``."""
+
+ConfigT = TypeVar("ConfigT", bound=MethodConfig)
+
+
+class Method(ABC, Generic[ConfigT]):
+    """What a method does with its settings: the routers its FFNs get, and the values they start from.
+
+    A method is one file with one subclass of this and one of :class:`MethodConfig`, and :func:`register_method`.
+
+    Args:
+        config: the settings.
+    """
 
     has_thresholds: ClassVar[bool] = True
     """Whether a sparsity can be asked of it, by training or by moving thresholds."""
 
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether the grouping, or the routers' initialisation, looks at calibration data."""
-        return needs_activations(self.grouping)
+    def __init__(self, config: ConfigT) -> None:
+        self.config = config
 
-    def describe_calibration(self) -> str:
-        """The setting that asks for calibration data, for an error."""
-        return f"grouping={self.grouping!r}"
+    @property
+    def needs_calibration(self) -> str | None:
+        """The setting that asks for calibration data, for the grouping or for the routers; None where none does."""
+        return f"grouping={self.config.grouping!r}" if needs_activations(self.config.grouping) else None
+
+    @abstractmethod
+    def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> Router:
+        """A router whose parameters hold no values yet, in float32, on the device of ``like``."""
 
     @abstractmethod
     def init_routers(
@@ -79,21 +92,30 @@ class MethodConfig(pydantic.BaseModel):
         """
 
 
-METHODS: dict[str, type[MethodConfig]] = {}
-"""Method name -> its config class."""
+METHODS: dict[str, tuple[type[MethodConfig], type[Method[Any]]]] = {}
+"""Method name -> its settings, and what it does with them."""
 
 
-def register_method(cls: type[MethodConfig]) -> type[MethodConfig]:
-    """Class decorator: make a method known under its ``method`` name."""
-    METHODS[cls.method] = cls
-    return cls
+def register_method(settings: type[MethodConfig]) -> Callable[[type[MethodT]], type[MethodT]]:
+    """Class decorator: make a method known under the name of its settings."""
+
+    def register(method: type[MethodT]) -> type[MethodT]:
+        METHODS[settings.method] = settings, method
+        return method
+
+    return register
 
 
 def method_config(name: str, values: dict[str, Any]) -> MethodConfig:
-    """The config of the method called ``name``; ConfigError for an unknown method or key."""
+    """The settings of the method called ``name``; ConfigError for an unknown method or key."""
     if name not in METHODS:
         raise ConfigError(f"unknown method {name!r}; known methods: {', '.join(sorted(METHODS))}")
-    return METHODS[name](**values)
+    return METHODS[name][0](**values)
+
+
+def method_of(config: MethodConfig) -> Method[Any]:
+    """What does as some settings say."""
+    return METHODS[config.method][1](config)
 
 
 class OperatingPoint(pydantic.BaseModel):

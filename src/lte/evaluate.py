@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
 import torch
 
-from lte.accounting import LayerCost, gflops_per_token, layer_costs
+from lte.accounting import ModelCost, model_cost
 from lte.errors import CheckpointError, ConfigError
 from lte.hub import default_device, is_sparse_config, load, load_dense, load_tokenizer, read_config, require_sparse
 from lte.nn import SparsityMeter, observe_routing, sparse_ffns
@@ -42,15 +41,15 @@ def evaluate(
         progress: called with batches done and in all.
 
     Returns:
-        ``metric``, ``value``, ``sparsity``, ``sparsity_per_layer``, ``gflops_per_token`` (``dense``, ``sparse``,
-        ``router``), ``tokens``, ``model``, ``task``, ``data``, ``seed``, ``versions``; also ``extras`` (further
-        numbers of the task) and ``samples``.
+        ``metric``, ``value``, ``sparsity``, ``sparsity_per_layer``, ``gflops_per_token`` and ``bytes_per_token``
+        (``dense``, ``sparse``, ``router``), ``tokens``, ``model``, ``task``, ``data``, ``seed``, ``versions``; also
+        ``extras`` (further numbers of the task) and ``samples``.
 
     Raises:
         CheckpointError: the model is dense and ``dense`` was not asked for, or the reverse.
     """
-    costs = layer_costs(model)
-    meter = SparsityMeter(len(costs), bins)
+    cost = model_cost(model)
+    meter = SparsityMeter(len(sparse_ffns(model)), bins)
     if dense:
         if sparse_ffns(model):
             raise CheckpointError("the model is sparse; evaluate it without --dense")
@@ -69,7 +68,7 @@ def evaluate(
     return {
         "metric": result.metric,
         "value": result.value,
-        **accounting(costs, None if dense else meter),
+        **accounting(cost, None if dense else meter),
         "tokens": result.tokens,
         "model": str(getattr(model.config, "name_or_path", "")),
         "task": task.config.name,
@@ -82,13 +81,17 @@ def evaluate(
     }
 
 
-def accounting(costs: Sequence[LayerCost], meter: SparsityMeter | None) -> dict[str, Any]:
-    """``sparsity``, ``sparsity_per_layer`` and ``gflops_per_token`` of what a meter saw; None for a dense model."""
-    per_layer = [0.0] * len(costs) if meter is None else meter.per_layer
+def accounting(cost: ModelCost, meter: SparsityMeter | None) -> dict[str, Any]:
+    """Sparsity, GFLOPs and bytes per token of what a meter saw; None for a dense model.
+
+    ``sparsity`` is over the sparse FFNs, ``sparsity_per_layer`` has an entry for each of them.
+    """
+    per_layer = [] if meter is None else meter.per_layer
     return {
         "sparsity": 0.0 if meter is None else meter.overall,
         "sparsity_per_layer": per_layer,
-        "gflops_per_token": gflops_per_token(costs, per_layer),
+        "gflops_per_token": cost.gflops_per_token(per_layer),
+        "bytes_per_token": cost.bytes_per_token(per_layer),
     }
 
 

@@ -246,6 +246,9 @@ def _print_evaluation(result: dict[str, Any]) -> None:
     table.add_row("GFLOPs/token", *(f"{each['sparse']:.4g}" for each in flops))
     table.add_row("of these router", *(f"{each['router']:.2g}" for each in flops))
     table.add_row("dense", *(f"{each['dense']:.4g}" for each in flops))
+    read = [each["bytes_per_token"] for each in shown]
+    table.add_row("MB/token", *(f"{each['sparse'] / 1e6:.4g}" for each in read))
+    table.add_row("dense", *(f"{each['dense'] / 1e6:.4g}" for each in read))
     table.add_row("tokens", *(f"{each['tokens']:,}" for each in shown))
     console.print(table)
     expected = result.get("expected_sparsity", result["sparsity"])

@@ -5,14 +5,14 @@ Adding a family is adding a row (or calling :func:`register_family`); nothing el
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from lte.errors import UnsupportedModelError
-from lte.nn import DeferredLinear, SparseFFN, SplitSparseFFN, ThresholdRouter
+from lte.errors import ConfigError, UnsupportedModelError
+from lte.nn import DeferredLinear, Router, SparseFFN, SplitSparseFFN
 
 ACTIVATION_NAMES = {
     "relu": "relu",
@@ -27,7 +27,7 @@ ACTIVATION_NAMES = {
 }
 """Names transformers uses in configs -> the canonical names of :class:`lte.ops.FFNWeights`."""
 
-RouterFactory = Callable[[int, int, nn.Parameter], ThresholdRouter]
+RouterFactory = Callable[[int, int, nn.Parameter], Router]
 """``(d_model, d_ff, like)`` -> a router on the device of ``like``."""
 
 
@@ -161,12 +161,23 @@ def blocks_of(model: Any) -> list[nn.Module]:
     return list(blocks)
 
 
-def install_ffns(model: Any, make_router: RouterFactory) -> list[SparseFFN]:
-    """Put a :class:`SparseFFN` in place of every FFN, in place; parameters are shared, not copied."""
+def install_ffns(model: Any, make_router: RouterFactory, layers: Collection[int] | None = None) -> list[SparseFFN]:
+    """Put a :class:`SparseFFN` in place of FFNs, in place; parameters are shared, not copied.
+
+    Args:
+        model: of a known family.
+        make_router: (d_model, d_ff, a weight) -> router.
+        layers: indices of the blocks whose FFN it is; None for all.
+    """
     spec = family_spec(model)
+    count = len(blocks_of(model))
+    if wrong := sorted(set(layers or ()) - set(range(count))):
+        raise ConfigError(f"layers: there is no block {wrong[0]}; the model has {count}, from 0 to {count - 1}")
     activation = canonical_activation(getattr(model.config, spec.config_act))
     ffns: list[SparseFFN] = []
     for index, block in enumerate(blocks_of(model)):
+        if layers is not None and index not in layers:
+            continue
         parts = {role: block.get_submodule(path) for role, path in spec.parts().items()}
         parents = {path.rpartition(".")[0] for path in spec.parts().values()}
         down = parts["down"]
@@ -179,11 +190,11 @@ def install_ffns(model: Any, make_router: RouterFactory) -> list[SparseFFN]:
                 names,
                 activation=activation,
                 router=router,
-                layer_index=index,
+                layer_index=len(ffns),
             )
             block.set_submodule(parents.pop(), ffn)
         else:
-            ffn = _install_split(block, spec, parts, activation, router, index)
+            ffn = _install_split(block, spec, parts, activation, router, len(ffns))
         ffn.train(block.training)
         ffns.append(ffn)
     return ffns
@@ -203,7 +214,7 @@ def _install_split(
     spec: FFNSpec,
     parts: dict[str, nn.Module],
     activation: str,
-    router: ThresholdRouter,
+    router: Router,
     index: int,
 ) -> SplitSparseFFN:
     up, down = parts["up"], parts["down"]

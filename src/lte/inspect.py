@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-from lte.accounting import GFLOP, gflops_per_token, layer_costs, parameter_counts
+from lte.accounting import GFLOP, model_cost, parameter_counts
 from lte.errors import CheckpointError
 from lte.hub import is_sparse_config, load, read_config
 from lte.runs import RUN_FILE
@@ -19,35 +19,38 @@ def inspect_checkpoint(path: str) -> dict[str, Any]:
     """Experts, sparsity where training recorded it, FLOPs and parameters of a sparse checkpoint.
 
     Returns:
-        ``model``, ``config`` (the sparsity settings), ``parameters``, ``sparsity`` and ``gflops_per_token``
-        (None and dense only where the sparsity is not known), and ``layers``: one entry per FFN with
-        ``experts``, ``expert_size``, ``sparsity``, and ``mflops`` per token (2^20) ``dense`` / ``sparse`` /
-        ``router`` of the FFN.
+        ``model``, ``config`` (the sparsity settings), ``parameters``, ``sparsity``, ``gflops_per_token`` and
+        ``bytes_per_token`` (None and dense only where the sparsity is not known), and ``layers``: one entry per sparse
+        FFN with ``block``, ``experts``, ``expert_size``, ``sparsity``, and ``mflops`` per token (2^20) ``dense`` /
+        ``sparse`` / ``router`` of the FFN.
     """
     if not is_sparse_config(read_config(path)):
         raise CheckpointError(f"{path} is a dense checkpoint: it has no experts to inspect")
     model = load(path, dtype=torch.float32) if Path(path).is_dir() else load(path)
-    costs = layer_costs(model)
+    cost = model_cost(model)
+    sparse = [(block, layer) for block, layer in enumerate(cost.layers) if layer.experts]
     known = _recorded_sparsity(path)
     size = model.config.quantization_config.method.expert_size
     unit = 2 * 1024 / GFLOP
     layers = [
         {
-            "experts": cost.experts,
+            "block": block,
+            "experts": layer.experts,
             "expert_size": size,
             "sparsity": None if known is None else known[index],
             "mflops": {
-                "dense": cost.ffn * unit,
-                "sparse": None if known is None else cost.ffn * (1 - known[index]) * unit + cost.router * unit,
-                "router": cost.router * unit,
+                "dense": layer.ffn * unit,
+                "sparse": None if known is None else (layer.ffn * (1 - known[index]) + layer.router.multiplies) * unit,
+                "router": layer.router.multiplies * unit,
             },
-            "parameters": {"ffn": cost.ffn, "router": cost.router},
+            "parameters": {"ffn": layer.ffn, "router": layer.router.parameters},
         }
-        for index, cost in enumerate(costs)
+        for index, (block, layer) in enumerate(sparse)
     ]
-    gflops: dict[str, float | None] = dict(gflops_per_token(costs, known or [0.0] * len(costs)))
+    gflops: dict[str, float | None] = dict(cost.gflops_per_token(known or [0.0] * len(sparse)))
+    read: dict[str, float | None] = dict(cost.bytes_per_token(known or [0.0] * len(sparse)))
     if known is None:
-        gflops["sparse"] = None
+        gflops["sparse"] = read["sparse"] = None
     return {
         "model": path,
         "architecture": type(model).__name__,
@@ -55,6 +58,7 @@ def inspect_checkpoint(path: str) -> dict[str, Any]:
         "parameters": parameter_counts(model),
         "sparsity": None if known is None else sum(known) / len(known),
         "gflops_per_token": gflops,
+        "bytes_per_token": read,
         "layers": layers,
         "transformers": transformers.__version__,
     }

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from lte.calibration import sample_batches
-from lte.config import MethodConfig, OperatingPoint
+from lte.config import MethodConfig, OperatingPoint, method_of
 from lte.errors import ConfigError
 from lte.evaluate import check_direction, load_for_evaluation, versions
 from lte.hub import default_device, is_sparse_config, load, load_dense, load_tokenizer, read_config
@@ -89,7 +89,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> d
         model = _load_dense(recipe, task, tokenizer).to(args.device)
         parts["reading"] = time.perf_counter() - began
         seen = None
-        if method.needs_calibration:
+        if method_of(method).needs_calibration:
             seen = sample_batches(rows, task.collator(tokenizer), CALIBRATION_TOKENS)
         sparsify(model, method, calibration=seen, timings=parts)
     claim_folder(out, recipe, overwrite=overwrite)
@@ -297,7 +297,7 @@ def _dtype(recipe: Recipe) -> Any:
 
 
 def _check_target(method: MethodConfig, target: float | None) -> None:
-    if target is not None and not method.has_thresholds:
+    if target is not None and not method_of(method).has_thresholds:
         raise ConfigError(
             f"target_sparsity={target} is not for method={method.method!r}, which has a sparsity of its own "
             "(--set sparsity.sparsity=...); give --eta 0 instead"

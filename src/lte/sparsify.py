@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from lte.calibration import stream_calibration
-from lte.config import MethodConfig, SparsityConfig
+from lte.config import MethodConfig, SparsityConfig, method_of
 from lte.errors import ConfigError
 from lte.families import install_ffns
 from lte.grouping import Calibration, check_divisible, get_grouping
 from lte.memory import trim_heap
-from lte.nn import SparseFFN, ThresholdRouter, sparse_ffns
+from lte.nn import Router, SparseFFN, sparse_ffns
 from lte.thresholds import enable_dial
 
 logger = logging.getLogger(__name__)
@@ -56,10 +56,11 @@ def sparsify(
     if sparse_ffns(model):
         raise ConfigError("the model is sparse already; load the dense checkpoint to start again")
     get_grouping(config.grouping)
-    batches = list(calibration or ()) if config.needs_calibration else []
-    if config.needs_calibration and not batches:
+    needed = method_of(config).needs_calibration
+    batches = list(calibration or ()) if needed else []
+    if needed and not batches:
         raise ConfigError(
-            f"{config.describe_calibration()} needs calibration data: lte.sparsify(model, config, "
+            f"{needed} needs calibration data: lte.sparsify(model, config, "
             "calibration=batches), with batches of model inputs, best with their labels; or choose "
             "grouping='kmeans', router_init='random'"
         )
@@ -83,16 +84,16 @@ def _convert(model: nn.Module, config: MethodConfig, batches: list[Mapping[str, 
     started = time.perf_counter()
     spent = {"calibration": 0.0, "grouping": 0.0}
     install_sparse_ffns(model, config)
-    ffns = sparse_ffns(model)
+    ffns, method = sparse_ffns(model), method_of(config)
     generator = torch.Generator().manual_seed(config.seed)
     if not batches:
         for ffn in ffns:
             _group(ffn, config, None)
         spent["grouping"] = time.perf_counter() - started
-        config.init_routers(ffns, None, generator)
+        method.init_routers(ffns, None, generator)
     else:
         grouped = _group_each(ffns, config, stream_calibration(model, batches), spent)
-        config.init_routers(ffns, grouped, generator)
+        method.init_routers(ffns, grouped, generator)
         for _ in grouped:  # what a method did not ask to see is grouped all the same
             pass
     spent["routers"] = time.perf_counter() - started - sum(spent.values())
@@ -112,7 +113,7 @@ def _group_each(
         spent["grouping"] += time.perf_counter() - times[1]
         yield seen
         del seen
-        trim_heap(ffn.router.weight.device)
+        trim_heap(ffn.weights().up.device)
 
 
 def _group(ffn: SparseFFN, config: MethodConfig, seen: Calibration | None) -> None:
@@ -126,9 +127,10 @@ def _group(ffn: SparseFFN, config: MethodConfig, seen: Calibration | None) -> No
 
 def install_sparse_ffns(model: nn.Module, config: MethodConfig) -> None:
     """Replace the FFNs, with routers that hold no values yet. Also what loading does, on the meta device."""
+    method = method_of(config)
 
-    def make_router(d_model: int, d_ff: int, like: nn.Parameter) -> ThresholdRouter:
+    def make_router(d_model: int, d_ff: int, like: nn.Parameter) -> Router:
         check_divisible(d_ff, config.expert_size)
-        return config.make_router(d_model, d_ff // config.expert_size, like)
+        return method.make_router(d_model, d_ff // config.expert_size, like)
 
-    install_ffns(model, make_router)
+    install_ffns(model, make_router, config.layers)

@@ -75,7 +75,7 @@ def test_coactivation_through_sparsify_leaves_padding_out():
 def test_unknown_grouping_lists_the_known_ones():
     with pytest.raises(
         ConfigError,
-        match="unknown grouping 'magic'; known groupings: coactivation, kmeans, kmeans-all, predicted, random",
+        match="unknown grouping 'magic'; known groupings: coactivation, kmeans, kmeans-all, none, predicted, random",
     ):
         get_grouping("magic")
 

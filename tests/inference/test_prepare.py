@@ -26,18 +26,24 @@ STORIES = Path(__file__).parents[3] / "shared" / "data" / "models" / "stories-3m
 pytestmark = pytest.mark.skipif(bool(cpu.unavailable()), reason=cpu.unavailable() or "kernels built")
 
 
-def sparse(name: str, dtype: torch.dtype = torch.float32):
+def sparse(name: str, dtype: torch.dtype = torch.float32, method: str = "lte"):
+    if method == "self-prediction":
+        batch = models.inputs(8, 16)
+        labelled = {**batch, "labels": batch["input_ids"]}
+        model = lte.sparsify(models.build(name), lte.SelfPredictionConfig(group=16), calibration=[labelled]).eval()
+        lte.calibrate(model, [batch], 0.6)
+        return model.to(dtype)
     model = lte.sparsify(models.build(name), lte.LTEConfig(expert_size=8, grouping="random", router_init="random"))
     models.spread_routers(model)
     return model.to(dtype)
 
 
-def pair(name: str, dtype: torch.dtype = torch.float32, **kwargs):
+def pair(name: str, dtype: torch.dtype = torch.float32, method: str = "lte", **kwargs):
     """The masked dense model and the same one prepared, its kernels forced."""
-    plain = sparse(name, dtype)
+    plain = sparse(name, dtype, method)
     for ffn in sparse_ffns(plain):
         ffn.choose_path = lambda tokens: ("reference", 1.0)
-    return plain, lte.prepare_for_inference(sparse(name, dtype), **{"impl": "cpu", **kwargs})
+    return plain, lte.prepare_for_inference(sparse(name, dtype, method), **{"impl": "cpu", **kwargs})
 
 
 def padded(batch: int, length: int = 9) -> dict[str, torch.Tensor]:
@@ -72,8 +78,9 @@ def fused_steps(monkeypatch):
 
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("name", DECODING)
-def test_greedy_generation_is_the_same_token_for_token(name, batch, fused_steps):
-    plain, fast = pair(name)
+@pytest.mark.parametrize("method", ["lte", "self-prediction"])
+def test_greedy_generation_is_the_same_token_for_token(method, name, batch, fused_steps):
+    plain, fast = pair(name, method=method)
     inputs = padded(batch)
     assert torch.equal(generate(plain, inputs), generate(fast, inputs))
     assert len(fused_steps) == (23 if name in FUSED else 0)
@@ -357,10 +364,22 @@ def raise_thresholds(model):
         ffn.router.threshold = 0.7
 
 
-@pytest.mark.parametrize("change", [replace_up, replace_head, patch_forward, patch_down, raise_thresholds])
+def change_weights(model):
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate_proj.weight.copy_(layer.mlp.gate_proj.weight.flip(0))
+
+
+CHANGES = [replace_up, replace_head, patch_forward, patch_down, raise_thresholds, change_weights]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_whatever_changes_in_the_model_is_noticed(change, when):
-    plain, fast = pair("llama")
+@pytest.mark.parametrize("method", ["lte", "self-prediction"])
+def test_whatever_changes_in_the_model_is_noticed(method, change, when):
+    if method == "self-prediction" and change is replace_up:
+        pytest.skip("a copy is made of weights, and there are none")
+    plain, fast = pair("llama", method=method)
     if when == "after":
         generate(fast, models.inputs(2))
     for model in (plain, fast):

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import lm_eval
 import lte
-from lte.accounting import gflops_per_token, layer_costs
+from lte.accounting import model_cost
 from lte.cli import app
 from lte.errors import CheckpointError, ConfigError, DataError, LTEError
 from lte.lm_eval import LTEModel, TaskSet, evaluate_tasks
@@ -163,10 +163,10 @@ def test_the_harness_command_gives_the_same_as_lte_evaluate(folder, tmp_path, mo
 
 def test_sparsity_and_flops_stand_beside_the_results(folder):
     result = evaluate(folder, "sparse", "--baseline", folder / "dense", "--limit", 6, tasks="choice")
-    costs = layer_costs(lte.load(folder / "sparse"))
+    cost = model_cost(lte.load(folder / "sparse"))
     assert 0.2 < result["sparsity"] < 0.8
     assert len(result["sparsity_per_layer"]) == 2
-    assert result["gflops_per_token"] == pytest.approx(gflops_per_token(costs, result["sparsity_per_layer"]))
+    assert result["gflops_per_token"] == pytest.approx(cost.gflops_per_token(result["sparsity_per_layer"]))
     assert result["gflops_per_token"]["sparse"] < result["gflops_per_token"]["dense"]
     assert (result["metric"], result["value"]) == ("acc", result["harness"]["results"]["choice"]["acc,none"])
     assert "acc_norm" in result["extras"]

@@ -13,9 +13,21 @@ import torch
 from torch import Tensor
 
 from lte.errors import BackendError, ConfigError, LTEError
-from lte.ops import ACTIVATIONS, FFNWeights, cpu, linear, route, routed_ffn, sparse_ffn, sparse_ffn_reference
+from lte.ops import (
+    ACTIVATIONS,
+    FFNCopy,
+    FFNWeights,
+    copied_ffn,
+    cpu,
+    linear,
+    route,
+    routed_ffn,
+    sparse_ffn,
+    sparse_ffn_reference,
+)
 from lte.ops.backends import choose
 from lte.ops.cpu.library import open_library
+from lte.ops.lowbit import quantize, round_inputs
 
 CSRC = Path(__file__).parents[2] / "csrc"
 
@@ -85,7 +97,10 @@ def test_kernels_match_the_reference(isa, activation, gated, dtype):
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("tokens", [0, 1, 2, 5, 16, 64, 70])
-@pytest.mark.parametrize(("d_model", "d_ff", "n_experts"), [(64, 128, 4), (33, 77, 7), (130, 36, 36), (8, 12, 1)])
+@pytest.mark.parametrize(
+    ("d_model", "d_ff", "n_experts"),
+    [(64, 128, 4), (33, 77, 7), (130, 36, 36), (8, 12, 1), (40, 600, 600), (24, 1200, 400)],
+)
 def test_odd_sizes_and_any_number_of_tokens(isa, d_model, d_ff, n_experts, tokens, dtype):
     weights = make(d_model, d_ff, dtype=dtype)
     x = torch.randn(tokens, d_model).to(dtype)
@@ -392,3 +407,42 @@ def test_biases_of_another_kind_are_not_read_as_they_lie():
     with pytest.raises(BackendError, match="the up bias is torch.float32 with stride"):
         sparse_ffn(x, strided, None, impl="cpu")
     torch.testing.assert_close(linear(x, weight, bias.repeat(2, 1).T[:, 0]), linear(x, weight, bias))
+
+
+def copy_scores(x: Tensor, made: FFNCopy, n_experts: int, weights: FFNWeights) -> Tensor:
+    """Norm of every expert's output by the copy, in float32: [T, E]."""
+    x, act = round_inputs(x, made.up.group), ACTIVATIONS[weights.activation]
+    biases = [None if bias is None else bias.float() for bias in (weights.gate_bias, weights.up_bias)]
+    up = torch.nn.functional.linear(x, made.up.dequantize(), biases[1])
+    gate = None if made.gate is None else torch.nn.functional.linear(x, made.gate.dequantize(), biases[0])
+    up = act(up) if gate is None else act(gate) * up
+    return (up * made.norms).unflatten(1, (n_experts, -1)).norm(dim=-1)
+
+
+def between(scores: Tensor) -> float:
+    """A cut in the widest gap between neighbouring scores, about where half of them are above."""
+    ordered = scores.flatten().sort().values
+    ordered = ordered[len(ordered) // 3 : 2 * len(ordered) // 3]
+    widest = int((ordered[1:] / ordered[:-1].clamp_min(1e-12)).argmax())
+    return float(ordered[widest] + ordered[widest + 1]) / 2
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("bits", "group"), [(1, 64), (2, 64), (3, 64), (4, 64), (3, 32), (2, 24)])
+@pytest.mark.parametrize(
+    ("d_model", "d_ff", "n_experts", "gated"),
+    [(64, 300, 300, True), (200, 70, 70, True), (100, 96, 24, True), (130, 90, 90, False), (72, 600, 12, False)],
+)
+def test_an_ffn_is_routed_by_its_own_copy(isa, d_model, d_ff, n_experts, gated, bits, group, dtype):
+    activation = "silu" if gated else "gelu"
+    weights = make(d_model, d_ff, dtype=dtype, gated=gated, activation=activation, biases=d_ff < 100)
+    gate = None if weights.gate is None else quantize(weights.gate, bits, group)
+    made = FFNCopy(quantize(weights.up, bits, group), weights.down.float().norm(dim=1), gate)
+    for tokens in (1, 2, 4, 7):
+        x = torch.randn(tokens, d_model, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+        scores = copy_scores(x, made, n_experts, weights)
+        cut = between(scores)
+        mask = scores > cut
+        assert 0.2 < mask.float().mean() < 0.8
+        wanted = sparse_ffn(x, weights, mask, impl="cpu")
+        assert torch.equal(copied_ffn(x, made, cut, n_experts, weights), wanted)

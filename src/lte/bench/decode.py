@@ -29,6 +29,7 @@ from lte.inference import Crossover, prepare_for_inference
 from lte.inference.packing import streaming_copy
 from lte.nn import SparsityMeter, observe_routing, sparse_ffns
 from lte.ops import sparse_ffn_reference
+from lte.thresholds import thresholds_of
 
 PROMPT_TOKENS = 16
 LOGITS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
@@ -108,7 +109,7 @@ def bench_decode(
     calibration = torch.randint(1, vocabulary, (1, 256), generator=generator).to(device)
     count = decode_bytes(
         model.config,
-        expert_size=sparse_ffns(model)[0].weights().d_ff // sparse_ffns(model)[0].router.weight.shape[0],
+        expert_size=sparse_ffns(model)[0].weights().d_ff // sparse_ffns(model)[0].router.n_experts,
         weight_bytes=model.dtype.itemsize,
         context=batch * (PROMPT_TOKENS + new_tokens // 2),
     )
@@ -167,12 +168,11 @@ class _Bench:
         model = self.model
         if sparsity >= 0:
             set_sparsity(model, sparsity, calibration)
-        biases = [_bias(ffn.router) for ffn in sparse_ffns(model)]
+        thresholds = thresholds_of(model)
 
         def prepare() -> None:
-            for ffn, bias in zip(sparse_ffns(model), biases, strict=True):
-                if bias is not None:
-                    ffn.router.bias.copy_(bias)  # type: ignore[union-attr]
+            for ffn, threshold in zip(sparse_ffns(model), thresholds, strict=True):
+                ffn.router.threshold = threshold
 
         prepare()
         reached, logits_error = _check(model, self.ids, self.new_tokens)
@@ -202,11 +202,6 @@ class _Bench:
             self.count.sparse(reached),
             prepare,
         )
-
-
-def _bias(router: nn.Module) -> Tensor | None:
-    bias = router.bias
-    return bias.detach().clone() if isinstance(bias, Tensor) else None
 
 
 def _dense_twin(model: Any) -> Any:

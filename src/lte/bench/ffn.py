@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from lte.bench.machine import copy_gbytes_per_s, read_gbytes_per_s
 from lte.bench.rows import TOLERANCE, Row
-from lte.bench.shapes import bias_for
+from lte.bench.shapes import move_threshold
 from lte.errors import ConfigError
 from lte.grouping import check_divisible
 from lte.inference import Crossover
@@ -30,6 +31,7 @@ from lte.ops import (
     routed_ffn,
     sparse_ffn_reference,
 )
+from lte.thresholds import shifted
 
 DISTINCT_BYTES = 512 << 20
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,11 +46,11 @@ class Case:
     device: torch.device
     choose_path: PathChooser = path_unmeasured
     weights: list[FFNWeights] = field(init=False)
-    routers: list[tuple[Tensor, Tensor | None, float]] = field(init=False)
+    routers: list[ThresholdRouter] = field(init=False)
 
     def __post_init__(self) -> None:
         self.weights = [ffn.packed_weights() for ffn in self.ffns]
-        self.routers = [(ffn.router.weight, ffn.router.bias, ffn.router.threshold) for ffn in self.ffns]
+        self.routers = [ffn.router for ffn in self.ffns if isinstance(ffn.router, ThresholdRouter)]
 
     def dense(self, layer: int, x_TD: Tensor) -> Tensor:
         """torch's dense FFN: three matrix products on weights in the stock layout."""
@@ -58,9 +60,11 @@ class Case:
 
     def sparse(self, layer: int, x_TD: Tensor) -> Tensor:
         """The operator, router included, on the path a prepared model takes."""
-        weight, bias, threshold = self.routers[layer]
+        router = self.routers[layer]
         impl, max_density = self.choose_path(x_TD.shape[0])
-        return routed_ffn(x_TD, weight, bias, threshold, self.weights[layer], impl=impl, max_density=max_density)
+        return routed_ffn(
+            x_TD, router.weight, router.bias, router.threshold, self.weights[layer], impl=impl, max_density=max_density
+        )
 
     @property
     def layer_bytes(self) -> int:
@@ -154,6 +158,7 @@ def _build(d_model: int, d_ff: int, dtype: torch.dtype, expert_size: int, device
             shape = (d_model, d_ff) if name == "down_proj" else (d_ff, d_model)
             part.weight = nn.Parameter(matrix(*shape), requires_grad=False)
         router = ThresholdRouter(d_model, d_ff // expert_size, device=device)
+        torch.nn.init.zeros_(router.bias)  # type: ignore[arg-type]
         router.weight.copy_(torch.randn(router.weight.shape, generator=generator, device=device) * d_model**-0.5)
         downs.append(parts["down_proj"].weight.data)
         ffn = SparseFFN(
@@ -184,7 +189,7 @@ def _measure(case: Case, n_tokens: int, sparsity: float, backend: str, rounds: i
         "d_ff": first.d_ff,
         "dtype": {v: k for k, v in DTYPES.items()}[first.up.dtype],
         "tokens": n_tokens,
-        "expert_size": first.d_ff // case.ffns[0].router.weight.shape[0],
+        "expert_size": first.d_ff // case.ffns[0].router.n_experts,
         "sparsity": 1 - sum(pairs for pairs, _ in used) / len(used),
         "backend": backend if backend != "reference" else "reference (dense)",
         "instruction_set": cpu_instruction_set() if case.device.type == "cpu" else "",
@@ -197,7 +202,7 @@ def _measure(case: Case, n_tokens: int, sparsity: float, backend: str, rounds: i
     if error > tolerance:
         return row
     union = sum(experts for _, experts in used) / len(used)
-    router = case.ffns[0].router.weight
+    router = case.routers[0].weight
     moved = case.layer_bytes * (union if backend != "reference" else 1.0) + router.numel() * router.element_size()
     dense, sparse, limit = (_time_gpu if case.device.type == "cuda" else _time_cpu)(case, inputs, rounds)
     return row | {
@@ -213,18 +218,17 @@ def _measure(case: Case, n_tokens: int, sparsity: float, backend: str, rounds: i
 
 
 def _set_sparsity(case: Case, inputs: list[Tensor], sparsity: float) -> None:
-    for ffn in case.ffns:
-        assert ffn.router.bias is not None
-        ffn.router.bias.zero_()
+    for router in case.routers:
         if sparsity <= 0:
-            ffn.router.bias.fill_(1e4)
-            continue
-        logits = torch.cat([F.linear(x.float(), ffn.router.weight.float()).flatten() for x in inputs])
-        ffn.router.bias.fill_(bias_for(logits, sparsity))
+            router.threshold = shifted(0.5, -math.inf)
+        else:
+            move_threshold(router, inputs, sparsity)
 
 
 def _mask(ffn: SparseFFN, x_TD: Tensor) -> Tensor:
-    return route(x_TD, ffn.router.weight, ffn.router.bias) > ffn.router.threshold
+    router = ffn.router
+    assert isinstance(router, ThresholdRouter)
+    return route(x_TD, router.weight, router.bias) > router.threshold
 
 
 def _used(ffn: SparseFFN, x_TD: Tensor) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lte.accounting import layer_costs
+from lte.accounting import model_cost
 from lte.bench.shapes import SHAPES, meta_model, model_config
 from lte.errors import ConfigError
 from lte.nn import ROUTER_DTYPE
@@ -63,18 +63,18 @@ def decode_bytes(config: Any, *, expert_size: int = 32, weight_bytes: int = 2, c
         context: tokens in the KV cache.
     """
     model = meta_model(config)
-    costs = layer_costs(model)
+    layers = model_cost(model).layers
     d_model = model.get_input_embeddings().weight.shape[1]
     d_ff = _d_ff(config)
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or d_model // heads
     return DecodeBytes(
-        attention=weight_bytes * sum(c.attention for c in costs),
-        ffn=weight_bytes * sum(c.ffn for c in costs),
+        attention=weight_bytes * sum(c.attention for c in layers),
+        ffn=weight_bytes * sum(c.ffn for c in layers),
         head=weight_bytes * model.get_output_embeddings().weight.numel(),
-        router=ROUTER_DTYPE.itemsize * len(costs) * d_model * -(-d_ff // expert_size),
-        cache=weight_bytes * len(costs) * 2 * kv_heads * head_dim * context,
+        router=ROUTER_DTYPE.itemsize * len(layers) * d_model * -(-d_ff // expert_size),
+        cache=weight_bytes * len(layers) * 2 * kv_heads * head_dim * context,
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from lte.gguf import split_path
 from lte.hub import read_config
 from lte.inference.packing import streaming_copy
 from lte.methods import LTEConfig
-from lte.nn import SparseFFN, sparse_ffns
+from lte.nn import Router, SparseFFN, sparse_ffns
 from lte.sparsify import install_sparse_ffns
+from lte.thresholds import shifted
 
 Shape = dict[str, Any]
 
@@ -99,7 +101,7 @@ def random_model(config: Any, dtype: torch.dtype, device: torch.device, *, exper
             value = _tile(pattern, parameter.shape) * scale
             if "norm" in module_name or "ln_" in module_name:
                 value = torch.ones_like(value) if name == "weight" else torch.zeros_like(value)
-            elif name == "bias" and not module_name.endswith("router"):
+            elif name == "bias":
                 value = torch.zeros_like(value)
             copy = streaming_copy(value.to(parameter.dtype))  # routers keep their own
             setattr(module, name, nn.Parameter(copy, requires_grad=False))
@@ -130,6 +132,12 @@ def bias_for(logits: Tensor, sparsity: float) -> float:
     return -float(values[below - 1] + values[below]) / 2
 
 
+def move_threshold(router: Router, inputs: Sequence[Tensor], sparsity: float) -> None:
+    """Leave out this share of (token, expert) pairs of some inputs, [..., D] each."""
+    margins = torch.cat([router(x).margins.flatten() for x in inputs])
+    router.threshold = shifted(router.threshold, -bias_for(margins, sparsity))
+
+
 def _tile(pattern: Tensor, shape: torch.Size) -> Tensor:
     n = shape.numel()
     return pattern.repeat(-(-n // len(pattern)))[:n].view(shape)
@@ -137,12 +145,10 @@ def _tile(pattern: Tensor, shape: torch.Size) -> Tensor:
 
 @torch.no_grad()
 def set_sparsity(model: Any, sparsity: float, ids_BS: Tensor) -> None:
-    """Move the biases of random routers so that each uses this share of its experts on these tokens; 0: all of them."""
-    for ffn in sparse_ffns(model):
-        ffn.router.bias.zero_()  # type: ignore[union-attr]
+    """Move every threshold so that this share of its experts is left out on these tokens; 0: none of them."""
     if sparsity <= 0:
         for ffn in sparse_ffns(model):
-            ffn.router.bias.fill_(1e4)  # type: ignore[union-attr]
+            ffn.router.threshold = shifted(0.5, -math.inf)
         return
     # Layer by layer from the front: what a router sees depends on those before it.
     with _quantile_hooks(sparse_ffns(model), sparsity):
@@ -152,9 +158,7 @@ def set_sparsity(model: Any, sparsity: float, ids_BS: Tensor) -> None:
 @contextmanager
 def _quantile_hooks(ffns: list[SparseFFN], sparsity: float) -> Iterator[None]:
     def before(ffn: SparseFFN, args: tuple[Tensor, ...]) -> None:
-        ffn.router.bias.zero_()  # type: ignore[union-attr]
-        logits = torch.logit(ffn.router(args[0]).scores.double().flatten(), eps=1e-12)
-        ffn.router.bias.fill_(bias_for(logits, sparsity))  # type: ignore[union-attr]
+        move_threshold(ffn.router, [args[0]], sparsity)
 
     handles = [ffn.register_forward_pre_hook(before) for ffn in ffns]
     try:

@@ -4,7 +4,7 @@ from lte.errors import ConfigError
 from lte.grouping.base import Calibration, GroupingFn, LinearFit, NeuronGrouping, check_divisible
 from lte.grouping.coactivation import group_coactivation, group_predicted
 from lte.grouping.kmeans import balanced_kmeans, group_kmeans, group_kmeans_all
-from lte.grouping.random import group_random
+from lte.grouping.random import group_none, group_random
 
 GROUPINGS: dict[str, GroupingFn] = {
     "kmeans": group_kmeans,
@@ -12,6 +12,7 @@ GROUPINGS: dict[str, GroupingFn] = {
     "coactivation": group_coactivation,
     "predicted": group_predicted,
     "random": group_random,
+    "none": group_none,
 }
 """Name -> grouping."""
 
@@ -50,6 +51,7 @@ __all__ = [
     "group_coactivation",
     "group_kmeans",
     "group_kmeans_all",
+    "group_none",
     "group_predicted",
     "group_random",
     "needs_activations",

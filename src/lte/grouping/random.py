@@ -1,4 +1,4 @@
-"""Random grouping: the baseline every other grouping has to beat."""
+"""Groupings that look at nothing: at random, the yardstick for the others, and as the neurons are."""
 
 from __future__ import annotations
 
@@ -15,3 +15,11 @@ def group_random(
     check_divisible(weights.d_ff, expert_size)
     generator = torch.Generator().manual_seed(seed)
     return NeuronGrouping(torch.randperm(weights.d_ff, generator=generator), expert_size)
+
+
+def group_none(
+    weights: FFNWeights, expert_size: int, *, seed: int, calibration: Calibration | None = None
+) -> NeuronGrouping:
+    """Leave the neurons where they are, as where every expert is one; see :class:`lte.grouping.GroupingFn`."""
+    check_divisible(weights.d_ff, expert_size)
+    return NeuronGrouping(torch.arange(weights.d_ff), expert_size)

@@ -21,9 +21,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lte.families import DECODERS, blocks_of
-from lte.nn import ROUTER_DTYPE, FastLinear, Mode, SparseFFN, ThresholdRouter, sparse_ffns
+from lte.nn import ROUTER_DTYPE, CopyForm, FastLinear, LinearForm, Mode, SparseFFN, sparse_ffns
 from lte.ops.cpu import DTYPES, kernels
-from lte.ops.cpu.calls import describe_ffn
+from lte.ops.cpu.calls import describe_copied_ffn, describe_ffn
 from lte.ops.cpu.library import Cache, Decoder, Layer, Matrix, Step, matrix
 
 MAX_BATCH = 64
@@ -74,6 +74,8 @@ class DecodeStep:
             return f"no fused step for the family {getattr(model.config, 'model_type', '?')!r}"
         if type(getattr(model, "lm_head", None)) not in (nn.Linear, FastLinear):
             return f"{type(model).__name__} has no plain LM head"
+        if len(sparse_ffns(model)) != len(blocks_of(model)):
+            return "not every FFN is sparse"
         parameters = list(model.parameters())
         routers = {id(p) for ffn in sparse_ffns(model) for p in ffn.router.parameters()}
         if {p.dtype for p in parameters if id(p) not in routers} not in ({torch.float32}, {torch.bfloat16}):
@@ -85,8 +87,8 @@ class DecodeStep:
         for name, module in _decoder_linears(model):
             if type(module) not in (nn.Linear, FastLinear) or type(module.weight) is not nn.Parameter:
                 return f"{name} is a {type(module).__name__}, not a plain linear layer"
-        if any(type(ffn.router) is not ThresholdRouter for ffn in sparse_ffns(model)):
-            return "a router is not a threshold router"
+        if any(ffn.router.form() is None for ffn in sparse_ffns(model)):
+            return f"the kernels have no form of a {type(sparse_ffns(model)[0].router).__name__}"
         return ""
 
     def _step(
@@ -153,6 +155,11 @@ class _Built:
         self.ffns = sparse_ffns(model)
         self.modes = [ffn.mode for ffn in self.ffns]
         self.thresholds = [ffn.router.threshold for ffn in self.ffns]
+        forms = [ffn.router.form() for ffn in self.ffns]
+        # Copies are of the weights as they are now, and the structs point into them.
+        self.copies = [form.copy for form in forms if isinstance(form, CopyForm)]
+        self.copied = [p for ffn in self.ffns for p in ffn.parameters()] if self.copies else []
+        self.versions = [p._version for p in self.copied]
         self.children = [(m._modules, list(m._modules.values())) for m in (model, *self.modules) if m._modules]
         # The dictionaries themselves: looking at them is all that a step can afford.
         self.hooks = [h for m in self.modules for h in (m._forward_hooks, m._forward_pre_hooks)]
@@ -162,7 +169,7 @@ class _Built:
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.n_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         self.layers = (Layer * len(blocks))(
-            *(self._layer(block, ffn, spec) for block, ffn in zip(blocks, sparse_ffns(model), strict=True))
+            *(self._layer(block, ffn, form, spec) for block, ffn, form in zip(blocks, self.ffns, forms, strict=True))
         )
         base = model.base_model
         norm = base.get_submodule(spec.final_norm)
@@ -199,6 +206,8 @@ class _Built:
             return False
         if any(list(now.values()) != then for now, then in self.children):
             return False
+        if [p._version for p in self.copied] != self.versions:
+            return False
         return self._current_pointers() == self.pointers
 
     def _current_pointers(self) -> list[int]:
@@ -210,14 +219,19 @@ class _Built:
             return True
         return any(ffn.observer is not None or ffn.mode == Mode.SOFT for ffn in self.ffns)
 
-    def _layer(self, block: nn.Module, ffn: SparseFFN, spec: Any) -> Layer:
+    def _layer(self, block: nn.Module, ffn: SparseFFN, form: LinearForm | CopyForm | None, spec: Any) -> Layer:
         def weight(path: str) -> int:
             return block.get_submodule(path).get_parameter("weight").data_ptr()
 
         projections = [block.get_submodule(path) for path in spec.qkv]
         qkv = [matrix(p.weight, p.bias) for p in projections]  # type: ignore[arg-type]
         output = block.get_submodule(spec.output)
-        router = ffn.router
+        weights, experts = ffn.packed_weights(), ffn.router.n_experts
+        if isinstance(form, CopyForm):
+            described = describe_copied_ffn(weights, experts, form.copy, form.cut)
+        else:
+            assert form is not None
+            described = describe_ffn(weights, experts, form.weight, form.bias, form.threshold)
         return Layer(
             attention_norm=weight(spec.attention_norm),
             ffn_norm=weight(spec.ffn_norm),
@@ -225,9 +239,7 @@ class _Built:
             k_norm=weight(spec.head_norms[1]) if spec.head_norms else None,
             qkv=(Matrix * 3)(*qkv, *(Matrix() for _ in range(3 - len(qkv)))),
             output=matrix(output.weight, output.bias),  # type: ignore[arg-type]
-            ffn=describe_ffn(
-                ffn.packed_weights(), router.weight.shape[0], router.weight, router.bias, router.threshold
-            ),
+            ffn=described,
             all_experts=int(ffn.mode == Mode.DENSE),
         )
 

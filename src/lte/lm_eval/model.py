@@ -17,13 +17,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationMixin
 
-from lte.accounting import layer_costs
+from lte.accounting import model_cost
 from lte.errors import ConfigError
 from lte.evaluate import accounting, read_kind
 from lte.hub import default_device, load, load_dense, load_tokenizer
 from lte.inference import prepare_for_inference
 from lte.inference.crossover import FILE_NAME
-from lte.nn import SparsityMeter, observe_routing
+from lte.nn import SparsityMeter, observe_routing, sparse_ffns
 from lte.tasks import Progress
 from lte.thresholds import set_sparsity
 
@@ -112,14 +112,14 @@ class LTEModel(HFLM):
             # Only now: the harness ties the weights once more, which would undo the packing.
             folder = Path(pretrained)
             prepare_for_inference(model, crossover=folder if (folder / FILE_NAME).is_file() else None)
-        self.costs = layer_costs(model)
-        self.meter = SparsityMeter(len(self.costs))
+        self.cost = model_cost(model)
+        self.meter = SparsityMeter(len(sparse_ffns(model)))
         self.tokens = 0
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def accounting(self) -> dict[str, Any]:
         """Sparsity, overall and per layer, and FLOPs of what was run so far, and its number of tokens."""
-        return {**accounting(self.costs, None if self.dense else self.meter), "tokens": self.tokens}
+        return {**accounting(self.cost, None if self.dense else self.meter), "tokens": self.tokens}
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness records of a model, with :meth:`accounting` as ``lte``."""

@@ -9,12 +9,11 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
-from lte.config import MethodConfig, register_method
+from lte.config import Method, MethodConfig, register_method
 from lte.grouping import Calibration
 from lte.nn import LowRankRouter, SparseFFN, ThresholdRouter
 
 
-@register_method
 class LTEConfig(MethodConfig):
     """Settings of LTE that belong to the model; those of its training are in :class:`lte.LTETrainingArguments`.
 
@@ -61,32 +60,36 @@ class LTEConfig(MethodConfig):
             score if self.router_init_score is None else self.router_init_score,
         )
 
-    @property
-    def needs_calibration(self) -> bool:
-        """See :class:`MethodConfig`."""
-        return super().needs_calibration or self.router_init == "energy"
 
-    def describe_calibration(self) -> str:
-        """See :class:`MethodConfig`."""
-        return super().describe_calibration() if super().needs_calibration else f"router_init={self.router_init!r}"
+@register_method(LTEConfig)
+class LTE(Method[LTEConfig]):
+    """Linear routers on experts, or routers with a hidden layer."""
+
+    @property
+    def needs_calibration(self) -> str | None:
+        """See :class:`Method`."""
+        of_routers = "router_init='energy'" if self.config.router_init == "energy" else None
+        return super().needs_calibration or of_routers
 
     def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> ThresholdRouter:
-        """See :class:`MethodConfig`."""
-        kwargs = {"threshold": self.threshold, "bias": self.router_bias, "device": like.device}
-        if self.router_rank is not None:
-            return LowRankRouter(d_model, n_experts, rank=self.router_rank, **kwargs)  # type: ignore[arg-type]
+        """See :class:`Method`."""
+        config = self.config
+        kwargs = {"threshold": config.threshold, "bias": config.router_bias, "device": like.device}
+        if config.router_rank is not None:
+            return LowRankRouter(d_model, n_experts, rank=config.router_rank, **kwargs)  # type: ignore[arg-type]
         return ThresholdRouter(d_model, n_experts, **kwargs)  # type: ignore[arg-type]
 
     def init_routers(
         self, ffns: Sequence[SparseFFN], calibration: Iterator[Calibration] | None, generator: torch.Generator
     ) -> None:
-        """See :class:`MethodConfig`."""
-        std, score = self.start
-        for ffn in ffns:
-            ffn.router.reset_parameters(generator, init_std=std, init_score=score)
-        if self.router_init == "energy":
+        """See :class:`Method`."""
+        std, score = self.config.start
+        routers = [ffn.router for ffn in ffns if isinstance(ffn.router, ThresholdRouter)]
+        for router in routers:
+            router.reset_parameters(generator, init_std=std, init_score=score)
+        if self.config.router_init == "energy":
             assert calibration is not None
-            _fit_routers(ffns, calibration, std, score)
+            _fit_routers(ffns, routers, calibration, std, score)
 
 
 SAMPLED = 65536
@@ -97,7 +100,13 @@ FLOOR = 1e-2
 
 
 @torch.no_grad()
-def _fit_routers(ffns: Sequence[SparseFFN], calibration: Iterator[Calibration], std: float, score: float) -> None:
+def _fit_routers(
+    ffns: Sequence[SparseFFN],
+    routers: Sequence[ThresholdRouter],
+    calibration: Iterator[Calibration],
+    std: float,
+    score: float,
+) -> None:
     """Make logits an affine map, one for all layers, of the predicted logarithm of each expert's weight in the loss.
 
     The weight is the norm of the expert's output times the layer's (or token's) sensitivity. On the scale of logarithms
@@ -105,33 +114,32 @@ def _fit_routers(ffns: Sequence[SparseFFN], calibration: Iterator[Calibration], 
     spread over all layers is taken from quartiles, which outliers do not move.
     """
     samples: list[Tensor] = []
-    for ffn, seen in zip(ffns, calibration, strict=True):
-        assert ffn.router.bias is not None
-        features = _features(ffn)
+    for ffn, router, seen in zip(ffns, routers, calibration, strict=True):
+        assert router.bias is not None
+        features = _features(router)
         fit = seen.fit(_log_weights(ffn, seen), features)
-        step = max(1, len(seen.inputs_TD) * ffn.router.n_experts // SAMPLED)
+        step = max(1, len(seen.inputs_TD) * router.n_experts // SAMPLED)
         x_tD = seen.inputs_TD[::step].float()
         predicted = (x_tD if features is None else features(x_tD)) @ fit.weight.T + fit.bias
         samples.append(predicted.flatten().cpu())
-        ffn.router.weight.copy_(fit.weight)
-        ffn.router.bias.copy_(fit.bias)
+        router.weight.copy_(fit.weight)
+        router.bias.copy_(fit.bias)
     every = torch.cat([sample[:: max(1, len(sample) * len(samples) // 2**23)] for sample in samples]).sort().values
     low, centre, high = (float(every[int(share * (len(every) - 1))]) for share in (0.25, 0.5, 0.75))
     spread = (high - low) / NORMAL_QUARTILES
     slope = std / spread if spread > 0 else 0.0
     start = float(torch.logit(torch.tensor(score)))
-    for ffn in ffns:
-        assert ffn.router.bias is not None
-        ffn.router.weight.mul_(slope)
-        ffn.router.bias.sub_(centre).mul_(slope).add_(start)
+    for router in routers:
+        assert router.bias is not None
+        router.weight.mul_(slope)
+        router.bias.sub_(centre).mul_(slope).add_(start)
 
 
 NORMAL_QUARTILES = 1.349
 """Distance of a normal distribution's quartiles, in standard deviations."""
 
 
-def _features(ffn: SparseFFN) -> Callable[[Tensor], Tensor] | None:
-    router = ffn.router
+def _features(router: ThresholdRouter) -> Callable[[Tensor], Tensor] | None:
     if not isinstance(router, LowRankRouter):
         return None
     return lambda x_tD: torch.relu(x_tD.float() @ router.reduce.detach().float().T)

@@ -9,12 +9,11 @@ import pydantic
 import torch
 from torch import nn
 
-from lte.config import MethodConfig, register_method
+from lte.config import Method, MethodConfig, register_method
 from lte.grouping import Calibration
-from lte.nn import SparseFFN, ThresholdRouter, TopKSoftmaxRouter
+from lte.nn import Router, SparseFFN, TopKSoftmaxRouter
 
 
-@register_method
 class TopKConfig(MethodConfig):
     """Every token gets the same share of the experts, those with the largest softmax scores.
 
@@ -25,20 +24,27 @@ class TopKConfig(MethodConfig):
     """
 
     method = "topk"
-    has_thresholds = False
 
     sparsity: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.5
     noise: Annotated[float, pydantic.Field(ge=0)] = 1.0
     router_init_std: Annotated[float, pydantic.Field(ge=0)] = 0.3
 
-    def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> ThresholdRouter:
-        """See :class:`MethodConfig`."""
-        k = max(1, round(n_experts * (1 - self.sparsity)))
-        return TopKSoftmaxRouter(d_model, n_experts, k=k, noise=self.noise, device=like.device)
+
+@register_method(TopKConfig)
+class TopK(Method[TopKConfig]):
+    """Softmax scores, the largest run."""
+
+    has_thresholds = False
+
+    def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> Router:
+        """See :class:`Method`."""
+        k = max(1, round(n_experts * (1 - self.config.sparsity)))
+        return TopKSoftmaxRouter(d_model, n_experts, k=k, noise=self.config.noise, device=like.device)
 
     def init_routers(
         self, ffns: Sequence[SparseFFN], calibration: Iterator[Calibration] | None, generator: torch.Generator
     ) -> None:
-        """See :class:`MethodConfig`."""
+        """See :class:`Method`."""
         for ffn in ffns:
-            ffn.router.reset_parameters(generator, init_std=self.router_init_std, init_score=0.5)
+            assert isinstance(ffn.router, TopKSoftmaxRouter)
+            ffn.router.reset_parameters(generator, init_std=self.config.router_init_std, init_score=0.5)

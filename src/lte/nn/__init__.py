@@ -1,19 +1,38 @@
 """Sparse FFN modules and routers. PyTorch only."""
 
+from lte.nn.copies import CopyRouter
 from lte.nn.ffn import DeferredLinear, Mode, RoutingObserver, SparseFFN, SplitSparseFFN
 from lte.nn.linear import FastLinear
 from lte.nn.observe import SparsityMeter, observe_routing, set_mode, sparse_ffns
-from lte.nn.router import ROUTER_DTYPE, KeepLargestRouter, LowRankRouter, Routing, ThresholdRouter, TopKSoftmaxRouter
+from lte.nn.router import (
+    ROUTER_DTYPE,
+    CopyForm,
+    KeepLargestRouter,
+    LinearForm,
+    LowRankRouter,
+    Router,
+    RouterCost,
+    Routing,
+    ScoreRouter,
+    ThresholdRouter,
+    TopKSoftmaxRouter,
+)
 
 __all__ = [
     "ROUTER_DTYPE",
+    "CopyForm",
+    "CopyRouter",
     "DeferredLinear",
     "FastLinear",
     "KeepLargestRouter",
+    "LinearForm",
     "LowRankRouter",
     "Mode",
+    "Router",
+    "RouterCost",
     "Routing",
     "RoutingObserver",
+    "ScoreRouter",
     "SparseFFN",
     "SparsityMeter",
     "SplitSparseFFN",

@@ -12,8 +12,18 @@ from torch import Tensor, nn
 
 from lte.nn.gates import straight_through
 from lte.nn.linear import FastLinear
-from lte.nn.router import KeepLargestRouter, Routing, ThresholdRouter
-from lte.ops import SMALL_BATCH, FFNWeights, project_down, requested_backend, routed_ffn, scale_experts, sparse_ffn
+from lte.nn.router import CopyForm, LinearForm, Router, Routing
+from lte.ops import (
+    SMALL_BATCH,
+    FFNWeights,
+    copied_ffn,
+    project_down,
+    requested_backend,
+    routed_ffn,
+    runs_copies,
+    scale_experts,
+    sparse_ffn,
+)
 
 RoutingObserver = Callable[[int, Routing], None]
 PathChooser = Callable[[int], tuple[str, float]]
@@ -54,7 +64,7 @@ class SparseFFN(nn.Module):
         roles: Mapping[str, str],
         *,
         activation: str,
-        router: ThresholdRouter,
+        router: Router,
         layer_index: int,
     ) -> None:
         super().__init__()
@@ -72,8 +82,7 @@ class SparseFFN(nn.Module):
         self.observer: RoutingObserver | None = None
         self.choose_path: PathChooser = path_unmeasured
         self._packed: tuple[list[int], FFNWeights] | None = None
-        if isinstance(router, KeepLargestRouter):
-            router.attach(self.output_norms)
+        router.attach(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # What was looked up for these parameters does not belong to a copy.
@@ -85,7 +94,7 @@ class SparseFFN(nn.Module):
         Hard mode at inference runs the sparse operator; everything else computes the masked dense form, which has
         gradients and lets adapters and hooks on the projections work.
         """
-        if self.mode == Mode.HARD and self._is_inference():
+        if self.mode == Mode.HARD and self._is_inference(x):
             impl, max_density = self.choose_path(x.numel() // x.shape[-1])
             if impl != "reference" and (not self.keep_layout or _is_packed(self.weights())):
                 return self._operate(x, impl, max_density)
@@ -103,20 +112,20 @@ class SparseFFN(nn.Module):
         return self.project_down(hidden)
 
     def _operate(self, x: Tensor, impl: str, max_density: float) -> Tensor:
-        weights, router, x_TD = self.packed_weights(), self.router, x.reshape(-1, x.shape[-1])
-        if self.observer is None and type(router) is ThresholdRouter and not _has_hooks(router):
-            out = routed_ffn(
-                x_TD, router.weight, router.bias, router.threshold, weights, impl=impl, max_density=max_density
-            )
+        weights, form, x_TD = self.packed_weights(), self.router.form(), x.reshape(-1, x.shape[-1])
+        if self.observer is None and isinstance(form, LinearForm) and not _has_hooks(self.router):
+            out = routed_ffn(x_TD, form.weight, form.bias, form.threshold, weights, impl=impl, max_density=max_density)
+        elif self.observer is None and isinstance(form, CopyForm) and runs_copies(x_TD, weights, impl, max_density):
+            out = copied_ffn(x_TD, form.copy, form.cut, self.router.n_experts, weights)
         else:
-            routing = router(x)
+            routing = self.router(x)
             if self.observer is not None:
                 self.observer(self.layer_index, routing)
             out = sparse_ffn(x_TD, weights, routing.mask.flatten(0, -2), impl=impl, max_density=max_density)
         return out.view(x.shape)
 
-    def _is_inference(self) -> bool:
-        if torch.is_grad_enabled() or self.training or torch.is_autocast_enabled(self.router.weight.device.type):
+    def _is_inference(self, x: Tensor) -> bool:
+        if torch.is_grad_enabled() or self.training or torch.is_autocast_enabled(x.device.type):
             return False
         return all(_is_plain(part) for part in self.projections())
 
@@ -270,7 +279,7 @@ class SplitSparseFFN(SparseFFN):
         act: nn.Module,
         *,
         activation: str,
-        router: ThresholdRouter,
+        router: Router,
         layer_index: int,
     ) -> None:
         super().__init__({"act": act}, {"act": "act"}, activation=activation, router=router, layer_index=layer_index)

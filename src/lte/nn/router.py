@@ -1,15 +1,21 @@
-"""Routers: which experts run for which token."""
+"""Routers: which experts run for which token. An expert may be a single neuron."""
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lte.ops.lowbit import FFNCopy
+
+if TYPE_CHECKING:
+    from lte.nn.ffn import SparseFFN
 
 ROUTER_DTYPE = torch.float32
 """Of every router's parameters, whatever the model's. A router's learning rate falls with its width: at 4096 a step is
@@ -32,7 +38,104 @@ class Routing:
     margins: Tensor | None = None
 
 
-class ThresholdRouter(nn.Module):
+@dataclass(frozen=True)
+class LinearForm:
+    """Experts whose ``x @ weight.T + bias`` is above ``logit(threshold)`` run: what kernels decide by themselves.
+
+    Attributes:
+        weight: [E, D].
+        bias: [E], or None.
+        threshold: in (0, 1).
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    threshold: float
+
+
+@dataclass(frozen=True)
+class CopyForm:
+    """Experts run whose output, as a coarse copy of the FFN has it, is above a norm: the kernels run the copy.
+
+    Attributes:
+        copy: of the FFN.
+        cut: the norm.
+    """
+
+    copy: FFNCopy
+    cut: float
+
+
+@dataclass(frozen=True)
+class RouterCost:
+    """What deciding takes, beyond the FFN.
+
+    Attributes:
+        multiplies: multiply-adds per token; two FLOPs each.
+        bytes: read per token when tokens come one at a time.
+        parameters: held beside the dense model's.
+    """
+
+    multiplies: int
+    bytes: int
+    parameters: int
+
+
+class Router(nn.Module):
+    """What decides which experts of an FFN run for a token.
+
+    A method brings one per FFN. It gets the FFN's inputs; what else it looks at (weights, gate activations, a predictor
+    of its own) it reaches through the FFN it is attached to. Parameters and buffers of its own are saved, trained and
+    kept in float32 as they are, under ``.router.`` in the state dict.
+
+    Args:
+        n_experts: number of experts E, each of d_ff / E neighbouring neurons.
+        threshold: tau, in (0, 1).
+    """
+
+    uses_threshold = True
+    """Whether moving ``threshold`` changes which experts run."""
+
+    def __init__(self, n_experts: int, *, threshold: float = 0.5) -> None:
+        super().__init__()
+        self.n_experts = n_experts
+        self.threshold = threshold
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """What ``.to()``, ``.half()``, ``.cuda()``, ... go through: the device changes, dtype and values do not."""
+
+        def keep(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep, recurse)
+
+    def attach(self, ffn: SparseFFN) -> None:
+        """Called once, with the FFN whose experts are decided on, to be kept: nothing of it is ready to be read yet."""
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Routing:
+        """Decide for inputs of shape [..., D]."""
+
+    def form(self) -> LinearForm | CopyForm | None:
+        """How kernels can decide by themselves; None where they have to be given the mask."""
+        return None
+
+    @abstractmethod
+    def cost(self) -> RouterCost:
+        """What deciding takes."""
+
+    def decide(self, logits: Tensor) -> Routing:
+        """Scores and mask from float32 logits, [..., E], and the threshold."""
+        margins = logits - math.log(self.threshold / (1 - self.threshold))
+        return Routing(torch.sigmoid(margins), torch.sigmoid(logits) > self.threshold, margins)
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        return f"n_experts={self.n_experts}, threshold={self.threshold}"
+
+
+class ThresholdRouter(Router):
     """``G(x) = sigmoid(x W_g + b - logit(threshold))``; an expert runs where ``G(x) > 0.5`` (LTE, section 4.1).
 
     The paper's threshold is 0.5 and stays there; moving ``threshold`` moves all of a router's scores against it.
@@ -49,9 +152,6 @@ class ThresholdRouter(nn.Module):
         init_score: mean initial score, set through the bias; 0.5 without a bias.
     """
 
-    uses_threshold = True
-    """Whether moving ``threshold`` changes which experts run."""
-
     def __init__(
         self,
         d_model: int,
@@ -61,19 +161,9 @@ class ThresholdRouter(nn.Module):
         bias: bool = True,
         device: torch.device | None = None,
     ) -> None:
-        super().__init__()
-        self.threshold = threshold
+        super().__init__(n_experts, threshold=threshold)
         self.weight = nn.Parameter(torch.empty(n_experts, d_model, device=device, dtype=ROUTER_DTYPE))
         self.bias = nn.Parameter(torch.empty(n_experts, device=device, dtype=ROUTER_DTYPE)) if bias else None
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """What ``.to()``, ``.half()``, ``.cuda()``, ... go through: the device changes, dtype and values do not."""
-
-        def keep(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(keep, recurse)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator, *, init_std: float, init_score: float) -> None:
@@ -89,14 +179,17 @@ class ThresholdRouter(nn.Module):
         if self.bias is not None:
             self.bias.fill_(torch.logit(torch.tensor(init_score)).item())
 
-    @property
-    def n_experts(self) -> int:
-        """Number of experts E."""
-        return int(self.weight.shape[0])
+    def form(self) -> LinearForm | None:
+        """See :meth:`Router.form`; of this class alone, what derives from it may compute anything."""
+        return LinearForm(self.weight, self.bias, self.threshold) if type(self) is ThresholdRouter else None
 
-    def matrices(self) -> list[Tensor]:
-        """The weights a token is multiplied with."""
-        return [p for p in self.parameters() if p.ndim == 2]
+    def cost(self) -> RouterCost:
+        """See :meth:`Router.cost`."""
+        return RouterCost(
+            multiplies=sum(p.numel() for p in self.parameters() if p.ndim == 2),
+            bytes=sum(p.nbytes for p in self.parameters()),
+            parameters=sum(p.numel() for p in self.parameters()),
+        )
 
     def logits(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., E], in float32."""
@@ -106,14 +199,11 @@ class ThresholdRouter(nn.Module):
     def forward(self, x: Tensor) -> Routing:
         """Route inputs of shape [..., D]."""
         with torch.autocast(device_type=x.device.type, enabled=False):
-            logits = self.logits(x)
-            margins = logits - math.log(self.threshold / (1 - self.threshold))
-        return Routing(torch.sigmoid(margins), torch.sigmoid(logits) > self.threshold, margins)
+            return self.decide(self.logits(x))
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
-        n_experts, d_model = self.weight.shape
-        return f"d_model={d_model}, n_experts={n_experts}, threshold={self.threshold}, bias={self.bias is not None}"
+        return f"d_model={self.weight.shape[1]}, {super().extra_repr()}, bias={self.bias is not None}"
 
 
 class LowRankRouter(ThresholdRouter):
@@ -188,41 +278,59 @@ class TopKSoftmaxRouter(ThresholdRouter):
         return Routing(scores, torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True))
 
 
-class KeepLargestRouter(ThresholdRouter):
+NOTHING = 1e-20
+"""Smallest score: a ReLU leaves many at nothing, and they have no logarithm."""
+
+
+class ScoreRouter(Router):
+    """An expert runs where a guess of the norm of its output, times the layer's sensitivity, is large enough.
+
+    ``logit = log(score) + offset``; of experts of several neurons that are guessed one by one, the score is the root of
+    the sum of the squares. Sub-classes guess.
+
+    Args:
+        n_experts, threshold: as for :class:`Router`.
+        device: of the offset.
+    """
+
+    def __init__(self, n_experts: int, *, threshold: float = 0.5, device: torch.device | None = None) -> None:
+        super().__init__(n_experts, threshold=threshold)
+        self.offset = nn.Parameter(torch.zeros(1, device=device, dtype=ROUTER_DTYPE), requires_grad=False)
+        self._ffn: list[SparseFFN] = []
+
+    def attach(self, ffn: SparseFFN) -> None:
+        """See :meth:`Router.attach`."""
+        self._ffn = [ffn]  # in a list it is no child of its own child
+
+    @property
+    def ffn(self) -> SparseFFN:
+        """The FFN whose experts are decided on."""
+        return self._ffn[0]
+
+    @abstractmethod
+    def scores(self, x: Tensor) -> Tensor:
+        """The guess: [..., D] -> [..., E], or of every neuron, [..., F]."""
+
+    def forward(self, x: Tensor) -> Routing:
+        """Decide for inputs of shape [..., D]."""
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            scores = self.scores(x).float()
+            if self.n_experts != scores.shape[-1]:
+                scores = scores.unflatten(-1, (self.n_experts, -1)).square().sum(-1).sqrt()
+            return self.decide(scores.clamp_min(NOTHING).log() + self.offset)
+
+
+class KeepLargestRouter(ScoreRouter):
     """An oracle: it computes every expert, and keeps those whose output is largest. It saves nothing.
 
     What a router could at best know without looking ahead; the dense model under it is the line that trained models
-    are compared with. ``score = sigmoid(log(norm of the expert's output) + offset)``.
-
-    Args:
-        n_experts, threshold, device: as for :class:`ThresholdRouter`.
+    are compared with.
     """
 
-    def __init__(
-        self,
-        n_experts: int,
-        *,
-        threshold: float = 0.5,
-        device: torch.device | None = None,
-    ) -> None:
-        super().__init__(1, n_experts, threshold=threshold, bias=False, device=device)
-        self.weight.requires_grad_(False)
-        self.offset = nn.Parameter(torch.zeros(1, device=device, dtype=ROUTER_DTYPE), requires_grad=False)
-        self._norms: list[Callable[[Tensor], Tensor]] = []
+    def scores(self, x: Tensor) -> Tensor:
+        """The norms themselves."""
+        return self.ffn.output_norms(x)
 
-    def attach(self, norms: Callable[[Tensor], Tensor]) -> None:
-        """Say how the experts' output norms are computed: [..., D] -> [..., E]."""
-        self._norms = [norms]
-
-    def reset_parameters(self, generator: torch.Generator, *, init_std: float, init_score: float) -> None:
-        """Nothing is drawn."""
-        self.weight.data.zero_()
-
-    def matrices(self) -> list[Tensor]:
-        """None: an oracle is not charged for what it looks at."""
-        return []
-
-    def logits(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., E], in float32."""
-        (norms,) = self._norms
-        return norms(x).float().clamp_min(1e-20).log() + self.offset.float()
+    def cost(self) -> RouterCost:
+        """Nothing: an oracle is not charged for what it looks at."""
+        return RouterCost(0, 0, self.offset.numel())

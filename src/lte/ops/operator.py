@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lte.errors import ConfigError
 from lte.ops import backends, cpu
+from lte.ops.lowbit import FFNCopy
 from lte.ops.reference import ACTIVATIONS, sparse_ffn_reference
 from lte.ops.weights import FFNWeights
 
@@ -104,6 +105,29 @@ def routed_ffn(
     return torch.ops.lte.routed_ffn(
         x_TD, router_weight_ED, router_bias_E, threshold, *_flat(weights), impl, max_density
     )
+
+
+def runs_copies(x_TD: Tensor, weights: FFNWeights, impl: str, max_density: float) -> bool:
+    """Whether :func:`copied_ffn` would run: the CPU kernels, eagerly, with no need to see the mask first."""
+    return _is_eager_cpu(x_TD) and max_density >= 1 and backends.choose(impl, x_TD, weights) == "cpu"
+
+
+def copied_ffn(x_TD: Tensor, copy: FFNCopy, cut: float, n_experts: int, weights: FFNWeights) -> Tensor:
+    """Self-prediction and sparse FFN in one call of the CPU kernels; only where :func:`runs_copies`.
+
+    Args:
+        x_TD: [T, D] inputs.
+        copy: of the FFN; inputs are rounded to 8 bits for it, as :func:`lte.ops.lowbit.round_inputs` does.
+        cut: experts run whose output has, by the copy, a larger norm.
+        n_experts: number of experts E.
+        weights: see :func:`sparse_ffn`.
+
+    Returns:
+        [T, D].
+    """
+    _check(x_TD, weights)
+    _check_experts(n_experts, weights)
+    return cpu.copied_ffn(x_TD, copy, cut, n_experts, weights)
 
 
 def linear(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:

@@ -9,7 +9,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lte.ops.cpu.library import ACTIVATION_CODES, DTYPES, FFN, Matrix, kernels, matrix
+from lte.ops.cpu.library import ACTIVATION_CODES, DTYPES, FFN, Copy, LowBit, Matrix, kernels, matrix
+from lte.ops.lowbit import FFNCopy, LowBitMatrix
 from lte.ops.weights import FFNWeights
 
 
@@ -60,7 +61,45 @@ def _ffn_struct(
 ) -> FFN:
     """Building the struct costs more than a small FFN; a decode loop asks for the same ones again and again."""
     gate, up, down, router = (Matrix(*key) for key in matrices)
-    return FFN(gate, up, down, router, d_model, d_ff, n_experts, threshold, dtype, activation)
+    return FFN(gate, up, down, router, Copy(), d_model, d_ff, n_experts, threshold, dtype, activation)
+
+
+def describe_copied_ffn(weights: FFNWeights, n_experts: int, copy: FFNCopy, cut: float) -> FFN:
+    """The same of an FFN whose copy decides."""
+    described = FFN.from_buffer_copy(describe_ffn(weights, n_experts))  # the other is shared by all that ask for it
+    described.copy = Copy(_lowbit(copy.gate), _lowbit(copy.up), copy.norms.data_ptr(), cut)
+    return described
+
+
+def _lowbit(made: LowBitMatrix | None) -> LowBit:
+    if made is None:
+        return LowBit()
+    rows, groups = made.scales.shape
+    return LowBit(made.planes.data_ptr(), made.scales.data_ptr(), rows, made.columns, groups, made.group, made.bits)
+
+
+def quantize(weight: Tensor, made: LowBitMatrix, importance: Tensor | None, tries: int) -> None:
+    """Fill the planes and scales of ``made`` with a [rows, columns] weight whose rows are contiguous."""
+    kernels().lte_quantize(
+        ctypes.byref(matrix(weight)),
+        DTYPES[weight.dtype],
+        ctypes.byref(_lowbit(made)),
+        None if importance is None else importance.data_ptr(),
+        tries,
+        torch.get_num_threads(),
+    )
+
+
+def copied_ffn(x_TD: Tensor, copy: FFNCopy, cut: float, n_experts: int, weights: FFNWeights) -> Tensor:
+    """The FFN over the experts that its copy picks."""
+    ffn = describe_copied_ffn(weights, n_experts, copy, cut)
+    x_TD = x_TD.contiguous()
+    y_TD = torch.empty_like(x_TD)
+    if len(x_TD):
+        kernels().lte_sparse_ffn(
+            ctypes.byref(ffn), x_TD.data_ptr(), len(x_TD), None, None, y_TD.data_ptr(), torch.get_num_threads()
+        )
+    return y_TD
 
 
 def sparse_ffn(

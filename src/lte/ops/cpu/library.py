@@ -22,6 +22,26 @@ class Matrix(ctypes.Structure):
     _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("rows", c_int64), ("cols", c_int64), ("stride", c_int64))
 
 
+class LowBit(ctypes.Structure):
+    """``lte_lowbit``."""
+
+    _fields_ = (
+        ("planes", c_void_p),
+        ("scales", c_void_p),
+        ("rows", c_int64),
+        ("cols", c_int64),
+        ("groups", c_int64),
+        ("group", c_int64),
+        ("bits", c_int32),
+    )
+
+
+class Copy(ctypes.Structure):
+    """``lte_copy``."""
+
+    _fields_ = (("gate", LowBit), ("up", LowBit), ("norms", c_void_p), ("cut", c_float))
+
+
 class FFN(ctypes.Structure):
     """``lte_ffn``."""
 
@@ -30,6 +50,7 @@ class FFN(ctypes.Structure):
         ("up", Matrix),
         ("down", Matrix),
         ("router", Matrix),
+        ("copy", Copy),
         ("d_model", c_int64),
         ("d_ff", c_int64),
         ("n_experts", c_int64),
@@ -133,6 +154,8 @@ def open_library(path: Path) -> tuple[ctypes.CDLL | None, str]:
     library.lte_linear.restype = None
     library.lte_decode.argtypes = [POINTER(Decoder), POINTER(Step), c_int32]
     library.lte_decode.restype = None
+    library.lte_quantize.argtypes = [POINTER(Matrix), c_int32, POINTER(LowBit), c_void_p, c_int32, c_int32]
+    library.lte_quantize.restype = None
     library.lte_read.argtypes = [c_void_p, c_int64, c_int32]
     library.lte_read.restype = c_float
     return library, ""

@@ -1,0 +1,103 @@
+"""The FFN's own copy: which neurons it picks, and that it follows the weights."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import lte
+from lte.accounting import model_cost
+from lte.nn import CopyRouter, sparse_ffns
+from lte.ops import ACTIVATIONS
+from tests import models
+
+
+def predicted(name: str, **settings):
+    config = lte.SelfPredictionConfig(**{"group": 16, **settings})
+    batch = models.inputs(8, 16)
+    labelled = batch if name in models.ENCODERS else {**batch, "labels": batch["input_ids"]}
+    return lte.sparsify(models.build(name), config, calibration=[labelled]).eval()
+
+
+@pytest.mark.parametrize("name", sorted(models.CONFIGS))
+def test_it_ranks_neurons_by_what_they_add(name):
+    model = predicted(name, bits=4)
+    for ffn in sparse_ffns(model):
+        x = torch.randn(32, models.D_MODEL, generator=torch.Generator().manual_seed(0))
+        wanted = ffn.output_norms(x).clamp_min(1e-6).log()
+        found = ffn.router(x).margins
+        # What is about nothing is ranked by noise; what a ReLU cuts off is not ranked.
+        seen = (wanted > wanted.median() - 3) & (wanted > -13) & (found > found.max() - 20)
+        assert torch.corrcoef(torch.stack([wanted[seen], found[seen]]))[0, 1] > 0.85
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bert"])
+def test_it_is_calibrated_saved_and_loaded_without_its_copy(name, tmp_path):
+    model = predicted(name)
+    batch = models.inputs(4, 12)
+    point = lte.calibrate(model, [batch], 0.7)
+    assert point.sparsity == pytest.approx(0.7, abs=0.02)
+    model.save_pretrained(tmp_path)
+    loaded = lte.load(tmp_path).eval()
+    assert all(isinstance(ffn.router, CopyRouter) for ffn in sparse_ffns(loaded))
+    routers = {key for key in loaded.state_dict() if ".router." in key}
+    assert len(routers) == models.LAYERS
+    assert all(key.endswith(".router.offset") for key in routers)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch)[0], model(**batch)[0])
+        lte.prepare_for_inference(loaded)
+        torch.testing.assert_close(loaded(**batch)[0], model(**batch)[0], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_cats_looks_at_the_exact_gate(name, weighted):
+    config = lte.CATSConfig(weighted=weighted)
+    batch = models.inputs(8, 16)
+    model = lte.sparsify(models.build(name), config, calibration=[{**batch, "labels": batch["input_ids"]}]).eval()
+    ffn = sparse_ffns(model)[0]
+    x = torch.randn(5, models.D_MODEL, generator=torch.Generator().manual_seed(0))
+    weights = ffn.weights()
+    bias = weights.up_bias if weights.gate is None else weights.gate_bias
+    gate = ACTIVATIONS[weights.activation](torch.nn.functional.linear(x, weights.input_matrix, bias)).abs()
+    wanted = gate * weights.down.norm(dim=1) if weighted else gate
+    torch.testing.assert_close(ffn.router.scores(x), wanted)
+    if name == "gpt2" and weighted:
+        torch.testing.assert_close(wanted, ffn.output_norms(x))
+    assert lte.calibrate(model, [batch], 0.7).sparsity == pytest.approx(0.7, abs=0.02)
+
+
+def test_the_copy_follows_the_weights_and_is_made_once():
+    ffn = sparse_ffns(predicted("llama"))[0]
+    x = torch.randn(4, models.D_MODEL)
+    first = ffn.router(x).margins
+    assert ffn.router.copy() is ffn.router.copy()
+    twin = copy.deepcopy(ffn)
+    with torch.no_grad():
+        ffn.weights().up.mul_(2.0)
+    assert torch.allclose(ffn.router(x).margins, first + torch.log(torch.tensor(2.0)), atol=1e-4)
+    assert torch.equal(twin.router(x).margins, first)
+
+
+def test_experts_of_several_neurons_are_as_large_as_their_parts():
+    one, four = predicted("gpt2"), predicted("gpt2", expert_size=4)
+    x = torch.randn(4, models.D_MODEL)
+    scores = [ffn.router.copy().scores(x) for ffn in (sparse_ffns(one)[0], sparse_ffns(four)[0])]
+    torch.testing.assert_close(*scores)
+    found = sparse_ffns(four)[0].router
+    wanted = scores[0].unflatten(-1, (-1, 4)).square().sum(-1).sqrt().log() + found.offset
+    torch.testing.assert_close(found(x).margins, wanted)
+
+
+@pytest.mark.parametrize(("name", "matrices"), [("llama", 2), ("gpt2", 1)])
+def test_its_cost_is_that_of_its_bits(name, matrices):
+    layer = model_cost(predicted(name, bits=3)).layers[0]
+    assert layer.router.multiplies == matrices * models.D_MODEL * models.D_FF
+    assert (
+        layer.router.bytes
+        == matrices * models.D_FF * (models.D_MODEL * 3 // 8 + models.D_MODEL // 16 * 2) + 4 * models.D_FF
+    )
+    made = sparse_ffns(predicted(name, bits=3))[0].router.copy().packed
+    assert layer.router.bytes == sum(matrix.nbytes for matrix in made.values()) + 4 * models.D_FF

@@ -1,0 +1,92 @@
+"""Matrices of a few bits: what is stored is what is meant, and scales are no worse than the plain ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lte.ops import cpu
+from lte.ops.lowbit import LowBitMatrix, quantize, round_inputs
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize(("columns", "group"), [(128, 64), (100, 64), (24, 8), (7, 16)])
+def test_numbers_on_the_grid_are_kept(bits, columns, group):
+    generator = torch.Generator().manual_seed(0)
+    levels = torch.randint(2**bits, (5, columns), generator=generator) - (2**bits - 1) / 2
+    levels[:, ::8] = (2**bits - 1) / 2  # every group meets its outermost level
+    scale = torch.tensor([0.5, 1.0, 2.0, 0.125, 0.25])[:, None]
+    made = quantize(levels * scale, bits, group)
+    assert (made.bits, made.group, made.columns) == (bits, group, columns)
+    torch.testing.assert_close(made.dequantize(), levels * scale)
+
+
+@pytest.mark.parametrize(("bits", "error"), [(1, 0.7), (2, 0.36), (3, 0.2), (4, 0.11)])
+def test_the_error_on_normal_weights(bits, error):
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(1))
+    made = quantize(weight, bits, 64)
+    assert float((made.dequantize() - weight).square().mean().sqrt()) < error
+    assert made.bits_per_weight == bits + 0.25
+
+
+def test_a_plane_holds_one_bit_of_eight_neighbours():
+    levels = torch.tensor([[0, 1, 2, 3, 3, 2, 1, 0]]) - 1.5
+    made = quantize(levels, 2, 8)
+    assert made.codes().flatten().tolist() == [0, 1, 2, 3, 3, 2, 1, 0]
+    assert made.planes.flatten().tolist() == [0b01011010, 0b00111100]
+
+
+def test_scales_go_where_errors_count():
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(2))
+    weight[:, 0] = 4.0
+    importance = torch.ones(64)
+    importance[0] = 0.0
+    plain, weighted = quantize(weight, 2, 64), quantize(weight, 2, 64, importance)
+    error = [(made.dequantize() - weight)[:, 1:].square().mean() for made in (plain, weighted)]
+    assert error[1] < error[0]
+
+
+def test_zeros_stay_near_zero():
+    assert quantize(torch.zeros(2, 64), 3, 64).dequantize().abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(("bits", "group"), [(0, 64), (5, 64), (3, 12), (3, 0)])
+def test_widths_that_there_are_not(bits, group):
+    with pytest.raises(ValueError, match=f"bits={bits}, group={group}"):
+        quantize(torch.zeros(2, 64), bits, group)
+
+
+def test_inputs_are_rounded_to_eight_bits_of_their_group():
+    x = torch.randn(2, 3, 100, generator=torch.Generator().manual_seed(3))
+    x[0, 0, 0] = 1000.0
+    found = round_inputs(x, 64)
+    assert found.shape == x.shape
+    assert float(found[0, 0, 0]) == pytest.approx(1000.0)
+    assert float((found - x)[0, 0, :64].abs().max()) <= 1000 / 127 / 2 + 1e-3
+    largest = x[0, 0, 64:].abs().max()
+    assert float((found - x)[0, 0, 64:].abs().max()) <= float(largest) / 127 / 2 + 1e-6
+    assert isinstance(quantize(x[0], 2), LowBitMatrix)
+
+
+@pytest.mark.skipif(bool(cpu.unavailable()), reason=cpu.unavailable() or "kernels built")
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("columns", "group"), [(128, 64), (100, 64), (48, 24), (7, 8)])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_kernels_round_as_torch_does(isa, dtype, columns, group, bits, monkeypatch):
+    best = cpu.instruction_set()
+    if not cpu.kernels().lte_use_isa(isa.encode()):
+        pytest.skip(f"this processor or build lacks {isa}")
+    generator = torch.Generator().manual_seed(bits)
+    weight = torch.randn(33, columns, generator=generator).to(dtype)
+    importance = torch.rand(columns, generator=generator)
+    try:
+        made = [quantize(weight, bits, group, given) for given in (None, importance)]
+    finally:
+        cpu.kernels().lte_use_isa(best.encode())
+    monkeypatch.setattr("lte.ops.lowbit._kernels_take", lambda matrix: False)
+    for fast, given in zip(made, (None, importance), strict=True):
+        plain = quantize(weight, bits, group, given)
+        assert (fast.scales != plain.scales).float().mean() < 0.02  # errors that are as good as equal
+        same = (fast.scales == plain.scales)[:, :, None, None].expand_as(plain.planes)
+        assert torch.equal(fast.planes[same], plain.planes[same])
