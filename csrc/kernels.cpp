@@ -117,6 +117,7 @@ static void linear_phase(Team& team, const lte_matrix* matrices, int n_matrices,
 
 constexpr int64_t FEW = 4;     // tokens up to which the down projection is read row by row
 constexpr int64_t PARTS = 16;  // partial sums it then makes
+constexpr int64_t LISTED = 256;  // small experts that a thread lists at a time
 
 // What the threads share while one FFN runs. Neurons are worked on in groups: the active experts, each for its own
 // tokens; or, where experts are smaller than the rows that are read side by side, the neurons of all active experts
@@ -173,16 +174,15 @@ static void list_experts(const lte_ffn& ffn, int64_t tokens, FfnWork& work) {
 // The neurons of all experts that any token uses, in order: every block of experts lists its own, and they are then put
 // side by side.
 static void list_neurons(Team& team, const lte_ffn& ffn, int64_t tokens, FfnWork& work) {
-  constexpr int64_t BLOCK = 256;
-  const int64_t E = ffn.n_experts, n = ffn.d_ff / E, blocks = (E + BLOCK - 1) / BLOCK;
+  const int64_t E = ffn.n_experts, n = ffn.d_ff / E, blocks = (E + LISTED - 1) / LISTED;
   const float* scale = work.scale.data;
   int32_t *found = work.found.data, *counts = work.counts.data;
   {
     Queue& queue = team.begin();
     for (int64_t block; queue.take(blocks, block);) {
-      int32_t* mine = found + block * BLOCK * n;
+      int32_t* mine = found + block * LISTED * n;
       int64_t count = 0;
-      for (int64_t e = block * BLOCK; e < std::min(E, (block + 1) * BLOCK); ++e) {
+      for (int64_t e = block * LISTED; e < std::min(E, (block + 1) * LISTED); ++e) {
         bool used = false;
         for (int64_t t = 0; t < tokens; ++t) used |= scale[t * E + e] != 0.0f;
         for (int64_t i = 0; i < n; ++i) mine[count + i] = int32_t(e * n + i);
@@ -196,7 +196,7 @@ static void list_neurons(Team& team, const lte_ffn& ffn, int64_t tokens, FfnWork
   for (int64_t block; queue.take(blocks, block);) {
     int64_t before = 0;
     for (int64_t other = 0; other < block; ++other) before += counts[other];
-    std::memcpy(work.neurons.data + before, found + block * BLOCK * n, counts[block] * sizeof(int32_t));
+    std::memcpy(work.neurons.data + before, found + block * LISTED * n, counts[block] * sizeof(int32_t));
     if (block == blocks - 1) work.group_size = before + counts[block];
   }
   team.end();
@@ -211,9 +211,9 @@ static void list_groups(Team& team, const lte_ffn& ffn, int64_t tokens, FfnWork&
     work.out.get((tokens <= FEW ? PARTS : 1) * tokens * work.out_stride);
     if (work.scattered) {
       // Blocks write whole experts before they know whether to keep them, hence the room behind the last.
-      work.found.get(ffn.d_ff + 256 * ROWS);
+      work.found.get(ffn.d_ff + LISTED * ROWS);
       work.neurons.get(ffn.d_ff);
-      work.counts.get(E / 256 + 1);
+      work.counts.get(E / LISTED + 1);
       work.hidden.get(tokens * ffn.d_ff + VL);
       work.n_groups = 1;
       int32_t *begin = work.begin.get(2), *list = work.tokens.get(tokens);
@@ -403,63 +403,7 @@ static void router_phase(Team& team, const lte_ffn& ffn, const float* xs, int64_
                   });
 }
 
-// What the copy says: xs as for the router.
-template <class W>
-static void copy_phase(Team& team, const lte_ffn& ffn, const float* xs, int64_t xs_stride, int64_t tokens, FfnWork& work) {
-  constexpr int64_t BLOCK = 64;
-  const lte_lowbit& up = ffn.copy.up;
-  const int64_t E = ffn.n_experts, F = ffn.d_ff, n = F / E, width = up.groups * up.group;
-  team.begin();
-  if (team.rank == 0) {
-    work.scale.get(tokens * E);
-    int8_t* values = work.rounded.get(tokens * width);
-    float* scales = work.input_scales.get(2 * tokens * up.groups);
-    RoundedInputs* inputs = work.inputs.get(tokens);
-    for (int64_t t = 0; t < tokens; ++t)
-      inputs[t] = {values + t * width, scales + 2 * t * up.groups, scales + (2 * t + 1) * up.groups};
-  }
-  team.end();
-  const RoundedInputs* inputs = work.inputs.data;
-  {
-    Queue& queue = team.begin();
-    for (int64_t t; queue.take(tokens, t);)
-      round_inputs(xs + t * xs_stride, ffn.d_model, up.group, const_cast<int8_t*>(inputs[t].values),
-                   const_cast<float*>(inputs[t].scales), const_cast<float*>(inputs[t].sums));
-    team.end();
-  }
-  Queue& queue = team.begin();
-  ThreadScratch& mine = thread_scratch();
-  const bool gated = ffn.copy.gate.planes;
-  const int64_t experts = std::max<int64_t>(1, BLOCK / n);  // of a block
-  float* gate = mine.gate.get(experts * n * tokens + VL);
-  float* hidden = gated ? mine.up.get(experts * n * tokens + VL) : nullptr;
-  auto add_bias = [&](const lte_matrix& matrix, int64_t first, int64_t count, float* values) {
-    if (!matrix.bias) return;
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t t = 0; t < tokens; ++t) values[i * tokens + t] += widen(static_cast<const W*>(matrix.bias)[first + i]);
-  };
-  for (int64_t block; queue.take((E + experts - 1) / experts, block);) {
-    const int64_t from = block * experts, to = std::min(E, from + experts), first = from * n, count = (to - from) * n;
-    lowbit_rows(gated ? ffn.copy.gate : up, first, count, inputs, tokens, gate, tokens);
-    add_bias(gated ? ffn.gate : ffn.up, first, count, gate);
-    if (gated) {
-      lowbit_rows(up, first, count, inputs, tokens, hidden, tokens);
-      add_bias(ffn.up, first, count, hidden);
-    }
-    activate_all(ffn.activation, gate, hidden, count * tokens);
-    const float* norms = ffn.copy.norms + first;
-    for (int64_t t = 0; t < tokens; ++t)
-      for (int64_t e = from; e < to; ++e) {
-        float squares = 0;
-        for (int64_t i = (e - from) * n; i < (e - from + 1) * n; ++i) {
-          const float score = gate[i * tokens + t] * norms[i];
-          squares += score * score;
-        }
-        work.scale.data[t * E + e] = squares > ffn.copy.cut * ffn.copy.cut ? 1.0f : 0.0f;
-      }
-  }
-  team.end();
-}
+#include "copies.h"
 
 // The experts that run, from whatever of the FFN decides.
 template <class W>
@@ -516,30 +460,6 @@ static void linear(const lte_matrix& matrix, const void* x, int64_t tokens, void
   with_team(threads, [&](Team& team) {
     linear_phase<W>(team, &matrix, 1, xs, stride, tokens, thread_scratch().linear,
                     [&](int64_t t, int64_t row, float value) { narrow(value, out + t * matrix.rows + row); });
-  });
-}
-
-template <class W>
-static void quantize(const lte_matrix& matrix, const lte_lowbit& made, const float* importance, int tries, int threads) {
-  const int64_t group = made.group, padded = (group + VL - 1) / VL * VL, bytes = made.bits * group / 8;
-  with_team(threads, [&](Team& team) {
-    Queue& queue = team.begin();
-    std::unique_ptr<float[]> x(new float[padded]), weights(new float[padded]);
-    for (int64_t row; queue.take(made.rows, row);) {
-      const W* values = static_cast<const W*>(matrix.weight) + row * matrix.stride;
-      for (int64_t g = 0; g < made.groups; ++g) {
-        for (int64_t i = 0; i < padded; ++i) {
-          const int64_t column = g * group + i;
-          const bool inside = i < group && column < made.cols;
-          x[i] = inside ? widen(values[column]) : 0.0f;
-          weights[i] = !inside ? 0.0f : importance ? importance[column] : 1.0f;
-        }
-        const int64_t at = row * made.groups + g;
-        const_cast<uint16_t*>(made.scales)[at] = quantize_group(x.get(), weights.get(), group, padded, made.bits, tries,
-                                                                const_cast<uint8_t*>(made.planes) + at * bytes);
-      }
-    }
-    team.end();
   });
 }
 

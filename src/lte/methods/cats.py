@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import pydantic
+import torch
 from torch import Tensor, nn
 
 from lte.config import MethodConfig, register_method
@@ -35,8 +36,8 @@ class GateRouter(ScoreRouter):
         weighted: of :class:`CATSConfig`.
     """
 
-    def __init__(self, n_experts: int, *, weighted: bool, device: object = None) -> None:
-        super().__init__(n_experts, device=device)  # type: ignore[arg-type]
+    def __init__(self, n_experts: int, *, weighted: bool, device: torch.device | None = None) -> None:
+        super().__init__(n_experts, device=device)
         self.weighted = weighted
 
     def scores(self, x: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ class Copy:
         else:
             self.packed = like.packed
         self._norms = weights.down.detach().float().norm(dim=1)
-        self._rounded = {name: self._round(name) for name in self.packed}
+        self._rounded: dict[str, Tensor] = {}
 
     def packed_ffn(self) -> FFNCopy:
         """What kernels read."""
@@ -116,6 +116,8 @@ class Copy:
         return hidden.abs() * self._norms
 
     def _matrix(self, name: str) -> Tensor:
+        if name not in self._rounded:  # kernels read the packed form, and this one is ten times as large
+            self._rounded[name] = self._round(name)
         return _as_rounded(getattr(self.weights, name), self._rounded[name])
 
 
