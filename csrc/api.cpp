@@ -88,6 +88,9 @@ void lte_sparse_ffn(const lte_ffn* ffn, const void* x, int64_t tokens, const uin
                     int32_t threads) {
   current->variant->sparse_ffn(ffn, x, tokens, mask, scale, y, threads);
 }
+void lte_copy_scores(const lte_ffn* ffn, const void* x, int64_t tokens, float* scores, int32_t threads) {
+  current->variant->copy_scores(ffn, x, tokens, scores, threads);
+}
 void lte_linear(const lte_matrix* matrix, int32_t dtype, const void* x, int64_t tokens, void* y, int32_t threads) {
   current->variant->linear(matrix, dtype, x, tokens, y, threads);
 }

@@ -1,13 +1,13 @@
 // An FFN's own coarse copy: what it says of a token, and how it is made. Part of kernels.cpp, in its namespace.
-// What the copy says: xs as for the router.
-template <class W>
-static void copy_phase(Team& team, const lte_ffn& ffn, const float* xs, int64_t xs_stride, int64_t tokens, FfnWork& work) {
+// What the copy says of every expert: emit(t, expert, square of its score). xs as for the router.
+template <class W, class Emit>
+static void copy_phase(Team& team, const lte_ffn& ffn, const float* xs, int64_t xs_stride, int64_t tokens, FfnWork& work,
+                       Emit&& emit) {
   constexpr int64_t BLOCK = 64;
   const lte_lowbit& up = ffn.copy.up;
   const int64_t E = ffn.n_experts, F = ffn.d_ff, n = F / E, width = up.groups * up.group;
   team.begin();
   if (team.rank == 0) {
-    work.scale.get(tokens * E);
     int8_t* values = work.rounded.get(tokens * width);
     float* scales = work.input_scales.get(2 * tokens * up.groups);
     RoundedInputs* inputs = work.inputs.get(tokens);
@@ -26,57 +26,83 @@ static void copy_phase(Team& team, const lte_ffn& ffn, const float* xs, int64_t 
   Queue& queue = team.begin();
   ThreadScratch& mine = thread_scratch();
   const bool gated = ffn.copy.gate.planes;
-  const int64_t experts = std::max<int64_t>(1, BLOCK / n);  // of a block
-  float* gate = mine.gate.get(experts * n * tokens + VL);
-  float* hidden = gated ? mine.up.get(experts * n * tokens + VL) : nullptr;
-  auto add_bias = [&](const lte_matrix& matrix, int64_t first, int64_t count, float* values) {
-    if (!matrix.bias) return;
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t t = 0; t < tokens; ++t) values[i * tokens + t] += widen(static_cast<const W*>(matrix.bias)[first + i]);
-  };
-  for (int64_t block; queue.take((E + experts - 1) / experts, block);) {
-    const int64_t from = block * experts, to = std::min(E, from + experts), first = from * n, count = (to - from) * n;
-    lowbit_rows(gated ? ffn.copy.gate : up, first, count, inputs, tokens, gate, tokens);
-    add_bias(gated ? ffn.gate : ffn.up, first, count, gate);
-    if (gated) {
-      lowbit_rows(up, first, count, inputs, tokens, hidden, tokens);
-      add_bias(ffn.up, first, count, hidden);
-    }
-    activate_all(ffn.activation, gate, hidden, count * tokens);
-    const float* norms = ffn.copy.norms + first;
-    for (int64_t t = 0; t < tokens; ++t)
+  const int64_t experts = std::max<int64_t>(1, BLOCK / n);  // at a time
+  // Rows come in blocks, which the experts need not begin or end with.
+  const int64_t stride = (experts * n + 2 * TOGETHER) / TOGETHER * TOGETHER;
+  float* gate = mine.gate.get(tokens * stride);
+  float* hidden = gated ? mine.up.get(tokens * stride) : nullptr;
+  for (int64_t unit; queue.take((E + experts - 1) / experts, unit);) {
+    const int64_t from = unit * experts, to = std::min(E, from + experts);
+    const int64_t block = from * n / TOGETHER, row = block * TOGETHER, end = std::min(F, (to * n + TOGETHER - 1) / TOGETHER * TOGETHER);
+    auto multiply = [&](const lte_lowbit& matrix, const void* bias, float* out) {
+      lowbit_blocks(matrix, block, (end - row + TOGETHER - 1) / TOGETHER, inputs, tokens, out, stride);
+      if (!bias) return;
+      for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t i = row; i < end; ++i) out[t * stride + i - row] += widen(static_cast<const W*>(bias)[i]);
+    };
+    multiply(gated ? ffn.copy.gate : up, gated ? ffn.gate.bias : ffn.up.bias, gate);
+    if (gated) multiply(up, ffn.up.bias, hidden);
+    activate_all(ffn.activation, gate, hidden, tokens * stride);
+    const float* norms = ffn.copy.norms + row;
+    for (int64_t t = 0; t < tokens; ++t) {
+      const float* scores = gate + t * stride;
       for (int64_t e = from; e < to; ++e) {
         float squares = 0;
-        for (int64_t i = (e - from) * n; i < (e - from + 1) * n; ++i) {
-          const float score = gate[i * tokens + t] * norms[i];
-          squares += score * score;
-        }
-        work.scale.data[t * E + e] = squares > ffn.copy.cut * ffn.copy.cut ? 1.0f : 0.0f;
+        for (int64_t i = e * n - row; i < (e + 1) * n - row; ++i) squares += scores[i] * norms[i] * (scores[i] * norms[i]);
+        emit(t, e, squares);
       }
+    }
   }
   team.end();
 }
 
 template <class W>
+static void copy_scores(const lte_ffn& ffn, const void* x, int64_t tokens, float* scores, int threads) {
+  static thread_local FfnWork work;
+  static thread_local Buffer<float> widened;
+  FfnWork& shared = work;
+  const int64_t size = tokens * ffn.d_model;
+  float* xs = widened.get(size);
+  for (int64_t i = 0; i < size; ++i) xs[i] = widen(static_cast<const W*>(x)[i]);
+  with_team(threads, [&](Team& team) {
+    copy_phase<W>(team, ffn, xs, ffn.d_model, tokens, shared, [&](int64_t t, int64_t expert, float squares) {
+      scores[t * ffn.n_experts + expert] = std::sqrt(squares);
+    });
+  });
+}
+
+template <class W>
 static void quantize(const lte_matrix& matrix, const lte_lowbit& made, const float* importance, int tries, int threads) {
-  const int64_t group = made.group, padded = (group + VL - 1) / VL * VL, bytes = made.bits * group / 8;
+  const int64_t group = made.group, chunks = group / CHUNK, bits = made.bits, blocks = (made.rows + TOGETHER - 1) / TOGETHER;
   with_team(threads, [&](Team& team) {
     Queue& queue = team.begin();
-    std::unique_ptr<float[]> x(new float[padded]), weights(new float[padded]);
-    for (int64_t row; queue.take(made.rows, row);) {
-      const W* values = static_cast<const W*>(matrix.weight) + row * matrix.stride;
+    std::unique_ptr<float[]> x(new float[group]), weights(new float[group]), codes(new float[group]);
+    for (int64_t block; queue.take(blocks, block);)
       for (int64_t g = 0; g < made.groups; ++g) {
-        for (int64_t i = 0; i < padded; ++i) {
-          const int64_t column = g * group + i;
-          const bool inside = i < group && column < made.cols;
-          x[i] = inside ? widen(values[column]) : 0.0f;
-          weights[i] = !inside ? 0.0f : importance ? importance[column] : 1.0f;
+        const int64_t at = block * made.groups + g;
+        uint8_t* planes = const_cast<uint8_t*>(made.planes) + at * chunks * bits * 4 * TOGETHER;
+        std::memset(planes, 0, chunks * bits * 4 * TOGETHER);
+        for (int64_t r = 0; r < TOGETHER; ++r) {
+          const int64_t row = block * TOGETHER + r;
+          uint16_t& scale = const_cast<uint16_t*>(made.scales)[at * TOGETHER + r];
+          if (row >= made.rows) {
+            scale = 0;
+            continue;
+          }
+          const W* values = static_cast<const W*>(matrix.weight) + row * matrix.stride;
+          for (int64_t i = 0; i < group; ++i) {
+            const int64_t column = g * group + i;
+            const bool inside = column < made.cols;
+            x[i] = inside ? widen(values[column]) : 0.0f;
+            weights[i] = !inside ? 0.0f : importance ? importance[column] : 1.0f;
+          }
+          if (tries) scale = best_scale(x.get(), weights.get(), group, int(bits), tries);
+          quantize_group(x.get(), group, int(bits), scale, codes.get());
+          for (int64_t i = 0; i < group; ++i)
+            for (int64_t b = 0; b < bits; ++b)
+              planes[(i / CHUNK * bits + b) * 4 * TOGETHER + 4 * r + i % 4] |= ((int(codes[i]) >> b) & 1) << (i % CHUNK / 4);
         }
-        const int64_t at = row * made.groups + g;
-        const_cast<uint16_t*>(made.scales)[at] = quantize_group(x.get(), weights.get(), group, padded, made.bits, tries,
-                                                                const_cast<uint8_t*>(made.planes) + at * bytes);
       }
-    }
     team.end();
   });
 }

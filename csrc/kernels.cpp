@@ -409,10 +409,12 @@ static void router_phase(Team& team, const lte_ffn& ffn, const float* xs, int64_
 template <class W>
 static void decide_phase(Team& team, const lte_ffn& ffn, const float* xs, int64_t xs_stride, int64_t tokens,
                          FfnWork& work) {
-  if (ffn.copy.up.planes)
-    copy_phase<W>(team, ffn, xs, xs_stride, tokens, work);
-  else
-    router_phase(team, ffn, xs, xs_stride, tokens, work);
+  if (!ffn.copy.up.planes) return router_phase(team, ffn, xs, xs_stride, tokens, work);
+  if (team.rank == 0) work.scale.get(tokens * ffn.n_experts);
+  const float cut = ffn.copy.cut * ffn.copy.cut;
+  copy_phase<W>(team, ffn, xs, xs_stride, tokens, work, [&](int64_t t, int64_t expert, float squares) {
+    work.scale.data[t * ffn.n_experts + expert] = squares > cut ? 1.0f : 0.0f;
+  });
 }
 
 template <class W>
@@ -469,6 +471,9 @@ static void run_sparse_ffn(const lte_ffn* ffn, const void* x, int64_t tokens, co
                            void* y, int32_t threads) {
   (ffn->dtype == LTE_BF16 ? sparse_ffn<bf16> : sparse_ffn<float>)(*ffn, x, tokens, mask, scale, y, threads);
 }
+static void run_copy_scores(const lte_ffn* ffn, const void* x, int64_t tokens, float* scores, int32_t threads) {
+  (ffn->dtype == LTE_BF16 ? copy_scores<bf16> : copy_scores<float>)(*ffn, x, tokens, scores, threads);
+}
 static void run_linear(const lte_matrix* matrix, int32_t dtype, const void* x, int64_t tokens, void* y, int32_t threads) {
   (dtype == LTE_BF16 ? linear<bf16> : linear<float>)(*matrix, x, tokens, y, threads);
 }
@@ -501,6 +506,6 @@ static float run_read(const void* data, int64_t bytes, int32_t threads) {
   return total.load();
 }
 
-extern const lte::Variant variant{run_sparse_ffn, run_linear, run_decode, run_quantize, run_read};
+extern const lte::Variant variant{run_sparse_ffn, run_copy_scores, run_linear, run_decode, run_quantize, run_read};
 
 }  // namespace LTE_VARIANT

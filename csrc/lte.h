@@ -17,8 +17,10 @@ struct lte_matrix {
   int64_t rows, cols, stride;
 };
 
-// [rows, cols] numbers scale * (code - (2^bits - 1) / 2), as src/lte/ops/lowbit.py has them. planes: [rows, groups, bits,
-// group / 8], bit b of the codes of a group in plane b, lowest bit first. scales: [rows, groups], bf16.
+// [rows, cols] numbers scale * (code - (2^bits - 1) / 2), as src/lte/ops/lowbit.py has them, in blocks of rows.
+// planes: [blocks, groups, chunks of a group, bits, rows of a block, 4]; bit s of the last byte belongs to column 4 s + its
+// index of the chunk. scales: [blocks, groups, rows of a block], bf16.
+enum : int64_t { LTE_LOWBIT_ROWS = 16, LTE_LOWBIT_CHUNK = 32 };
 struct lte_lowbit {
   const uint8_t* planes;
   const uint16_t* scales;
@@ -91,9 +93,12 @@ int32_t lte_shares_threads();           // 1 when torch's OpenMP pool was found
 // neither: the router or the copy decides where there is one, else every expert runs. x, y: [tokens, d_model].
 void lte_sparse_ffn(const lte_ffn* ffn, const void* x, int64_t tokens, const uint8_t* mask, const float* scale, void* y,
                     int32_t threads);
+// scores: [tokens, n_experts], what the copy says of every expert: the root its `cut` is compared with.
+void lte_copy_scores(const lte_ffn* ffn, const void* x, int64_t tokens, float* scores, int32_t threads);
 void lte_linear(const lte_matrix* matrix, int32_t dtype, const void* x, int64_t tokens, void* y, int32_t threads);
 void lte_decode(const lte_decoder* decoder, const lte_step* step, int32_t threads);
-// Rounds a matrix to few bits: fills the planes and scales of `made`. importance: [cols], weights of the errors, or null.
+// Rounds a matrix to few bits: fills the planes and scales of `made`; the planes alone where no scale is to be tried.
+// importance: [cols], weights of the errors, or null.
 void lte_quantize(const lte_matrix* matrix, int32_t dtype, const lte_lowbit* made, const float* importance, int32_t tries,
                   int32_t threads);
 float lte_read(const void* data, int64_t bytes, int32_t threads);  // reads every byte once: the bandwidth limit

@@ -5,6 +5,7 @@
 namespace lte {
 struct Variant {
   decltype(lte_sparse_ffn)* sparse_ffn;
+  decltype(lte_copy_scores)* copy_scores;
   decltype(lte_linear)* linear;
   decltype(lte_decode)* decode;
   decltype(lte_quantize)* quantize;

@@ -66,6 +66,9 @@ class Method(ABC, Generic[ConfigT]):
     has_thresholds: ClassVar[bool] = True
     """Whether a sparsity can be asked of it, by training or by moving thresholds."""
 
+    calibration_tokens: ClassVar[int] = 8192
+    """Tokens that grouping and initialisation should see."""
+
     def __init__(self, config: ConfigT) -> None:
         self.config = config
 

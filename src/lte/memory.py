@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import math
+import mmap
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+HUGE_PAGE = 2 << 20
 
 
 @cache
@@ -22,6 +27,20 @@ def trim_heap(device: torch.device) -> None:
     trim = _malloc_trim()
     if trim is not None and device.type == "cpu":
         trim(0)
+
+
+def empty_for_streaming(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A contiguous tensor of no particular values; on the CPU in huge pages, where the system gives them.
+
+    The memory is mapped for the tensor alone: what malloc hands out may have been touched, in small pages, before.
+    """
+    n_bytes = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or n_bytes < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, n_bytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    offset = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % HUGE_PAGE
+    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=offset).view(tuple(shape))
 
 
 def peak_memory() -> dict[str, float]:

@@ -41,9 +41,6 @@ logger = logging.getLogger(__name__)
 RUN_FILE = "lte_run.json"
 """Written beside the weights when a run is complete: recipe, versions, time, last known sparsity."""
 
-CALIBRATION_TOKENS = 8192
-"""Tokens of the training data that grouping and initialisation see."""
-
 RUN_DEFAULTS: dict[str, Any] = {
     "save_steps": 0.2,
     "save_total_limit": 2,
@@ -90,7 +87,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> d
         parts["reading"] = time.perf_counter() - began
         seen = None
         if method_of(method).needs_calibration:
-            seen = sample_batches(rows, task.collator(tokenizer), CALIBRATION_TOKENS)
+            seen = sample_batches(rows, task.collator(tokenizer), method_of(method).calibration_tokens)
         sparsify(model, method, calibration=seen, timings=parts)
     claim_folder(out, recipe, overwrite=overwrite)
     trainer = LTETrainer(
@@ -143,7 +140,8 @@ def make_sparse(recipe: Recipe, *, overwrite: bool = False) -> dict[str, Any]:
     model = _load_dense(recipe, task, tokenizer).to(default_device())
     collate = task.collator(tokenizer)
     parts: dict[str, float] = {"reading": time.perf_counter() - started}
-    sparsify(model, method, calibration=sample_batches(rows, collate, CALIBRATION_TOKENS), timings=parts)
+    seen = sample_batches(rows, collate, method_of(method).calibration_tokens)
+    sparsify(model, method, calibration=seen, timings=parts)
     searched = time.perf_counter()
     found = find_thresholds(model, sample_batches(rows, collate, DIAL_TOKENS), target)
     parts["thresholds"] = time.perf_counter() - searched

@@ -30,7 +30,7 @@ def sparse(name: str, dtype: torch.dtype = torch.float32, method: str = "lte"):
     if method == "self-prediction":
         batch = models.inputs(8, 16)
         labelled = {**batch, "labels": batch["input_ids"]}
-        model = lte.sparsify(models.build(name), lte.SelfPredictionConfig(group=16), calibration=[labelled]).eval()
+        model = lte.sparsify(models.build(name), lte.SelfPredictionConfig(group=32), calibration=[labelled]).eval()
         lte.calibrate(model, [batch], 0.6)
         return model.to(dtype)
     model = lte.sparsify(models.build(name), lte.LTEConfig(expert_size=8, grouping="random", router_init="random"))

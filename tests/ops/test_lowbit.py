@@ -10,7 +10,7 @@ from lte.ops.lowbit import LowBitMatrix, quantize, round_inputs
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
-@pytest.mark.parametrize(("columns", "group"), [(128, 64), (100, 64), (24, 8), (7, 16)])
+@pytest.mark.parametrize(("columns", "group"), [(128, 64), (100, 64), (64, 32), (7, 32)])
 def test_numbers_on_the_grid_are_kept(bits, columns, group):
     generator = torch.Generator().manual_seed(0)
     levels = torch.randint(2**bits, (5, columns), generator=generator) - (2**bits - 1) / 2
@@ -29,11 +29,14 @@ def test_the_error_on_normal_weights(bits, error):
     assert made.bits_per_weight == bits + 0.25
 
 
-def test_a_plane_holds_one_bit_of_eight_neighbours():
-    levels = torch.tensor([[0, 1, 2, 3, 3, 2, 1, 0]]) - 1.5
-    made = quantize(levels, 2, 8)
-    assert made.codes().flatten().tolist() == [0, 1, 2, 3, 3, 2, 1, 0]
-    assert made.planes.flatten().tolist() == [0b01011010, 0b00111100]
+def test_a_plane_holds_one_bit_of_a_tile():
+    levels = torch.zeros(17, 32) - 1.5
+    levels[2, 9], levels[16, 31] = 0.5, 1.5  # codes 2 and 3 among codes 0
+    made = quantize(levels, 2, 32)
+    assert made.planes.shape == (2, 1, 1, 2, 64)
+    assert [at.tolist() for at in made.planes.nonzero()] == [[0, 0, 0, 1, 9], [1, 0, 0, 0, 3], [1, 0, 0, 1, 3]]
+    assert made.planes[0, 0, 0, 1, 9] == 1 << 2
+    assert made.planes[1, 0, 0, 0, 3] == 1 << 7
 
 
 def test_scales_go_where_errors_count():
@@ -50,7 +53,7 @@ def test_zeros_stay_near_zero():
     assert quantize(torch.zeros(2, 64), 3, 64).dequantize().abs().max() < 1e-6
 
 
-@pytest.mark.parametrize(("bits", "group"), [(0, 64), (5, 64), (3, 12), (3, 0)])
+@pytest.mark.parametrize(("bits", "group"), [(0, 64), (5, 64), (3, 48), (3, 0)])
 def test_widths_that_there_are_not(bits, group):
     with pytest.raises(ValueError, match=f"bits={bits}, group={group}"):
         quantize(torch.zeros(2, 64), bits, group)
@@ -71,7 +74,7 @@ def test_inputs_are_rounded_to_eight_bits_of_their_group():
 @pytest.mark.skipif(bool(cpu.unavailable()), reason=cpu.unavailable() or "kernels built")
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("columns", "group"), [(128, 64), (100, 64), (48, 24), (7, 8)])
+@pytest.mark.parametrize(("columns", "group"), [(128, 64), (100, 64), (48, 96), (7, 32)])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_kernels_round_as_torch_does(isa, dtype, columns, group, bits, monkeypatch):
     best = cpu.instruction_set()
@@ -87,6 +90,6 @@ def test_kernels_round_as_torch_does(isa, dtype, columns, group, bits, monkeypat
     monkeypatch.setattr("lte.ops.lowbit._kernels_take", lambda matrix: False)
     for fast, given in zip(made, (None, importance), strict=True):
         plain = quantize(weight, bits, group, given)
-        assert (fast.scales != plain.scales).float().mean() < 0.02  # errors that are as good as equal
-        same = (fast.scales == plain.scales)[:, :, None, None].expand_as(plain.planes)
-        assert torch.equal(fast.planes[same], plain.planes[same])
+        same = fast.scales_of_rows() == plain.scales_of_rows()
+        assert same.float().mean() > 0.98  # errors that are as good as equal
+        assert torch.equal(fast.codes()[same], plain.codes()[same])

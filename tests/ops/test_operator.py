@@ -428,7 +428,7 @@ def between(scores: Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize(("bits", "group"), [(1, 64), (2, 64), (3, 64), (4, 64), (3, 32), (2, 24)])
+@pytest.mark.parametrize(("bits", "group"), [(1, 64), (2, 64), (3, 64), (4, 64), (3, 32), (2, 96)])
 @pytest.mark.parametrize(
     ("d_model", "d_ff", "n_experts", "gated"),
     [(64, 300, 300, True), (200, 70, 70, True), (100, 96, 24, True), (130, 90, 90, False), (72, 600, 12, False)],

@@ -45,7 +45,7 @@ def test_compiles_without_spills(capability):
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-4000:]
     usage = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(usage) == 3 * len(CASES)
+    assert len(usage) == 4 * len(CASES)
     limit = ARCHITECTURES[capability][1]
     assert [row for row in usage if row["stack"] or row["local"] or row["shared"] > limit] == []
 
@@ -90,8 +90,8 @@ def resources(compiled: Any) -> dict[str, int]:
 
 
 def planned(capability: int) -> Any:
-    """Yield every case and its three launches, on tensors without memory."""
-    from lte.ops import FFNWeights
+    """Yield every case and its four launches, on tensors without memory."""
+    from lte.ops import FFNCopy, FFNWeights, LowBitMatrix
     from lte.ops.triton import configs, launch
 
     gpu = configs.GPU("compiled for", (capability // 10, capability % 10), ARCHITECTURES[capability][0])
@@ -100,6 +100,10 @@ def planned(capability: int) -> Any:
 
         def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
+
+        def lowbit(rows: int, columns: int, bits: int = 3, tensor: Any = tensor) -> LowBitMatrix:
+            planes = tensor(rows // 16, columns // 64, 2, bits, 64, dtype=torch.uint8)
+            return LowBitMatrix(planes, tensor(rows // 16, columns // 64, 16, dtype=torch.bfloat16), rows, columns)
 
         weights = FFNWeights(
             up=tensor(f, d), down=tensor(f, d), gate=tensor(f, d) if gated else None,
@@ -111,7 +115,9 @@ def planned(capability: int) -> Any:
         router = launch.plan_router(x, router_weight, router_bias, 0.5, mask, config)
         scales = tensor(n_tokens, f // n, dtype=torch.float32) if scaled else mask
         _, ffn = launch.plan_ffn(x, weights, scales, config, gpu.sms, after_router=True)
-        for one in (router, *ffn):
+        copy = FFNCopy(lowbit(f, d), tensor(f, dtype=torch.float32), lowbit(f, d) if gated else None)
+        scores = launch.plan_copy_scores(x, copy, weights, tensor(n_tokens, f, dtype=torch.float32))
+        for one in (router, scores, *ffn):
             yield f"{dtype_name} {activation} T={n_tokens}", one
 
 

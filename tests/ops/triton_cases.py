@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from lte.errors import LTEError
-from lte.ops import ACTIVATIONS, FFNWeights, sparse_ffn_reference
-from lte.ops.triton import autotune, configs, launch, routed_ffn, sparse_ffn
+from lte.ops import ACTIVATIONS, FFNCopy, FFNWeights, copy_scores_reference, sparse_ffn_reference
+from lte.ops.lowbit import quantize
+from lte.ops.triton import autotune, configs, copy_scores, launch, routed_ffn, sparse_ffn
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -155,6 +156,25 @@ def test_routed_is_router_then_sparse(n_tokens, biased, router_dtype):
     logits = x.float() @ router.float().T + (0 if bias is None else bias.float())
     mask = torch.sigmoid(logits) > 0.4
     assert torch.equal(routed_ffn(x, router, bias, 0.4, w), sparse_ffn(x, w, mask))
+
+
+@pytest.mark.parametrize("n_tokens", [0, 1, 5, 17])
+@pytest.mark.parametrize(
+    ("bits", "group", "gated", "biased", "n", "dtype"),
+    [
+        (3, 64, True, False, 1, torch.bfloat16),
+        (2, 32, True, True, 1, torch.float32),
+        (4, 64, False, True, 4, torch.float32),
+        (1, 128, False, False, 1, torch.float16),
+    ],
+)
+def test_scores_of_a_copy(bits, group, gated, biased, n, dtype, n_tokens):
+    w, x = make(gated=gated, biased=biased, dtype=dtype, d=150, n=n, e=60 // n), inputs(n_tokens, dtype, 150)
+    gate = None if w.gate is None else quantize(w.gate, bits, group)
+    copy = FFNCopy(quantize(w.up, bits, group), w.down.float().norm(dim=1), gate)
+    found, wanted = (scores(x, copy, 60 // n, w) for scores in (copy_scores, copy_scores_reference))
+    # A value half-way between two integers may go either way.
+    torch.testing.assert_close(found, wanted, atol=3e-3 * float(wanted.max() if n_tokens else 1), rtol=3e-3)
 
 
 def test_rows_of_a_fused_matrix_and_strided_inputs():

@@ -22,6 +22,8 @@ SAMPLED = 256
 class ScoreMethod(Method[ConfigT]):
     """Base of such methods; what they fit besides is :meth:`fit`."""
 
+    calibration_tokens = 1024
+
     @property
     def needs_calibration(self) -> str | None:
         """See :class:`Method`: how much the loss depends on every layer is measured."""

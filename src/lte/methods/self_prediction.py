@@ -8,8 +8,13 @@ import pydantic
 from torch import nn
 
 from lte.config import MethodConfig, register_method
+from lte.grouping import Calibration
 from lte.methods.scores import ScoreMethod
-from lte.nn import CopyRouter, Router
+from lte.nn import CopyRouter, Router, ScoreRouter
+from lte.nn.router import NOTHING
+
+FLOOR = 1e-3
+"""Importance of a column that calibration never saw used, where the mean is 1."""
 
 
 class SelfPredictionConfig(MethodConfig):
@@ -18,6 +23,7 @@ class SelfPredictionConfig(MethodConfig):
     Attributes:
         bits: of a weight of the copy.
         group: weights of the copy that share a scale.
+        learned: whether training may pull the scores apart, through the rounding; otherwise thresholds follow alone.
     """
 
     method = "self-prediction"
@@ -25,13 +31,23 @@ class SelfPredictionConfig(MethodConfig):
     expert_size: Annotated[int, pydantic.Field(ge=1)] = 1
     grouping: str = "none"
     bits: Annotated[int, pydantic.Field(ge=1, le=4)] = 3
-    group: Annotated[int, pydantic.Field(ge=8, multiple_of=8)] = 64
+    group: Annotated[int, pydantic.Field(ge=32, multiple_of=32)] = 64
+    learned: bool = True
 
 
 @register_method(SelfPredictionConfig)
 class SelfPrediction(ScoreMethod[SelfPredictionConfig]):
-    """Calibration data say only how much the loss depends on every layer, so that one threshold serves all."""
+    """Calibration data say how much the loss depends on every layer, so that one threshold serves all, and on what the
+    copy has to be exact."""
 
     def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> Router:
         """See :class:`Method`."""
-        return CopyRouter(n_experts, bits=self.config.bits, group=self.config.group, device=like.device)
+        config = self.config
+        settings = {"bits": config.bits, "group": config.group, "learned": config.learned}
+        return CopyRouter(d_model, n_experts, **settings, device=like.device)
+
+    def fit(self, router: ScoreRouter, seen: Calibration) -> None:
+        """See :class:`ScoreMethod`: errors of the copy count by the inputs they are multiplied with."""
+        assert isinstance(router, CopyRouter)
+        squares_D = seen.inputs_TD.float().square().mean(0)
+        router.importance.copy_(squares_D / squares_D.mean().clamp_min(NOTHING) + FLOOR)

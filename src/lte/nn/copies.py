@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from lte.nn.router import CopyForm, RouterCost, ScoreRouter
-from lte.ops.lowbit import FFNCopy, quantize, round_inputs, round_to
-from lte.ops.reference import ACTIVATIONS
-from lte.ops.weights import FFNWeights
+from lte.nn.router import ROUTER_DTYPE, CopyForm, RouterCost, ScoreRouter
+from lte.ops import FFNCopy, FFNWeights, LowBitMatrix, copy_scores, copy_scores_run
+from lte.ops.lowbit import quantize, round_inputs, round_like
+from lte.ops.reference import neuron_scores
 
 KEPT_SCALES = 32
 """Steps for which scales are kept while weights are trained: searching for them takes ten times as long as rounding."""
@@ -20,20 +19,32 @@ KEPT_SCALES = 32
 class CopyRouter(ScoreRouter):
     """Score of a neuron: ``|act(g x) u x| * norm(down row)`` with g and u of few bits.
 
-    The copy is made of the weights as they are when it is first asked for, and again when they change.
+    The copy is made of the weights as they are when it is first asked for, and again when they change. What it is fitted
+    to, the mean squares of the FFN's inputs, is kept with the model; the copy itself is not.
 
     Args:
-        n_experts, threshold, device: as for :class:`ScoreRouter`.
+        d_model, n_experts: of the FFN.
         bits: of the copy's weights, 1 to 4.
         group: weights that share a scale.
+        learned: whether gradients pass to the weights through the scores.
+        threshold, device: as for :class:`ScoreRouter`.
     """
 
     def __init__(
-        self, n_experts: int, *, bits: int, group: int, threshold: float = 0.5, device: torch.device | None = None
+        self,
+        d_model: int,
+        n_experts: int,
+        *,
+        bits: int,
+        group: int,
+        learned: bool = True,
+        threshold: float = 0.5,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__(n_experts, threshold=threshold, device=device)
-        self.bits, self.group = bits, group
-        self._made: tuple[list[tuple[int, int]], Copy] | None = None
+        self.bits, self.group, self.learned = bits, group, learned
+        self.importance = nn.Parameter(torch.ones(d_model, device=device, dtype=ROUTER_DTYPE), requires_grad=False)
+        self._made: tuple[list[tuple[int, int]], Copy, float] | None = None
 
     def __getstate__(self) -> dict[str, object]:
         return {**super().__getstate__(), "_made": None}
@@ -43,20 +54,27 @@ class CopyRouter(ScoreRouter):
 
         While they are trained, scales are kept for some steps and only the rounding is made anew.
         """
+        return self._current()[0]
+
+    def _current(self) -> tuple[Copy, float]:
+        """The copy, and the offset."""
+        if self._made is not None and torch.compiler.is_compiling():  # a graph is made of weights that stay
+            return self._made[1:]
         weights = self.ffn.weights()
-        state = [(w.data_ptr(), w._version) for w in (weights.gate, weights.up, weights.down) if w is not None]
-        if self._made is None or self._made[0] != state:
-            old = self._made[1] if self._made is not None and self.training else None
-            fresh = old is None or old.age >= KEPT_SCALES
-            self._made = state, Copy(weights, self.bits, self.group, None if fresh else old)
-        elif not self.training and self._made[1].age:
-            self._made = state, Copy(weights, self.bits, self.group)
-        return self._made[1]
+        of = (weights.gate, weights.up, weights.down, self.importance, self.offset)
+        state = [(tensor.data_ptr(), tensor._version) for tensor in of if tensor is not None]
+        old = self._made[1] if self._made is not None else None
+        if self._made is None or self._made[0] != state or (old is not None and old.age and not self.training):
+            like = old if old is not None and self.training and old.age < KEPT_SCALES else None
+            copy = Copy(weights, self.bits, self.group, self.importance.detach(), like)
+            self._made = state, copy, float(self.offset)
+        return self._made[1:]
 
     def form(self) -> CopyForm:
         """See :meth:`Router.form`."""
-        log_cut = math.log(self.threshold / (1 - self.threshold)) - float(self.offset)
-        return CopyForm(self.copy().packed_ffn(), math.exp(min(log_cut, 80.0)))
+        copy, offset = self._current()
+        log_cut = math.log(self.threshold / (1 - self.threshold)) - offset
+        return CopyForm(copy.packed, math.exp(min(log_cut, 80.0)))
 
     def cost(self) -> RouterCost:
         """Of the low-bit products; a copy is held beside the weights, but it is no parameter."""
@@ -64,11 +82,21 @@ class CopyRouter(ScoreRouter):
         size = weights.up.numel() * (1 if weights.gate is None else 2)
         per_row = -(-weights.d_model // self.group) * (self.group * self.bits // 8 + 2)
         read = per_row * (size // weights.d_model) + 4 * weights.d_ff
-        return RouterCost(multiplies=size, bytes=read, parameters=self.offset.numel())
+        return RouterCost(multiplies=size, bytes=read, parameters=self.offset.numel() + self.importance.numel())
 
     def scores(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., F]; the gradient passes to the weights as if nothing had been rounded."""
-        return self.copy().scores(x)
+        """[..., D] -> [..., E], or of every neuron, [..., F].
+
+        The gradient passes to the weights as if nothing had been rounded.
+        """
+        copy = self.copy()
+        if self.learned and torch.is_grad_enabled() and (x.requires_grad or copy.trained):
+            return copy.scores(x)
+        x_TD = x.detach().reshape(-1, x.shape[-1]).to(copy.weights.up.dtype)
+        if copy_scores_run(x_TD, copy.weights):
+            return copy_scores(x_TD, copy.packed, self.n_experts, copy.weights).view(*x.shape[:-1], self.n_experts)
+        with torch.no_grad():
+            return copy.scores(x)
 
 
 class Copy:
@@ -77,48 +105,53 @@ class Copy:
     Args:
         weights: of the FFN.
         bits, group: of the copy.
+        importance_D: how much errors count, by column.
         like: a copy of earlier weights whose scales to keep; None to search for them.
     """
 
-    def __init__(self, weights: FFNWeights, bits: int, group: int, like: Copy | None = None) -> None:
-        self.weights, self.bits, self.group = weights, bits, group
+    def __init__(
+        self, weights: FFNWeights, bits: int, group: int, importance_D: Tensor, like: Copy | None = None
+    ) -> None:
+        self.weights = weights
         self.age: int = 0 if like is None else like.age + 1
         """How many changes of the weights the scales are behind."""
-        if like is None:
-            self.packed = {
-                name: quantize(matrix, bits, group)
-                for name, matrix in (("gate", weights.gate), ("up", weights.up))
-                if matrix is not None
-            }
-        else:
-            self.packed = like.packed
+        self._exact = {name: w for name, w in (("gate", weights.gate), ("up", weights.up)) if w is not None}
+        self.trained = any(matrix.requires_grad for matrix in self._exact.values())
+        """Whether the weights may have gradients."""
         self._norms = weights.down.detach().float().norm(dim=1)
+        self._like: dict[str, LowBitMatrix] | None = None if like is None else like._like or like._matrices()
+        self._made: dict[str, LowBitMatrix] | None = None
+        if self._like is None:
+            self._made = {name: quantize(w, bits, group, importance_D) for name, w in self._exact.items()}
         self._rounded: dict[str, Tensor] = {}
 
-    def packed_ffn(self) -> FFNCopy:
+    @property
+    def packed(self) -> FFNCopy:
         """What kernels read."""
-        return FFNCopy(self.packed["up"], self._norms, self.packed.get("gate"))
+        made = self._matrices()
+        return FFNCopy(made["up"], self._norms, made.get("gate"))
 
-    def _round(self, name: str) -> Tensor:
-        if self.age:
-            return round_to(getattr(self.weights, name), self.packed[name].scales, self.bits, self.group)
-        return self.packed[name].dequantize()
+    def _matrices(self) -> dict[str, LowBitMatrix]:
+        if self._made is None:
+            assert self._like is not None
+            like = self._like
+            self._made = {
+                name: quantize(w, like[name].bits, like[name].group, like=like[name]) for name, w in self._exact.items()
+            }
+        return self._made
 
     def scores(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., F], float32."""
-        weights, act = self.weights, ACTIVATIONS[self.weights.activation]
-        x = _as_rounded(x, round_inputs(x.detach(), self.group))
-        hidden = F.linear(x, self._matrix("up"), _float(weights.up_bias))
-        if weights.gate is None:
-            hidden = act(hidden)
-        else:
-            hidden = act(F.linear(x, self._matrix("gate"), _float(weights.gate_bias))) * hidden
-        return hidden.abs() * self._norms
+        group = (self._like or self._matrices())["up"].group
+        x = _as_rounded(x, round_inputs(x.detach(), group))
+        gate = self._rounded_matrix("gate") if "gate" in self._exact else None
+        return neuron_scores(x, self._rounded_matrix("up"), gate, self._norms, self.weights)
 
-    def _matrix(self, name: str) -> Tensor:
+    def _rounded_matrix(self, name: str) -> Tensor:
         if name not in self._rounded:  # kernels read the packed form, and this one is ten times as large
-            self._rounded[name] = self._round(name)
-        return _as_rounded(getattr(self.weights, name), self._rounded[name])
+            exact, like = self._exact[name], (self._like or self._matrices())[name]
+            self._rounded[name] = round_like(exact, like)
+        return _as_rounded(self._exact[name], self._rounded[name])
 
 
 def _as_rounded(exact: Tensor, rounded: Tensor) -> Tensor:
@@ -126,7 +159,3 @@ def _as_rounded(exact: Tensor, rounded: Tensor) -> Tensor:
     if not (torch.is_grad_enabled() and exact.requires_grad):
         return rounded
     return exact.float() + (rounded - exact.detach().float())
-
-
-def _float(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float()

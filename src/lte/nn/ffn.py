@@ -17,10 +17,10 @@ from lte.ops import (
     SMALL_BATCH,
     FFNWeights,
     copied_ffn,
+    copies_run,
     project_down,
     requested_backend,
     routed_ffn,
-    runs_copies,
     scale_experts,
     sparse_ffn,
 )
@@ -115,8 +115,9 @@ class SparseFFN(nn.Module):
         weights, form, x_TD = self.packed_weights(), self.router.form(), x.reshape(-1, x.shape[-1])
         if self.observer is None and isinstance(form, LinearForm) and not _has_hooks(self.router):
             out = routed_ffn(x_TD, form.weight, form.bias, form.threshold, weights, impl=impl, max_density=max_density)
-        elif self.observer is None and isinstance(form, CopyForm) and runs_copies(x_TD, weights, impl, max_density):
-            out = copied_ffn(x_TD, form.copy, form.cut, self.router.n_experts, weights)
+        elif self.observer is None and isinstance(form, CopyForm) and copies_run(x_TD, weights, impl):
+            of, experts = (form.copy, form.cut), self.router.n_experts
+            out = copied_ffn(x_TD, *of, experts, weights, impl=impl, max_density=max_density)
         else:
             routing = self.router(x)
             if self.observer is not None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lte.ops.lowbit import FFNCopy
+from lte.ops.reference import expert_scores
 
 if TYPE_CHECKING:
     from lte.nn.ffn import SparseFFN
@@ -315,8 +316,7 @@ class ScoreRouter(Router):
         """Decide for inputs of shape [..., D]."""
         with torch.autocast(device_type=x.device.type, enabled=False):
             scores = self.scores(x).float()
-            if self.n_experts != scores.shape[-1]:
-                scores = scores.unflatten(-1, (self.n_experts, -1)).square().sum(-1).sqrt()
+            scores = expert_scores(scores, self.n_experts)
             return self.decide(scores.clamp_min(NOTHING).log() + self.offset)
 
 

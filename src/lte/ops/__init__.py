@@ -5,8 +5,8 @@ from lte.ops.backends import obstacle as backend_obstacle
 from lte.ops.backends import requested as requested_backend
 from lte.ops.cpu import instruction_set as cpu_instruction_set
 from lte.ops.lowbit import FFNCopy, LowBitMatrix
-from lte.ops.operator import copied_ffn, linear, route, routed_ffn, runs_copies, sparse_ffn
-from lte.ops.reference import ACTIVATIONS, project_down, scale_experts, sparse_ffn_reference
+from lte.ops.operator import copied_ffn, copies_run, copy_scores, copy_scores_run, linear, route, routed_ffn, sparse_ffn
+from lte.ops.reference import ACTIVATIONS, copy_scores_reference, project_down, scale_experts, sparse_ffn_reference
 from lte.ops.weights import FFNWeights
 
 __all__ = [
@@ -17,13 +17,16 @@ __all__ = [
     "LowBitMatrix",
     "backend_obstacle",
     "copied_ffn",
+    "copies_run",
+    "copy_scores",
+    "copy_scores_reference",
+    "copy_scores_run",
     "cpu_instruction_set",
     "linear",
     "project_down",
     "requested_backend",
     "route",
     "routed_ffn",
-    "runs_copies",
     "scale_experts",
     "sparse_ffn",
     "sparse_ffn_reference",

@@ -50,6 +50,16 @@ def choose(impl: str, x_TD: Tensor, weights: FFNWeights) -> str:
     return impl
 
 
+def choose_for_scores(impl: str, x_TD: Tensor, weights: FFNWeights) -> str:
+    """The same for the scores of an FFN's copy, of whatever number of tokens: of the FFN itself, only biases are read."""
+    impl = requested(impl)
+    fast = "triton" if x_TD.device.type == "cuda" else "cpu"
+    if impl in ("auto", "fastest"):
+        reason = obstacle(fast, x_TD.dtype, x_TD.device) or bias_obstacle(x_TD, weights)
+        return "reference" if reason or x_TD.device.type not in ("cpu", "cuda") else fast
+    return choose(impl, x_TD, weights)
+
+
 def requested(impl: str) -> str:
     """What the caller, or for ``auto`` the environment, asks for; BackendError where it is no implementation."""
     source = "impl"
@@ -85,6 +95,11 @@ def layout_obstacle(x_TD: Tensor, weights: FFNWeights) -> str:
             return f"a neuron's row of the {name} matrix is not contiguous; lte.prepare_for_inference packs it"
         if tensor.dtype != x_TD.dtype:
             return f"x is {x_TD.dtype}, the {name} matrix {tensor.dtype}"
+    return bias_obstacle(x_TD, weights)
+
+
+def bias_obstacle(x_TD: Tensor, weights: FFNWeights) -> str:
+    """Why the kernels cannot read the biases; empty where they can."""
     for name, bias in (("gate", weights.gate_bias), ("up", weights.up_bias), ("down", weights.down_bias)):
         if bias is not None and (bias.dtype != x_TD.dtype or not bias.is_contiguous()):
             return f"the {name} bias is {bias.dtype} with stride {bias.stride()}; wanted {x_TD.dtype}, contiguous"

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lte.memory import empty_for_streaming
+
 BITS = (1, 2, 3, 4)
 """Widths there are."""
 
@@ -17,32 +19,40 @@ CHUNK = 1 << 22
 """Weights whose scales are searched at a time."""
 
 
+ROWS, COLUMNS = 16, 32
+"""Of a tile, the unit of storage: as many rows as the widest vectors have lanes, and eight times four columns."""
+
+
 @dataclass(frozen=True)
 class LowBitMatrix:
     """[N, D] numbers ``scale * (code - (2 ** bits - 1) / 2)``, a scale for every group of neighbours in a row.
 
-    The levels are symmetric and leave zero out: with two bits they are -1.5, -0.5, 0.5 and 1.5 scales. Bit b of the
-    codes of a group is a bit plane of its own, of group / 8 bytes, lowest bit first.
+    The levels are symmetric and leave zero out: with two bits they are -1.5, -0.5, 0.5 and 1.5 scales. A matrix is cut
+    into tiles of 16 rows and 32 columns, and a tile is one bit plane after the other, lowest bit first: of 64 bytes, byte
+    4 r + c has the bits of row r, and of the columns c, 4 + c, 8 + c, ..., the first of them lowest. A kernel takes one
+    bit of all bytes at a time, and has four columns of every row, each row in a lane.
 
     Attributes:
-        planes: [N, G, bits, group / 8] uint8.
-        scales: [N, G] bfloat16.
-        columns: D; the last group is filled up with codes that no input meets.
+        planes: [N / 16, G, group / 32, bits, 64] uint8; rows and columns that N and D lack are filled up.
+        scales: [N / 16, G, 16] bfloat16.
+        rows: N.
+        columns: D.
     """
 
     planes: Tensor
     scales: Tensor
+    rows: int
     columns: int
 
     @property
     def bits(self) -> int:
         """Bits of a code."""
-        return self.planes.shape[2]
+        return self.planes.shape[3]
 
     @property
     def group(self) -> int:
         """Weights that share a scale."""
-        return 8 * self.planes.shape[3]
+        return COLUMNS * self.planes.shape[2]
 
     @property
     def nbytes(self) -> int:
@@ -52,19 +62,24 @@ class LowBitMatrix:
     @property
     def bits_per_weight(self) -> float:
         """Scales included."""
-        return 8 * self.nbytes / (self.planes.shape[0] * self.columns)
+        return 8 * self.nbytes / (self.rows * self.columns)
 
     def codes(self) -> Tensor:
         """[N, G, group] uint8."""
-        places = torch.arange(8, device=self.planes.device, dtype=torch.uint8)
-        found = (self.planes.unsqueeze(-1) >> places) & 1
-        weights = 2 ** torch.arange(self.bits, device=self.planes.device, dtype=torch.uint8)
-        return (found.flatten(-2) * weights[:, None]).sum(-2, dtype=torch.uint8)
+        planes = self.planes.unflatten(-1, (ROWS, 4)).unsqueeze(-2)  # [blocks, G, chunks, bits, rows, 1, 4]
+        places = torch.arange(COLUMNS // 4, device=planes.device, dtype=torch.uint8)[:, None]
+        weights = 2 ** torch.arange(self.bits, device=planes.device, dtype=torch.uint8)
+        codes = (((planes >> places) & 1) * weights[:, None, None, None]).sum(3, dtype=torch.uint8)
+        return codes.permute(0, 3, 1, 2, 4, 5).flatten(3).flatten(0, 1)[: self.rows]
+
+    def scales_of_rows(self) -> Tensor:
+        """[N, G] bfloat16."""
+        return self.scales.transpose(1, 2).flatten(0, 1)[: self.rows]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[N, D]."""
         levels = self.codes().float() - _middle(self.bits)
-        return (levels * self.scales.float().unsqueeze(-1)).flatten(1)[:, : self.columns].to(dtype)
+        return (levels * self.scales_of_rows().float().unsqueeze(-1)).flatten(1)[:, : self.columns].to(dtype)
 
 
 @dataclass(frozen=True)
@@ -88,33 +103,44 @@ class FFNCopy:
 
 
 @torch.no_grad()
-def quantize(matrix_ND: Tensor, bits: int, group: int = 64, importance_D: Tensor | None = None) -> LowBitMatrix:
+def quantize(
+    matrix_ND: Tensor,
+    bits: int,
+    group: int = 64,
+    importance_D: Tensor | None = None,
+    like: LowBitMatrix | None = None,
+) -> LowBitMatrix:
     """Round a matrix to few bits; every group's scale is the one, of some, with the smallest squared error.
 
     Args:
         matrix_ND: [N, D].
         bits: 1 to 4.
-        group: neighbours in a row that share a scale; a multiple of 8.
+        group: neighbours in a row that share a scale; a multiple of 32.
         importance_D: [D], weights of the errors, for instance the mean squares of the inputs; None for equal ones.
+        like: a matrix of the same shape whose scales to take over; rounding alone takes a tenth of the time.
 
     Raises:
         ValueError: the width or the group is none there is.
     """
-    if bits not in BITS or group < 8 or group % 8:
-        raise ValueError(f"bits={bits}, group={group}: bits must be one of {BITS}, and group a multiple of 8")
+    if bits not in BITS or group < COLUMNS or group % COLUMNS:
+        raise ValueError(f"bits={bits}, group={group}: bits must be one of {BITS}, and group a multiple of {COLUMNS}")
     matrix_ND = matrix_ND.detach()
     if _kernels_take(matrix_ND):
-        return _quantize_fast(matrix_ND, bits, group, importance_D)
-    columns = matrix_ND.shape[1]
+        return _quantize_fast(matrix_ND, bits, group, importance_D, like)
+    rows, columns = matrix_ND.shape
     weights_D = torch.ones(columns, device=matrix_ND.device) if importance_D is None else importance_D.float()
     weights_Gk = _grouped(weights_D[None], group)[0]
     planes, scales = [], []
-    rows = max(1, CHUNK // columns)
-    for part in matrix_ND.split(rows):
-        codes, scale = _round(_grouped(part.float(), group), weights_Gk, bits)
-        planes.append(_planes(codes, bits))
-        scales.append(scale.bfloat16())
-    return LowBitMatrix(torch.cat(planes), torch.cat(scales), columns)
+    step = max(1, CHUNK // columns // ROWS) * ROWS
+    for first, part in zip(range(0, rows, step), matrix_ND.split(step), strict=True):
+        grouped = _grouped(part.float(), group)
+        given = None if like is None else like.scales_of_rows()[first : first + step].float()
+        scale = _best_scales(grouped, weights_Gk, bits) if given is None else given
+        codes = (_levels(grouped, scale, _middle(bits)) + _middle(bits)).to(torch.uint8)
+        codes, scale = (torch.nn.functional.pad(t.mT, (0, -len(part) % ROWS)).mT for t in (codes.flatten(1), scale))
+        planes.append(_planes(codes, bits, group))
+        scales.append(scale.bfloat16().unflatten(0, (-1, ROWS)).mT)
+    return LowBitMatrix(torch.cat(planes), torch.cat(scales).contiguous(), rows, columns)
 
 
 def _kernels_take(matrix_ND: Tensor) -> bool:
@@ -124,21 +150,25 @@ def _kernels_take(matrix_ND: Tensor) -> bool:
     return plain and not cpu.unavailable()
 
 
-def _quantize_fast(matrix_ND: Tensor, bits: int, group: int, importance_D: Tensor | None) -> LowBitMatrix:
+def _quantize_fast(
+    matrix_ND: Tensor, bits: int, group: int, importance_D: Tensor | None, like: LowBitMatrix | None
+) -> LowBitMatrix:
     from lte.ops import cpu
 
     rows, columns = matrix_ND.shape
-    groups = -(-columns // group)
-    planes = torch.empty(rows, groups, bits, group // 8, dtype=torch.uint8)
-    made = LowBitMatrix(planes, torch.empty(rows, groups, dtype=torch.bfloat16), columns)
-    cpu.quantize(matrix_ND, made, None if importance_D is None else importance_D.float().contiguous(), SHRINKS)
+    blocks, groups = -(-rows // ROWS), -(-columns // group)
+    shape = blocks, groups, group // COLUMNS, bits, 4 * ROWS
+    planes = empty_for_streaming(shape, torch.uint8, matrix_ND.device)
+    scales = torch.empty(blocks, groups, ROWS, dtype=torch.bfloat16) if like is None else like.scales
+    made = LowBitMatrix(planes, scales, rows, columns)
+    cpu.quantize(matrix_ND, made, None if importance_D is None else importance_D.float().contiguous(), 0 if like else SHRINKS)
     return made
 
 
-def round_to(matrix_ND: Tensor, scales_NG: Tensor, bits: int, group: int) -> Tensor:
-    """The numbers a matrix is rounded to with scales that are given; [N, D], float32."""
-    grouped, scales = _grouped(matrix_ND.detach().float(), group), scales_NG.float()
-    rounded = _levels(grouped, scales, _middle(bits)) * scales.unsqueeze(-1)
+def round_like(matrix_ND: Tensor, like: LowBitMatrix) -> Tensor:
+    """The numbers a matrix is rounded to with the scales of another; [N, D], float32."""
+    scales = like.scales_of_rows().float()
+    rounded = _levels(_grouped(matrix_ND.detach().float(), like.group), scales, _middle(like.bits)) * scales.unsqueeze(-1)
     return rounded.flatten(1)[:, : matrix_ND.shape[1]]
 
 
@@ -160,8 +190,8 @@ def _grouped(matrix_ND: Tensor, group: int) -> Tensor:
     return torch.nn.functional.pad(matrix_ND, (0, missing)).unflatten(1, (-1, group))
 
 
-def _round(grouped_NGk: Tensor, weights_Gk: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes and scales with the smallest weighted squared error of some."""
+def _best_scales(grouped_NGk: Tensor, weights_Gk: Tensor, bits: int) -> Tensor:
+    """Of some scales, those with the smallest weighted squared error; [N, G]."""
     middle = _middle(bits)
     largest = grouped_NGk.abs().amax(-1)
     best_error = torch.full_like(largest, torch.inf)
@@ -173,17 +203,16 @@ def _round(grouped_NGk: Tensor, weights_Gk: Tensor, bits: int) -> tuple[Tensor, 
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)
-    return (_levels(grouped_NGk, best_scale, middle) + middle).to(torch.uint8), best_scale
+    return best_scale
 
 
 def _levels(grouped_NGk: Tensor, scale_NG: Tensor, middle: float) -> Tensor:
     return ((grouped_NGk / scale_NG.unsqueeze(-1) + middle).round().clamp(0, 2 * middle)) - middle
 
 
-def _planes(codes_NGk: Tensor, bits: int) -> Tensor:
-    """[N, G, bits, group / 8]."""
-    places = 2 ** torch.arange(8, device=codes_NGk.device, dtype=torch.uint8)
-    return torch.stack(
-        [(((codes_NGk >> bit) & 1).unflatten(-1, (-1, 8)) * places).sum(-1, dtype=torch.uint8) for bit in range(bits)],
-        dim=2,
-    )
+def _planes(codes_ND: Tensor, bits: int, group: int) -> Tensor:
+    """[N / 16, G, group / 32, bits, 64]."""
+    places = 2 ** torch.arange(COLUMNS // 4, device=codes_ND.device, dtype=torch.uint8)
+    tiles = codes_ND.unflatten(1, (-1, group // COLUMNS, COLUMNS // 4, 4)).unflatten(0, (-1, ROWS))
+    tiles = tiles.permute(0, 2, 3, 1, 5, 4).flatten(3, 4)  # [blocks, G, chunks, 64, 8]
+    return torch.stack([(((tiles >> bit) & 1) * places).sum(-1, dtype=torch.uint8) for bit in range(bits)], dim=3)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lte.errors import ConfigError
 from lte.ops import backends, cpu
-from lte.ops.lowbit import FFNCopy
-from lte.ops.reference import ACTIVATIONS, sparse_ffn_reference
+from lte.ops.lowbit import FFNCopy, LowBitMatrix
+from lte.ops.reference import ACTIVATIONS, copy_scores_reference, sparse_ffn_reference
 from lte.ops.weights import FFNWeights
 
 _WEIGHTS = (
@@ -24,6 +24,9 @@ _library.define(f"sparse_ffn(Tensor x, Tensor? expert_weights, {_WEIGHTS}) -> Te
 _library.define(
     f"routed_ffn(Tensor x, Tensor router_weight, Tensor? router_bias, float threshold, {_WEIGHTS}) -> Tensor"
 )
+_COPY = "Tensor norms, Tensor[] up_copy, Tensor[] gate_copy, int columns, int n_experts"
+_library.define(f"copied_ffn(Tensor x, {_COPY}, float cut, {_WEIGHTS}) -> Tensor")
+_library.define(f"copy_scores(Tensor x, {_COPY}, {_WEIGHTS}) -> Tensor")
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 
@@ -107,13 +110,27 @@ def routed_ffn(
     )
 
 
-def runs_copies(x_TD: Tensor, weights: FFNWeights, impl: str, max_density: float) -> bool:
-    """Whether :func:`copied_ffn` would run: the CPU kernels, eagerly, with no need to see the mask first."""
-    return _is_eager_cpu(x_TD) and max_density >= 1 and backends.choose(impl, x_TD, weights) == "cpu"
+def copies_run(x_TD: Tensor, weights: FFNWeights, impl: str) -> bool:
+    """Whether kernels would run in :func:`copied_ffn`, or the reference."""
+    return backends.choose(impl, x_TD, weights) != "reference"
 
 
-def copied_ffn(x_TD: Tensor, copy: FFNCopy, cut: float, n_experts: int, weights: FFNWeights) -> Tensor:
-    """Self-prediction and sparse FFN in one call of the CPU kernels; only where :func:`runs_copies`.
+def copy_scores_run(x_TD: Tensor, weights: FFNWeights) -> bool:
+    """Whether kernels would run in :func:`copy_scores`, or the reference."""
+    return backends.choose_for_scores("fastest", x_TD, weights) != "reference"
+
+
+def copied_ffn(
+    x_TD: Tensor,
+    copy: FFNCopy,
+    cut: float,
+    n_experts: int,
+    weights: FFNWeights,
+    *,
+    impl: str = "auto",
+    max_density: float = 1.0,
+) -> Tensor:
+    """Self-prediction and sparse FFN in one operator: experts run whose output is large enough by a coarse copy.
 
     Args:
         x_TD: [T, D] inputs.
@@ -121,13 +138,32 @@ def copied_ffn(x_TD: Tensor, copy: FFNCopy, cut: float, n_experts: int, weights:
         cut: experts run whose output has, by the copy, a larger norm.
         n_experts: number of experts E.
         weights: see :func:`sparse_ffn`.
+        impl, max_density: see :func:`sparse_ffn`.
 
     Returns:
         [T, D].
     """
     _check(x_TD, weights)
     _check_experts(n_experts, weights)
-    return cpu.copied_ffn(x_TD, copy, cut, n_experts, weights)
+    if _is_eager_cpu(x_TD):
+        return _run_copied(x_TD, copy, cut, n_experts, weights, impl, max_density)
+    return torch.ops.lte.copied_ffn(
+        x_TD, *_flat_copy(copy), n_experts, cut, *_flat(weights), impl, max_density
+    )
+
+
+def copy_scores(
+    x_TD: Tensor, copy: FFNCopy, n_experts: int, weights: FFNWeights, *, impl: str = "fastest"
+) -> Tensor:
+    """Norms of the experts' outputs, as a coarse copy of the FFN has them: [T, D] to [T, E], float32.
+
+    The arguments are those of :func:`copied_ffn`.
+    """
+    _check(x_TD, weights)
+    _check_experts(n_experts, weights)
+    if _is_eager_cpu(x_TD):
+        return _run_copy_scores(x_TD, copy, n_experts, weights, impl)
+    return torch.ops.lte.copy_scores(x_TD, *_flat_copy(copy), n_experts, *_flat(weights), impl, 1.0)
 
 
 def linear(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
@@ -144,6 +180,18 @@ def _flat(weights: FFNWeights) -> tuple[Tensor | str | None, ...]:
         weights.gate_bias,
         weights.down_bias,
         weights.activation,
+    )
+
+
+def _flat_copy(copy: FFNCopy) -> tuple[Tensor, list[Tensor], list[Tensor], int]:
+    gate = [] if copy.gate is None else [copy.gate.planes, copy.gate.scales]
+    return copy.norms, [copy.up.planes, copy.up.scales], gate, copy.up.columns
+
+
+def _copy_of(norms: Tensor, up: list[Tensor], gate: list[Tensor], columns: int) -> FFNCopy:
+    rows = len(norms)
+    return FFNCopy(
+        LowBitMatrix(*up, rows, columns), norms, LowBitMatrix(*gate, rows, columns) if gate else None
     )
 
 
@@ -260,6 +308,69 @@ def _run_routed(
     return sparse_ffn_reference(x, weights, mask)
 
 
+def _copied_ffn(
+    x: Tensor,
+    norms: Tensor,
+    up_copy: list[Tensor],
+    gate_copy: list[Tensor],
+    columns: int,
+    n_experts: int,
+    cut: float,
+    up: Tensor,
+    down: Tensor,
+    gate: Tensor | None,
+    up_bias: Tensor | None,
+    gate_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    impl: str,
+    max_density: float,
+) -> Tensor:
+    weights = FFNWeights(up, down, gate, up_bias, gate_bias, down_bias, activation)
+    return _run_copied(x, _copy_of(norms, up_copy, gate_copy, columns), cut, n_experts, weights, impl, max_density)
+
+
+def _run_copied(
+    x: Tensor, copy: FFNCopy, cut: float, n_experts: int, weights: FFNWeights, impl: str, max_density: float
+) -> Tensor:
+    if max_density >= 1 and backends.choose(impl, x, weights) == "cpu":
+        return cpu.copied_ffn(x, copy, cut, n_experts, weights)
+    mask = _run_copy_scores(x, copy, n_experts, weights, impl) > cut
+    return _run_sparse(x, mask, weights, impl, max_density)
+
+
+def _copy_scores(
+    x: Tensor,
+    norms: Tensor,
+    up_copy: list[Tensor],
+    gate_copy: list[Tensor],
+    columns: int,
+    n_experts: int,
+    up: Tensor,
+    down: Tensor,
+    gate: Tensor | None,
+    up_bias: Tensor | None,
+    gate_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    impl: str,
+    max_density: float,
+) -> Tensor:
+    weights = FFNWeights(up, down, gate, up_bias, gate_bias, down_bias, activation)
+    return _run_copy_scores(x, _copy_of(norms, up_copy, gate_copy, columns), n_experts, weights, impl)
+
+
+def _run_copy_scores(x: Tensor, copy: FFNCopy, n_experts: int, weights: FFNWeights, impl: str) -> Tensor:
+    chosen = backends.choose_for_scores(impl, x, weights)
+    if chosen == "cpu":
+        return cpu.copy_scores(x, copy, n_experts, weights)
+    if chosen == "triton":
+        from lte.ops import triton
+
+        return triton.copy_scores(x, copy, n_experts, weights)
+    return copy_scores_reference(x, copy, n_experts, weights)
+
+
 def _is_eager_cpu(x: Tensor) -> bool:
     """Whether the dispatcher can be left out: on the CPU it costs more than a small FFN does."""
     return type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -291,6 +402,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 for _device in ("CPU", "CUDA"):
     _library.impl("sparse_ffn", _sparse_ffn, _device)
     _library.impl("routed_ffn", _routed_ffn, _device)
+    _library.impl("copied_ffn", _copied_ffn, _device)
+    _library.impl("copy_scores", _copy_scores, _device)
     _library.impl("linear", _linear, _device)
 
 
@@ -302,6 +415,16 @@ def _(x: Tensor, *_: object) -> Tensor:
 @torch.library.register_fake("lte::routed_ffn")
 def _(x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("lte::copied_ffn")
+def _(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("lte::copy_scores")
+def _(x: Tensor, norms: Tensor, up: object, gate: object, columns: int, n_experts: int, *_: object) -> Tensor:
+    return x.new_empty(x.shape[0], n_experts, dtype=torch.float32)
 
 
 @torch.library.register_fake("lte::linear")

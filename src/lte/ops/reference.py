@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lte.ops.lowbit import FFNCopy, round_inputs
 from lte.ops.weights import FFNWeights
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -39,6 +40,48 @@ def sparse_ffn_reference(x_TD: Tensor, weights: FFNWeights, expert_weights_TE: T
     if expert_weights_TE is not None:
         hidden_TF = scale_experts(hidden_TF, expert_weights_TE)
     return project_down(hidden_TF, weights.down.T, weights.down_bias)
+
+
+def copy_scores_reference(x_TD: Tensor, copy: FFNCopy, n_experts: int, weights: FFNWeights) -> Tensor:
+    """Norms of the experts' outputs, as a coarse copy of the FFN has them.
+
+    Args:
+        x_TD: [T, D] inputs; they are rounded to 8 bits.
+        copy: of the FFN.
+        n_experts: number of experts E.
+        weights: of the FFN, for its biases and its activation.
+
+    Returns:
+        [T, E], float32. Neurons of an expert are taken for orthogonal.
+    """
+    gate = None if copy.gate is None else copy.gate.dequantize()
+    x_TD = round_inputs(x_TD, copy.up.group)
+    scores_TF = neuron_scores(x_TD, copy.up.dequantize(), gate, copy.norms, weights)
+    return expert_scores(scores_TF, n_experts)
+
+
+def neuron_scores(
+    x: Tensor, up_FD: Tensor, gate_FD: Tensor | None, norms_F: Tensor, weights: FFNWeights
+) -> Tensor:
+    """``|act(gate x + b) (up x + b)| * norm`` in float32, biases and activation those of an FFN: [..., D] to [..., F]."""
+    act = ACTIVATIONS[weights.activation]
+    hidden = F.linear(x, up_FD, _float(weights.up_bias))
+    if gate_FD is None:
+        hidden = act(hidden)
+    else:
+        hidden = act(F.linear(x, gate_FD, _float(weights.gate_bias))) * hidden
+    return hidden.abs() * norms_F
+
+
+def expert_scores(scores: Tensor, n_experts: int) -> Tensor:
+    """Of neurons' scores, [..., F], the norm over each expert's, [..., E]."""
+    if n_experts == scores.shape[-1]:
+        return scores
+    return scores.unflatten(-1, (n_experts, -1)).square().sum(-1).sqrt()
+
+
+def _float(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float()
 
 
 def project_down(hidden: Tensor, weight_DF: Tensor, bias_D: Tensor | None) -> Tensor:

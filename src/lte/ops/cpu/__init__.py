@@ -1,12 +1,13 @@
 """C++ kernels for the CPU (sources in ``csrc/``), called through ctypes."""
 
-from lte.ops.cpu.calls import Plan, copied_ffn, linear, quantize, read_seconds, sparse_ffn
+from lte.ops.cpu.calls import Plan, copied_ffn, copy_scores, linear, quantize, read_seconds, sparse_ffn
 from lte.ops.cpu.library import DTYPES, instruction_set, kernels, unavailable
 
 __all__ = [
     "DTYPES",
     "Plan",
     "copied_ffn",
+    "copy_scores",
     "instruction_set",
     "kernels",
     "linear",

@@ -64,7 +64,7 @@ def _ffn_struct(
     return FFN(gate, up, down, router, Copy(), d_model, d_ff, n_experts, threshold, dtype, activation)
 
 
-def describe_copied_ffn(weights: FFNWeights, n_experts: int, copy: FFNCopy, cut: float) -> FFN:
+def describe_copied_ffn(weights: FFNWeights, n_experts: int, copy: FFNCopy, cut: float = 0.0) -> FFN:
     """The same of an FFN whose copy decides."""
     described = FFN.from_buffer_copy(describe_ffn(weights, n_experts))  # the other is shared by all that ask for it
     described.copy = Copy(_lowbit(copy.gate), _lowbit(copy.up), copy.norms.data_ptr(), cut)
@@ -74,12 +74,12 @@ def describe_copied_ffn(weights: FFNWeights, n_experts: int, copy: FFNCopy, cut:
 def _lowbit(made: LowBitMatrix | None) -> LowBit:
     if made is None:
         return LowBit()
-    rows, groups = made.scales.shape
-    return LowBit(made.planes.data_ptr(), made.scales.data_ptr(), rows, made.columns, groups, made.group, made.bits)
+    pointers = made.planes.data_ptr(), made.scales.data_ptr()
+    return LowBit(*pointers, made.rows, made.columns, made.planes.shape[1], made.group, made.bits)
 
 
 def quantize(weight: Tensor, made: LowBitMatrix, importance: Tensor | None, tries: int) -> None:
-    """Fill the planes and scales of ``made`` with a [rows, columns] weight whose rows are contiguous."""
+    """Fill the planes of ``made``, its scales too where some are to be tried, with a weight of contiguous rows."""
     kernels().lte_quantize(
         ctypes.byref(matrix(weight)),
         DTYPES[weight.dtype],
@@ -100,6 +100,18 @@ def copied_ffn(x_TD: Tensor, copy: FFNCopy, cut: float, n_experts: int, weights:
             ctypes.byref(ffn), x_TD.data_ptr(), len(x_TD), None, None, y_TD.data_ptr(), torch.get_num_threads()
         )
     return y_TD
+
+
+def copy_scores(x_TD: Tensor, copy: FFNCopy, n_experts: int, weights: FFNWeights) -> Tensor:
+    """The norms that the copy says the experts' outputs have: [T, E], float32."""
+    ffn = describe_copied_ffn(weights, n_experts, copy)
+    x_TD = x_TD.contiguous()
+    scores_TE = torch.empty(len(x_TD), n_experts)
+    if len(x_TD):
+        kernels().lte_copy_scores(
+            ctypes.byref(ffn), x_TD.data_ptr(), len(x_TD), scores_TE.data_ptr(), torch.get_num_threads()
+        )
+    return scores_TE
 
 
 def sparse_ffn(

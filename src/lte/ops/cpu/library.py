@@ -150,6 +150,8 @@ def open_library(path: Path) -> tuple[ctypes.CDLL | None, str]:
     library.lte_shares_threads.restype = c_int32
     library.lte_sparse_ffn.argtypes = [POINTER(FFN), c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int32]
     library.lte_sparse_ffn.restype = None
+    library.lte_copy_scores.argtypes = [POINTER(FFN), c_void_p, c_int64, c_void_p, c_int32]
+    library.lte_copy_scores.restype = None
     library.lte_linear.argtypes = [POINTER(Matrix), c_int32, c_void_p, c_int64, c_void_p, c_int32]
     library.lte_linear.restype = None
     library.lte_decode.argtypes = [POINTER(Decoder), POINTER(Step), c_int32]

@@ -1,4 +1,4 @@
-"""The Triton kernels: router -> hidden -> down, each once for a single token and once for a tile of tokens.
+"""The Triton kernels: router or copy -> hidden -> down, each once for a single token and once for a tile of tokens.
 
 Names: T tokens, D model width, F neurons, E experts of ``EXPERT`` neurons; weights are [F, D], a neuron per row.
 A *block* is a tile of ``BLOCK_T`` tokens; the single-token kernels know only one. Every sum is taken in a fixed order.
@@ -82,6 +82,79 @@ def router_kernel(
         mask_ptr + tokens.to(tl.int64)[:, None] * E + experts[None, :],
         (tl.sigmoid(logits) > threshold).to(tl.uint8),
         mask=(tokens < n_tokens)[:, None] & (experts < E)[None, :],
+    )
+
+
+@triton.jit
+def lowbit_products(
+    x, x_scale, planes_ptr, scales_ptr, group, acc,
+    GROUPS: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, BLOCKS: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """``acc[T, 16 BLOCKS] +=`` one group's products of a low-bit matrix; see :class:`lte.ops.LowBitMatrix` for its layout.
+
+    x: [T, GROUP] int8, x_scale: [T]. LAST: blocks of rows in the matrix.
+    """
+    rows, cols = tl.arange(0, 16 * BLOCKS), tl.arange(0, GROUP)
+    block = tl.program_id(0) * BLOCKS + rows // 16
+    # Of a tile of 16 rows and 32 columns, 64 bytes to a bit.
+    tile = (block.to(tl.int64) * GROUPS + group)[None, :] * (GROUP // 32) + (cols // 32)[:, None]
+    at = planes_ptr + tile * (BITS * 64) + (rows % 16 * 4)[None, :] + (cols % 4)[:, None]
+    shift = (cols % 32 // 4)[:, None].to(tl.uint8)
+    inside = (block < LAST)[None, :]
+    codes = tl.zeros([GROUP, 16 * BLOCKS], tl.uint8)
+    for bit in tl.static_range(BITS):
+        plane = tl.load(at + bit * 64, mask=inside, other=0)
+        codes += ((plane >> shift) & 1) << bit
+    # Twice the level, so that it is whole.
+    levels = 2 * codes.to(tl.int8) - ((1 << BITS) - 1)
+    scale = tl.load(scales_ptr + (block.to(tl.int64) * GROUPS + group) * 16 + rows % 16, mask=block < LAST, other=0.0)
+    dots = tl.dot(x, levels.to(tl.int8), out_dtype=tl.int32)
+    return acc + dots.to(tl.float32) * (0.5 * x_scale)[:, None] * scale.to(tl.float32)[None, :]
+
+
+@triton.jit(do_not_specialize=["n_tokens"])
+def copy_scores_kernel(
+    x_ptr, up_planes_ptr, up_scales_ptr, gate_planes_ptr, gate_scales_ptr, norms_ptr, up_bias_ptr, gate_bias_ptr,
+    scores_ptr, n_tokens,
+    D: tl.constexpr, F: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
+    ACT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """``scores[T, F] = |act(gate x) * up x| * norm`` by the FFN's coarse copy; grid [F / (16 BLOCKS), T / BLOCK_T].
+
+    Every program rounds the inputs for itself: they are few beside the weights, and in the cache.
+    """
+    tokens = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    rows = tl.program_id(0) * (16 * BLOCKS) + tl.arange(0, 16 * BLOCKS)
+    up = tl.zeros([BLOCK_T, 16 * BLOCKS], tl.float32)
+    gate = tl.zeros([BLOCK_T, 16 * BLOCKS], tl.float32)
+    LAST: tl.constexpr = (F + 15) // 16
+    for group in range(0, GROUPS):
+        cols = group * GROUP + tl.arange(0, GROUP)
+        offsets = tokens.to(tl.int64)[:, None] * D + cols[None, :]
+        x = tl.load(x_ptr + offsets, mask=(tokens < n_tokens)[:, None] & (cols < D)[None, :], other=0.0).to(tl.float32)
+        x_scale = tl.maximum(tl.max(tl.abs(x), 1) / 127.0, 1e-30)
+        # Adding and taking away 1.5 * 2^23 rounds to the nearest, ties to even.
+        whole = ((x / x_scale[:, None] + 12582912.0) - 12582912.0).to(tl.int8)
+        up = lowbit_products(
+            whole, x_scale, up_planes_ptr, up_scales_ptr, group, up, GROUPS, GROUP, BITS, BLOCKS, LAST
+        )
+        if gate_planes_ptr is not None:
+            gate = lowbit_products(
+                whole, x_scale, gate_planes_ptr, gate_scales_ptr, group, gate, GROUPS, GROUP, BITS, BLOCKS, LAST
+            )
+    if up_bias_ptr is not None:
+        up += tl.load(up_bias_ptr + rows, mask=rows < F, other=0.0).to(tl.float32)[None, :]
+    if gate_planes_ptr is not None:
+        if gate_bias_ptr is not None:
+            gate += tl.load(gate_bias_ptr + rows, mask=rows < F, other=0.0).to(tl.float32)[None, :]
+        hidden = activate(gate, ACT) * up
+    else:
+        hidden = activate(up, ACT)
+    scores = tl.abs(hidden) * tl.load(norms_ptr + rows, mask=rows < F, other=0.0)[None, :]
+    tl.store(
+        scores_ptr + tokens.to(tl.int64)[:, None] * F + rows[None, :],
+        scores,
+        mask=(tokens < n_tokens)[:, None] & (rows < F)[None, :],
     )
 
 

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 from torch import Tensor
 
+from lte.ops.lowbit import FFNCopy
+from lte.ops.reference import expert_scores
 from lte.ops.triton import kernels
 from lte.ops.triton.checks import check_experts, check_ffn, check_tensor
 from lte.ops.triton.configs import GPU, Config, Problem, config_for, token_bucket
@@ -104,6 +106,49 @@ def routed_ffn(
     out_TD, launches = plan_ffn(x_TD, weights, mask_TE, config, gpu.sms, after_router=True)
     _run(x_TD.device, [router, *launches])
     return out_TD
+
+
+def copy_scores(x_TD: Tensor, copy: FFNCopy, n_experts: int, weights: FFNWeights) -> Tensor:
+    """``copy_scores_reference`` in one launch, and a sum where experts are larger than a neuron. Inference only.
+
+    Args:
+        x_TD: [T, D] float32, bfloat16 or float16.
+        copy: of the FFN.
+        n_experts: number of experts E.
+        weights: for the biases, in the dtype of ``x_TD``, and the activation.
+
+    Returns:
+        [T, E] float32.
+    """
+    check_experts(weights.d_ff, n_experts)
+    if x_TD.shape[0] == 0:
+        return torch.empty(0, n_experts, device=x_TD.device)
+    scores_TF = _workspace((x_TD.shape[0], weights.d_ff), torch.float32, x_TD.device)
+    _run(x_TD.device, [plan_copy_scores(x_TD, copy, weights, scores_TF)])
+    return expert_scores(scores_TF, n_experts)
+
+
+def plan_copy_scores(x_TD: Tensor, copy: FFNCopy, weights: FFNWeights, scores_TF: Tensor) -> Launch:
+    """The launch that fills ``scores_TF``, [T, F] float32."""
+    up, gate = copy.up, copy.gate
+    n_tokens, blocks = x_TD.shape[0], 2
+    constants = {
+        "D": x_TD.shape[1],
+        "F": weights.d_ff,
+        "GROUPS": up.planes.shape[1],
+        "GROUP": up.group,
+        "BITS": up.bits,
+        "ACT": weights.activation,
+        "BLOCK_T": 16,
+        "BLOCKS": blocks,
+    }
+    args = (
+        *(x_TD.contiguous(), up.planes, up.scales),
+        *((None, None) if gate is None else (gate.planes, gate.scales)),
+        *(copy.norms, weights.up_bias, None if gate is None else weights.gate_bias, scores_TF, n_tokens),
+    )
+    grid = (triton.cdiv(weights.d_ff, 16 * blocks), triton.cdiv(n_tokens, 16))
+    return Launch(kernels.copy_scores_kernel, grid, args, constants, warps=4)
 
 
 def problem_of(x_TD: Tensor, weights: FFNWeights, expert_weights_TE: Tensor | None) -> Problem:
