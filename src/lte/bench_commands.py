@@ -62,6 +62,7 @@ STEP_COLUMNS = {
 Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
 Sparsities = Annotated[str, typer.Option("--sparsity", help="FFN sparsities, separated by commas.")]
 ExpertSize = Annotated[int, typer.Option(help="Neurons per expert.")]
+Bits = Annotated[int, typer.Option(help="Bits of a weight of the copy.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; the GPU where there is one.")]
 Threads = Annotated[int | None, typer.Option(help="Threads; torch's number by default.")]
 
@@ -108,6 +109,10 @@ def bench_ffn(
     sparsity: Sparsities = "0,0.5,0.75,0.9",
     tokens: Annotated[str, typer.Option(help="Tokens per call, separated by commas.")] = "1",
     expert_size: ExpertSize = 32,
+    router: Annotated[
+        str, typer.Option(help="linear; copy: the FFN's own coarse copy decides; mask: given, at no cost.")
+    ] = "linear",
+    bits: Bits = 3,
     impl: Annotated[str, typer.Option(help="auto, reference, cpu or triton.")] = "auto",
     threads: Threads = None,
     device: Device = None,
@@ -127,6 +132,8 @@ def bench_ffn(
             sparsities=numbers(sparsity, "sparsity"),
             tokens=[int(n) for n in numbers(tokens, "tokens")],
             expert_size=expert_size,
+            router=router,
+            bits=bits,
             impl=impl,
             device=where,
             progress=progress,
@@ -147,7 +154,8 @@ def bench_decode(
     batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = 1,
     new_tokens: Annotated[int, typer.Option(help="Tokens per turn.")] = 32,
     rounds: Annotated[int, typer.Option(help="Turns per engine.")] = 3,
-    expert_size: ExpertSize = 32,
+    method: Annotated[str, typer.Option(help="lte: linear routers; self-prediction: the FFN's own copy.")] = "lte",
+    expert_size: Annotated[int | None, typer.Option(help="Neurons per expert; the method's own by default.")] = None,
     compile_: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Also torch.compile (takes minutes).")
     ] = True,
@@ -158,6 +166,7 @@ def bench_decode(
 ) -> None:
     """Time `generate`: transformers, transformers compiled, lte at each sparsity, and llama.cpp, side by side."""
     from lte.bench.decode import bench_decode as run
+    from lte.config import method_config
 
     check_json_target(json_file)
     _set_threads(threads)
@@ -171,7 +180,7 @@ def bench_decode(
             batch=batch,
             new_tokens=new_tokens,
             rounds=rounds,
-            expert_size=expert_size,
+            method=method_config(method, {} if expert_size is None else {"expert_size": expert_size}),
             compiled=compile_,
             with_llama_cpp=llama_cpp,
             device=where,

@@ -14,6 +14,7 @@ from lte.bench.limit import bench_limit, decode_bytes
 from lte.bench.shapes import SHAPES, model_config, random_model, set_sparsity
 from lte.cli import app
 from lte.errors import ConfigError
+from lte import LTEConfig, SelfPredictionConfig
 from lte.nn import SparsityMeter, observe_routing, sparse_ffns
 from lte.ops import cpu
 
@@ -51,9 +52,13 @@ def small(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_ffn_rows(small, dtype):
-    rows, crossover = bench_ffn(dtype=dtype, sparsities=(0, 0.5), tokens=(1, 3), **small)
+@pytest.mark.parametrize(("router", "expert_size"), [("linear", 32), ("copy", 1), ("copy", 32), ("mask", 1)])
+def test_ffn_rows(small, dtype, router, expert_size):
+    rows, crossover = bench_ffn(
+        dtype=dtype, sparsities=(0, 0.5), tokens=(1, 3), router=router, expert_size=expert_size, **small
+    )
     assert len(rows) == 4
+    assert (rows[1]["router_bytes"] > 0) == (router != "mask")
     for row in rows:
         assert set(row) >= KEYS | {"bytes_moved", "share_of_limit", "baseline", "status"}
         assert row["status"] == "ok"
@@ -87,7 +92,8 @@ def test_a_wrong_result_is_reported_as_failed_and_has_no_time(small, monkeypatch
     assert not {"dense_ms", "sparse_ms", "speedup"} & set(rows[0])
 
 
-def test_decode_rows(tmp_path):
+@pytest.mark.parametrize("method", [LTEConfig(), SelfPredictionConfig()], ids=["lte", "self-prediction"])
+def test_decode_rows(tmp_path, method):
     config = tmp_path / "tiny.json"
     config.write_text(json.dumps(TINY))
     rows, _ = bench_decode(
@@ -95,6 +101,7 @@ def test_decode_rows(tmp_path):
         dtype="fp32",
         sparsities=(0.0, 0.5),
         new_tokens=4,
+        method=method,
         rounds=1,
         compiled=False,
         with_llama_cpp=False,
@@ -123,7 +130,7 @@ def test_llama_cpp_is_left_out_in_words(tmp_path, monkeypatch):
 def test_random_routers_reach_the_sparsity_asked_for(tmp_path, sparsity):
     config = tmp_path / "tiny.json"
     config.write_text(json.dumps(TINY))
-    model = random_model(model_config(str(config)), torch.float32, torch.device("cpu"), expert_size=8)
+    model = random_model(model_config(str(config)), torch.float32, torch.device("cpu"), LTEConfig(expert_size=8))
     ids = torch.randint(1, 96, (1, 200))
     with torch.no_grad():
         set_sparsity(model, sparsity, ids)

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -22,11 +22,13 @@ from lte.bench.limit import DecodeBytes, decode_bytes
 from lte.bench.machine import copy_gbytes_per_s, read_gbytes_per_s
 from lte.bench.rows import TOLERANCE, Row
 from lte.bench.shapes import meta_model, model_config, random_model, set_sparsity
+from lte.config import MethodConfig
 from lte.errors import ConfigError
 from lte.evaluate import versions
 from lte.hub import load
 from lte.inference import Crossover, prepare_for_inference
 from lte.inference.packing import streaming_copy
+from lte.methods import LTEConfig
 from lte.nn import SparsityMeter, observe_routing, sparse_ffns
 from lte.ops import sparse_ffn_reference
 from lte.thresholds import thresholds_of
@@ -66,7 +68,7 @@ def bench_decode(
     batch: int = 1,
     new_tokens: int = 32,
     rounds: int = 3,
-    expert_size: int = 32,
+    method: MethodConfig | None = None,
     compiled: bool = True,
     with_llama_cpp: bool = True,
     device: torch.device | None = None,
@@ -84,7 +86,7 @@ def bench_decode(
         sparsities: FFN sparsities; rows report the one reached on the decoded tokens.
         batch: sequences decoded together.
         new_tokens, rounds: tokens per turn, turns per engine.
-        expert_size: neurons per expert of a random model.
+        method: of a random model; linear routers on experts of 32 by default.
         compiled: whether to measure ``torch.compile`` too, which takes a minute or more to compile.
         with_llama_cpp: whether to measure llama.cpp, where ``llama-cpp-python`` and ``gguf`` are installed.
         device: CPU by default.
@@ -97,7 +99,7 @@ def bench_decode(
         raise ConfigError(f"batch={batch}, new_tokens={new_tokens}, rounds={rounds}: at least 1, 2 and 1")
     progress("building the model")
     if model_folder is None:
-        model = random_model(model_config(config_name), DTYPES[dtype], device, expert_size=expert_size)
+        model = random_model(model_config(config_name), DTYPES[dtype], device, method or LTEConfig(expert_size=32))
     else:
         model = load(model_folder, dtype=DTYPES[dtype]).to(device).eval()
         sparsities = (-1.0,)
@@ -109,10 +111,10 @@ def bench_decode(
     calibration = torch.randint(1, vocabulary, (1, 256), generator=generator).to(device)
     count = decode_bytes(
         model.config,
-        expert_size=sparse_ffns(model)[0].weights().d_ff // sparse_ffns(model)[0].router.n_experts,
         weight_bytes=model.dtype.itemsize,
         context=batch * (PROMPT_TOKENS + new_tokens // 2),
     )
+    count = replace(count, router=sum(ffn.router.cost().bytes for ffn in sparse_ffns(model)))
     bench = _Bench(model, ids, count, new_tokens)
     with ExitStack() as stack:
         engines = bench.dense_engines(compiled, progress)
@@ -199,7 +201,7 @@ class _Bench:
         return Engine(
             row,
             lambda n: _generate_seconds(model, self.ids, n, static=static),
-            self.count.sparse(reached),
+            self.count.sparse(reached, router=reached > 0),
             prepare,
         )
 

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 
 import torch
@@ -20,20 +21,15 @@ from lte.grouping import check_divisible
 from lte.inference import Crossover
 from lte.inference.crossover import capture, measure
 from lte.inference.packing import streaming_copy
-from lte.nn import SparseFFN, ThresholdRouter
-from lte.nn.ffn import PathChooser, path_unmeasured
-from lte.ops import (
-    FFNWeights,
-    backend_obstacle,
-    cpu_instruction_set,
-    requested_backend,
-    route,
-    routed_ffn,
-    sparse_ffn_reference,
-)
+from lte.nn import CopyRouter, Router, RouterCost, Routing, SparseFFN, ThresholdRouter
+from lte.nn.ffn import PathChooser
+from lte.ops import FFNWeights, backend_obstacle, cpu_instruction_set, requested_backend, sparse_ffn_reference
 from lte.thresholds import shifted
 
 DISTINCT_BYTES = 512 << 20
+ROUTERS = ("linear", "copy", "mask")
+"""What decides in a benchmark: a linear router, the FFN's own copy, or a mask that is given and costs nothing."""
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -44,13 +40,10 @@ class Case:
     ffns: list[SparseFFN]
     dense_down: list[Tensor]
     device: torch.device
-    choose_path: PathChooser = path_unmeasured
     weights: list[FFNWeights] = field(init=False)
-    routers: list[ThresholdRouter] = field(init=False)
 
     def __post_init__(self) -> None:
         self.weights = [ffn.packed_weights() for ffn in self.ffns]
-        self.routers = [ffn.router for ffn in self.ffns if isinstance(ffn.router, ThresholdRouter)]
 
     def dense(self, layer: int, x_TD: Tensor) -> Tensor:
         """torch's dense FFN: three matrix products on weights in the stock layout."""
@@ -59,17 +52,48 @@ class Case:
         return F.linear(F.silu(F.linear(x_TD, weights.gate)) * F.linear(x_TD, weights.up), self.dense_down[layer])
 
     def sparse(self, layer: int, x_TD: Tensor) -> Tensor:
-        """The operator, router included, on the path a prepared model takes."""
-        router = self.routers[layer]
-        impl, max_density = self.choose_path(x_TD.shape[0])
-        return routed_ffn(
-            x_TD, router.weight, router.bias, router.threshold, self.weights[layer], impl=impl, max_density=max_density
-        )
+        """The layer, its router included, on the path a prepared model takes."""
+        out: Tensor = self.ffns[layer](x_TD)
+        return out
 
     @property
     def layer_bytes(self) -> int:
         """Bytes of one dense layer."""
         return 3 * self.dense_down[0].numel() * self.dense_down[0].element_size()
+
+
+class GivenMask(Router):
+    """Costs nothing, and decides at random: what the operator does with a mask, whoever made it.
+
+    Args:
+        n_experts: number of experts.
+        inputs: those it will be asked about, known by their memory.
+    """
+
+    uses_threshold = False
+
+    def __init__(self, n_experts: int) -> None:
+        super().__init__(n_experts)
+        self.sparsity = 0.0
+        self._known: dict[int, Tensor] = {}
+
+    def forget(self, sparsity: float) -> None:
+        """Draw masks of another sparsity from now on."""
+        self.sparsity = sparsity
+        self._known.clear()
+
+    def forward(self, x: Tensor) -> Routing:
+        """A mask for inputs of shape [..., D]; the same for the same memory."""
+        if x.data_ptr() not in self._known:
+            generator = torch.Generator().manual_seed(len(self._known))
+            drawn = torch.rand(*x.shape[:-1], self.n_experts, generator=generator) >= self.sparsity
+            self._known[x.data_ptr()] = drawn.to(x.device)
+        mask = self._known[x.data_ptr()]
+        return Routing(mask, mask)
+
+    def cost(self) -> RouterCost:
+        """See :meth:`Router.cost`."""
+        return RouterCost(0, 0, 0)
 
 
 @torch.no_grad()
@@ -81,6 +105,8 @@ def bench_ffn(
     sparsities: Sequence[float] = (0.0, 0.5, 0.75, 0.9),
     tokens: Sequence[int] = (1,),
     expert_size: int = 32,
+    router: str = "linear",
+    bits: int = 3,
     impl: str = "auto",
     device: torch.device | None = None,
     rounds: int = 25,
@@ -96,21 +122,27 @@ def bench_ffn(
         sparsities: targets; the share of (token, expert) pairs left out, which is also what a row reports.
         tokens: numbers of tokens per call; each token is routed on its own.
         expert_size: neurons per expert.
+        router: what decides, one of :data:`ROUTERS`.
+        bits: of the copy.
         impl: ``auto`` measures first and takes the dense path where that wins, as a prepared model does.
         device: CPU by default.
         rounds: timed rounds per row.
         progress: told what is being measured.
     """
     device = device or torch.device("cpu")
+    if router not in ROUTERS:
+        raise ConfigError(f"router {router!r} is unknown; choose one of {', '.join(ROUTERS)}")
     _check(d_ff, expert_size, dtype, sparsities, tokens)
     backend = _backend(impl, DTYPES[dtype], device)
-    case = _build(d_model, d_ff, DTYPES[dtype], expert_size, device)
+    make = partial(_make_router, router, d_model, d_ff // expert_size, bits, device)
+    case = _build(d_model, d_ff, DTYPES[dtype], make, device)
     crossover = None
     if impl == "auto" and backend != "reference":
         progress("measuring where dense wins")
         crossover = measure(case.ffns[0], backend)
     choose: PathChooser = crossover.choose if crossover else (lambda tokens: (backend, 1.0))
-    case.choose_path = choose
+    for ffn in case.ffns:
+        ffn.choose_path = choose
     rows = []
     for n_tokens in tokens:
         for sparsity in sparsities:
@@ -140,7 +172,19 @@ def _backend(impl: str, dtype: torch.dtype, device: torch.device) -> str:
     return "reference" if backend_obstacle(fast, dtype, device) else fast
 
 
-def _build(d_model: int, d_ff: int, dtype: torch.dtype, expert_size: int, device: torch.device) -> Case:
+def _make_router(kind: str, d_model: int, n_experts: int, bits: int, device: torch.device) -> Router:
+    if kind == "mask":
+        return GivenMask(n_experts)
+    if kind == "copy":
+        return CopyRouter(d_model, n_experts, bits=bits, group=64, device=device)
+    router = ThresholdRouter(d_model, n_experts, device=device)
+    router.reset_parameters(torch.Generator().manual_seed(0), init_std=1.0, init_score=0.5)
+    return router
+
+
+def _build(
+    d_model: int, d_ff: int, dtype: torch.dtype, make_router: Callable[[], Router], device: torch.device
+) -> Case:
     generator = torch.Generator(device=device).manual_seed(0)
     pattern = torch.randn(1 << 20, generator=generator, device=device).to(dtype)
 
@@ -157,15 +201,12 @@ def _build(d_model: int, d_ff: int, dtype: torch.dtype, expert_size: int, device
         for name, part in parts.items():
             shape = (d_model, d_ff) if name == "down_proj" else (d_ff, d_model)
             part.weight = nn.Parameter(matrix(*shape), requires_grad=False)
-        router = ThresholdRouter(d_model, d_ff // expert_size, device=device)
-        torch.nn.init.zeros_(router.bias)  # type: ignore[arg-type]
-        router.weight.copy_(torch.randn(router.weight.shape, generator=generator, device=device) * d_model**-0.5)
         downs.append(parts["down_proj"].weight.data)
         ffn = SparseFFN(
             {**parts, "act_fn": nn.SiLU()},
             {"gate": "gate_proj", "up": "up_proj", "down": "down_proj", "act": "act_fn"},
             activation="silu",
-            router=router,
+            router=make_router(),
             layer_index=layer,
         )
         ffn.pack(streaming_copy)
@@ -180,7 +221,8 @@ def _measure(case: Case, n_tokens: int, sparsity: float, backend: str, rounds: i
         torch.randn(n_tokens, first.d_model, generator=generator).to(case.device, first.up.dtype)
         for _ in range(rounds + 2)
     ]
-    _set_sparsity(case, inputs, sparsity)
+    for ffn in case.ffns:
+        _set_sparsity(ffn.router, inputs, sparsity)
     error = max(_error(case, layer, inputs[layer % len(inputs)]) for layer in range(min(2, len(case.ffns))))
     tolerance = TOLERANCE[first.up.dtype]
     used = [_used(case.ffns[i % len(case.ffns)], x) for i, x in enumerate(inputs)]
@@ -190,6 +232,7 @@ def _measure(case: Case, n_tokens: int, sparsity: float, backend: str, rounds: i
         "dtype": {v: k for k, v in DTYPES.items()}[first.up.dtype],
         "tokens": n_tokens,
         "expert_size": first.d_ff // case.ffns[0].router.n_experts,
+        "router": _kind_of(case.ffns[0].router),
         "sparsity": 1 - sum(pairs for pairs, _ in used) / len(used),
         "backend": backend if backend != "reference" else "reference (dense)",
         "instruction_set": cpu_instruction_set() if case.device.type == "cpu" else "",
@@ -202,14 +245,15 @@ def _measure(case: Case, n_tokens: int, sparsity: float, backend: str, rounds: i
     if error > tolerance:
         return row
     union = sum(experts for _, experts in used) / len(used)
-    router = case.routers[0].weight
-    moved = case.layer_bytes * (union if backend != "reference" else 1.0) + router.numel() * router.element_size()
+    of_router = case.ffns[0].router.cost().bytes if sparsity > 0 else 0
+    moved = case.layer_bytes * (union if backend != "reference" else 1.0) + of_router
     dense, sparse, limit = (_time_gpu if case.device.type == "cuda" else _time_cpu)(case, inputs, rounds)
     return row | {
         "dense_ms": dense * 1e3,
         "sparse_ms": sparse * 1e3,
         "speedup": dense / sparse,
         "bytes_moved": int(moved),
+        "router_bytes": of_router,
         "gbytes_per_s": moved / sparse / 1e9,
         "limit_gbytes_per_s": limit,
         "share_of_limit": moved / sparse / 1e9 / limit,
@@ -217,29 +261,30 @@ def _measure(case: Case, n_tokens: int, sparsity: float, backend: str, rounds: i
     }
 
 
-def _set_sparsity(case: Case, inputs: list[Tensor], sparsity: float) -> None:
-    for router in case.routers:
-        if sparsity <= 0:
-            router.threshold = shifted(0.5, -math.inf)
-        else:
-            move_threshold(router, inputs, sparsity)
+def _kind_of(router: Router) -> str:
+    if isinstance(router, CopyRouter):
+        return f"copy of {router.bits} bits"
+    return "mask given" if isinstance(router, GivenMask) else "linear"
 
 
-def _mask(ffn: SparseFFN, x_TD: Tensor) -> Tensor:
-    router = ffn.router
-    assert isinstance(router, ThresholdRouter)
-    return route(x_TD, router.weight, router.bias) > router.threshold
+def _set_sparsity(router: Router, inputs: list[Tensor], sparsity: float) -> None:
+    if isinstance(router, GivenMask):
+        router.forget(sparsity)
+    elif sparsity <= 0:
+        router.threshold = shifted(0.5, -math.inf)
+    else:
+        move_threshold(router, inputs, sparsity)
 
 
 def _used(ffn: SparseFFN, x_TD: Tensor) -> tuple[float, float]:
     """Share of (token, expert) pairs that run, and share of experts some token uses."""
-    mask = _mask(ffn, x_TD)
+    mask = ffn.router(x_TD).mask
     return float(mask.float().mean()), float(mask.any(0).float().mean())
 
 
 def _error(case: Case, layer: int, x_TD: Tensor) -> float:
     ffn = case.ffns[layer]
-    wanted = sparse_ffn_reference(x_TD.float(), case.weights[layer].float(), _mask(ffn, x_TD))
+    wanted = sparse_ffn_reference(x_TD.float(), case.weights[layer].float(), ffn.router(x_TD).mask)
     return float((case.sparse(layer, x_TD).float() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-9))
 
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lte.config import MethodConfig
 from lte.errors import ConfigError
 from lte.gguf import split_path
 from lte.hub import read_config
 from lte.inference.packing import streaming_copy
-from lte.methods import LTEConfig
-from lte.nn import Router, SparseFFN, sparse_ffns
+from lte.nn import Router, ScoreRouter, SparseFFN, sparse_ffns
 from lte.sparsify import install_sparse_ffns
 from lte.thresholds import shifted
 
@@ -86,11 +86,11 @@ def meta_model(config: Any) -> Any:
         return AutoModelForCausalLM.from_config(config)
 
 
-def random_model(config: Any, dtype: torch.dtype, device: torch.device, *, expert_size: int, seed: int = 0) -> Any:
-    """A sparse model of a shape, in hard mode, its weights drawn at random and never held twice."""
+def random_model(config: Any, dtype: torch.dtype, device: torch.device, method: MethodConfig, *, seed: int = 0) -> Any:
+    """A model of a shape, sparse by some method, in hard mode, its weights drawn at random and never held twice."""
     model = meta_model(config)
     model.config.dtype = dtype
-    install_sparse_ffns(model, LTEConfig.model_validate({"expert_size": expert_size}))
+    install_sparse_ffns(model, method)
     model = model.to(dtype)
     fresh = AutoModelForCausalLM.from_config(_one_layer(config))
     generator = torch.Generator(device=device).manual_seed(seed)
@@ -101,6 +101,8 @@ def random_model(config: Any, dtype: torch.dtype, device: torch.device, *, exper
             value = _tile(pattern, parameter.shape) * scale
             if "norm" in module_name or "ln_" in module_name:
                 value = torch.ones_like(value) if name == "weight" else torch.zeros_like(value)
+            elif isinstance(module, ScoreRouter):
+                value = torch.zeros_like(value) if name == "offset" else torch.ones_like(value)
             elif name == "bias":
                 value = torch.zeros_like(value)
             copy = streaming_copy(value.to(parameter.dtype))  # routers keep their own

@@ -12,6 +12,9 @@ from lte.ops import FFNCopy, FFNWeights, LowBitMatrix, copy_scores, copy_scores_
 from lte.ops.lowbit import quantize, round_inputs, round_like
 from lte.ops.reference import neuron_scores
 
+LOGIT_RANGE = 20.0 - 1e-9
+"""Threshold, in logits, that is as low as any goes: nothing is left out."""
+
 KEPT_SCALES = 32
 """Steps for which scales are kept while weights are trained: searching for them takes ten times as long as rounding."""
 
@@ -73,8 +76,10 @@ class CopyRouter(ScoreRouter):
     def form(self) -> CopyForm:
         """See :meth:`Router.form`."""
         copy, offset = self._current()
-        log_cut = math.log(self.threshold / (1 - self.threshold)) - offset
-        return CopyForm(copy.packed, math.exp(min(log_cut, 80.0)))
+        logit = math.log(self.threshold / (1 - self.threshold))
+        if logit <= -LOGIT_RANGE:
+            return CopyForm(copy.packed, -1.0)
+        return CopyForm(copy.packed, math.exp(min(logit - offset, 80.0)))
 
     def cost(self) -> RouterCost:
         """Of the low-bit products; a copy is held beside the weights, but it is no parameter."""

@@ -60,7 +60,7 @@ class CopyForm:
 
     Attributes:
         copy: of the FFN.
-        cut: the norm.
+        cut: the norm; negative where all run, and nobody need ask.
     """
 
     copy: FFNCopy
