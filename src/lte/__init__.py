@@ -8,7 +8,7 @@ import lte.quiet  # noqa: F401 - before anything imports transformers
 from lte.families import FFNSpec, register_family
 from lte.hub import load, load_dense, load_tokenizer, require_sparse
 from lte.inference import prepare_for_inference
-from lte.methods import CATSConfig, LTEConfig, OracleConfig, SelfPredictionConfig, TopKConfig
+from lte.methods import CATSConfig, LTEConfig, OracleConfig, SelfPredictionConfig, SVDConfig, TopKConfig
 from lte.nn import SparsityMeter, observe_routing, set_mode
 from lte.sparsify import sparsify
 from lte.thresholds import calibrate, set_sparsity
@@ -23,6 +23,7 @@ __all__ = [
     "LTETrainer",
     "LTETrainingArguments",
     "OracleConfig",
+    "SVDConfig",
     "SelfPredictionConfig",
     "SparsityMeter",
     "TopKConfig",

@@ -69,6 +69,9 @@ class Method(ABC, Generic[ConfigT]):
     calibration_tokens: ClassVar[int] = 8192
     """Tokens that grouping and initialisation should see."""
 
+    dial_tokens: ClassVar[int] = 16384
+    """Tokens on which thresholds are found where nothing is trained."""
+
     def __init__(self, config: ConfigT) -> None:
         self.config = config
 

@@ -22,9 +22,12 @@ from lte.training import PAPER, check_optimizer
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "single-stage": {"sparsity": {}, "training": {}},
-    "paper": {"sparsity": {"grouping": "kmeans", "router_init": "random"}, "training": PAPER},
+    "paper": {"sparsity": {"method": "lte", "grouping": "kmeans", "router_init": "random"}, "training": PAPER},
 }
 """Name of a recipe -> what its runs have in their sections unless they say otherwise."""
+
+DEFAULT_METHOD = "self-prediction"
+"""What makes a model sparse where nothing else is asked for: docs/self-prediction.md has the table behind it."""
 
 
 class Recipe(pydantic.BaseModel):
@@ -36,7 +39,8 @@ class Recipe(pydantic.BaseModel):
         data: file, folder or hub name of the training data.
         out: folder the model is written to.
         task: see :class:`lte.tasks.TaskConfig`.
-        sparsity: ``method`` (default ``lte``) and that method's settings, see :class:`lte.LTEConfig`.
+        sparsity: ``method`` (default ``self-prediction``, in the recipe ``paper`` ``lte``) and that method's settings,
+            see :class:`lte.SelfPredictionConfig` and :class:`lte.LTEConfig`.
         training: fields of :class:`lte.LTETrainingArguments` (of ``transformers.TrainingArguments`` for a dense
             run).
         seed: of grouping, routers, data order and dropout.
@@ -60,9 +64,9 @@ class Recipe(pydantic.BaseModel):
 
     def method(self) -> MethodConfig:
         """The sparsity method's config."""
-        name = self.sparsity.get("method", "lte")
-        preset = PRESETS[self.recipe]["sparsity"] if name == "lte" else {}
-        values = {"seed": self.seed, **preset, **self.sparsity}
+        preset = PRESETS[self.recipe]["sparsity"]
+        name = self.sparsity.get("method", preset.get("method", DEFAULT_METHOD))
+        values = {"seed": self.seed, **(preset if name == preset.get("method") else {}), **self.sparsity}
         values.pop("method", None)
         return method_config(name, values)
 

@@ -143,7 +143,7 @@ def make_sparse(recipe: Recipe, *, overwrite: bool = False) -> dict[str, Any]:
     seen = sample_batches(rows, collate, method_of(method).calibration_tokens)
     sparsify(model, method, calibration=seen, timings=parts)
     searched = time.perf_counter()
-    found = find_thresholds(model, sample_batches(rows, collate, DIAL_TOKENS), target)
+    found = find_thresholds(model, sample_batches(rows, collate, method_of(method).dial_tokens), target)
     parts["thresholds"] = time.perf_counter() - searched
     claim_folder(out, recipe, overwrite=overwrite)
     return _save(model, tokenizer, out, _summary(recipe, 0, started, parts) | _point_sparsity(found))

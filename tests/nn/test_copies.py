@@ -9,6 +9,7 @@ import torch
 
 import lte
 from lte.accounting import model_cost
+from lte.errors import ConfigError
 from lte.nn import CopyRouter, sparse_ffns
 from lte.ops import ACTIVATIONS
 from tests import models
@@ -67,6 +68,32 @@ def test_cats_looks_at_the_exact_gate(name, weighted):
     if name == "gpt2" and weighted:
         torch.testing.assert_close(wanted, ffn.output_norms(x))
     assert lte.calibrate(model, [batch], 0.7).sparsity == pytest.approx(0.7, abs=0.02)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2"])
+def test_an_svd_of_full_rank_is_the_ffn_itself(name, tmp_path):
+    batch = models.inputs(8, 16)
+    labelled = {**batch, "labels": batch["input_ids"]}
+    whole, thin = (
+        lte.sparsify(models.build(name), lte.SVDConfig(rank=rank), calibration=[labelled]).eval()
+        for rank in (models.D_MODEL, 4)
+    )
+    ffn = sparse_ffns(whole)[0]
+    x = torch.randn(32, models.D_MODEL, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ffn.router.scores(x), ffn.output_norms(x), atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(sparse_ffns(thin)[0].router.scores(x), ffn.output_norms(x), rtol=0.1)
+    assert lte.calibrate(thin, [batch], 0.7).sparsity == pytest.approx(0.7, abs=0.02)
+    thin.save_pretrained(tmp_path)
+    loaded = lte.load(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch)[0], thin(**batch)[0])
+
+
+def test_a_projection_without_a_weight_is_refused_in_words():
+    ffn = sparse_ffns(predicted("llama"))[0]
+    ffn.up_proj = torch.nn.Identity()
+    with pytest.raises(ConfigError, match="Identity stands in the place of an FFN's projection"):
+        ffn.router(torch.randn(2, models.D_MODEL))
 
 
 def test_the_copy_follows_the_weights_and_is_made_once():

@@ -4,6 +4,7 @@ from lte.methods.cats import CATSConfig
 from lte.methods.lte import LTEConfig
 from lte.methods.oracle import OracleConfig
 from lte.methods.self_prediction import SelfPredictionConfig
+from lte.methods.svd import SVDConfig
 from lte.methods.topk import TopKConfig
 
-__all__ = ["CATSConfig", "LTEConfig", "OracleConfig", "SelfPredictionConfig", "TopKConfig"]
+__all__ = ["CATSConfig", "LTEConfig", "OracleConfig", "SVDConfig", "SelfPredictionConfig", "TopKConfig"]

@@ -22,7 +22,7 @@ SAMPLED = 256
 class ScoreMethod(Method[ConfigT]):
     """Base of such methods; what they fit besides is :meth:`fit`."""
 
-    calibration_tokens = 1024
+    calibration_tokens, dial_tokens = 1024, 4096
 
     @property
     def needs_calibration(self) -> str | None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lte.errors import ConfigError
 from lte.nn.gates import straight_through
 from lte.nn.linear import FastLinear
 from lte.nn.router import CopyForm, LinearForm, Router, Routing
@@ -339,8 +340,12 @@ class DeferredLinear(nn.Linear):
 
 def neuron_rows(projection: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight of a linear layer as [out, in], and its bias; transformers' ``Conv1D`` stores it as [in, out]."""
-    weight, bias = projection.weight, projection.bias
-    assert isinstance(weight, Tensor)
+    weight, bias = getattr(projection, "weight", None), getattr(projection, "bias", None)
+    if not isinstance(weight, Tensor):
+        raise ConfigError(
+            f"a {type(projection).__name__} stands in the place of an FFN's projection and has no weight to look at; "
+            "merge the adapter into the model first, or use linear routers (method=lte)"
+        )
     assert bias is None or isinstance(bias, Tensor)
     is_conv1d = hasattr(projection, "nf")
     return (weight.T if is_conv1d else weight), bias
