@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lte.nn.router import ROUTER_DTYPE, CopyForm, RouterCost, ScoreRouter
@@ -149,8 +150,8 @@ class Copy:
         """[..., D] -> [..., F], float32."""
         group = (self._like or self._matrices())["up"].group
         x = _as_rounded(x, round_inputs(x.detach(), group))
-        gate = self._rounded_matrix("gate") if "gate" in self._exact else None
-        return neuron_scores(x, self._rounded_matrix("up"), gate, self._norms, self.weights)
+        products = {name: F.linear(x, self._rounded_matrix(name)) for name in self._exact}
+        return neuron_scores(products["up"], products.get("gate"), self._norms, self.weights)
 
     def _rounded_matrix(self, name: str) -> Tensor:
         if name not in self._rounded:  # kernels read the packed form, and this one is ten times as large

@@ -54,23 +54,25 @@ def copy_scores_reference(x_TD: Tensor, copy: FFNCopy, n_experts: int, weights: 
     Returns:
         [T, E], float32. Neurons of an expert are taken for orthogonal.
     """
-    gate = None if copy.gate is None else copy.gate.dequantize()
     x_TD = round_inputs(x_TD, copy.up.group)
-    scores_TF = neuron_scores(x_TD, copy.up.dequantize(), gate, copy.norms, weights)
+    gate_TF = None if copy.gate is None else F.linear(x_TD, copy.gate.dequantize())
+    scores_TF = neuron_scores(F.linear(x_TD, copy.up.dequantize()), gate_TF, copy.norms, weights)
     return expert_scores(scores_TF, n_experts)
 
 
-def neuron_scores(
-    x: Tensor, up_FD: Tensor, gate_FD: Tensor | None, norms_F: Tensor, weights: FFNWeights
-) -> Tensor:
-    """``|act(gate x + b) (up x + b)| * norm`` in float32, biases and activation those of an FFN: [..., D] to [..., F]."""
+def neuron_scores(up: Tensor, gate: Tensor | None, norms_F: Tensor, weights: FFNWeights) -> Tensor:
+    """``|act(gate + b) (up + b)| * norm``, of two float32 products of the inputs, [..., F].
+
+    Args:
+        up, gate: whatever stands for those of the FFN; no gate for a plain one.
+        norms_F: of the rows of the down projection.
+        weights: of the FFN, for its biases and its activation.
+    """
     act = ACTIVATIONS[weights.activation]
-    hidden = F.linear(x, up_FD, _float(weights.up_bias))
-    if gate_FD is None:
-        hidden = act(hidden)
-    else:
-        hidden = act(F.linear(x, gate_FD, _float(weights.gate_bias))) * hidden
-    return hidden.abs() * norms_F
+    hidden = up if weights.up_bias is None else up + weights.up_bias.float()
+    if gate is None:
+        return act(hidden).abs() * norms_F
+    return (act(gate if weights.gate_bias is None else gate + weights.gate_bias.float()) * hidden).abs() * norms_F
 
 
 def expert_scores(scores: Tensor, n_experts: int) -> Tensor:
@@ -78,10 +80,6 @@ def expert_scores(scores: Tensor, n_experts: int) -> Tensor:
     if n_experts == scores.shape[-1]:
         return scores
     return scores.unflatten(-1, (n_experts, -1)).square().sum(-1).sqrt()
-
-
-def _float(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float()
 
 
 def project_down(hidden: Tensor, weight_DF: Tensor, bias_D: Tensor | None) -> Tensor:
