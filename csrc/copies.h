@@ -96,7 +96,7 @@ static void quantize(const lte_matrix& matrix, const lte_lowbit& made, const flo
             x[i] = inside ? widen(values[column]) : 0.0f;
             weights[i] = !inside ? 0.0f : importance ? importance[column] : 1.0f;
           }
-          if (tries) scale = best_scale(x.get(), weights.get(), group, int(bits), tries);
+          scale = best_scale(x.get(), weights.get(), group, int(bits), tries);
           quantize_group(x.get(), group, int(bits), scale, codes.get());
           for (int64_t i = 0; i < group; ++i)
             for (int64_t b = 0; b < bits; ++b)

@@ -97,8 +97,7 @@ void lte_sparse_ffn(const lte_ffn* ffn, const void* x, int64_t tokens, const uin
 void lte_copy_scores(const lte_ffn* ffn, const void* x, int64_t tokens, float* scores, int32_t threads);
 void lte_linear(const lte_matrix* matrix, int32_t dtype, const void* x, int64_t tokens, void* y, int32_t threads);
 void lte_decode(const lte_decoder* decoder, const lte_step* step, int32_t threads);
-// Rounds a matrix to few bits: fills the planes and scales of `made`; the planes alone where no scale is to be tried.
-// importance: [cols], weights of the errors, or null.
+// Rounds a matrix to few bits: fills the planes and scales of `made`. importance: [cols], weights of the errors, or null.
 void lte_quantize(const lte_matrix* matrix, int32_t dtype, const lte_lowbit* made, const float* importance, int32_t tries,
                   int32_t threads);
 float lte_read(const void* data, int64_t bytes, int32_t threads);  // reads every byte once: the bandwidth limit

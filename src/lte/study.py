@@ -200,5 +200,7 @@ def _point(study: Study, name: str, series: Series, settings: dict[str, Any]) ->
     values = copy.deepcopy(study.base)
     for key, value in {**series.set, **settings, "out": str(Path(study.work) / label)}.items():
         put(values, key, value)
+    if series.command == "finetune":
+        values.pop("sparsity", None)  # of the base: a dense baseline has none
     file = Path(study.results) / f"{label}.json"
     return Point(name, settings, series.command, parse_recipe(values), tuple(series.dial), file)

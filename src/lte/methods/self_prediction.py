@@ -32,7 +32,7 @@ class SelfPredictionConfig(MethodConfig):
     grouping: str = "none"
     bits: Annotated[int, pydantic.Field(ge=1, le=4)] = 3
     group: Annotated[int, pydantic.Field(ge=32, multiple_of=32)] = 64
-    learned: bool = True
+    learned: bool = False
 
 
 @register_method(SelfPredictionConfig)

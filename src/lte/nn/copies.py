@@ -9,15 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lte.nn.router import ROUTER_DTYPE, CopyForm, RouterCost, ScoreRouter
-from lte.ops import FFNCopy, FFNWeights, LowBitMatrix, copy_scores, copy_scores_run
+from lte.ops import FFNCopy, FFNWeights, copy_scores, copy_scores_run
 from lte.ops.lowbit import quantize, round_inputs, round_like
 from lte.ops.reference import neuron_scores
 
 LOGIT_RANGE = 20.0 - 1e-9
 """Threshold, in logits, that is as low as any goes: nothing is left out."""
-
-KEPT_SCALES = 32
-"""Steps for which scales are kept while weights are trained: searching for them takes ten times as long as rounding."""
 
 
 class CopyRouter(ScoreRouter):
@@ -54,10 +51,7 @@ class CopyRouter(ScoreRouter):
         return {**super().__getstate__(), "_made": None}
 
     def copy(self) -> Copy:
-        """The copy of the weights as they are.
-
-        While they are trained, scales are kept for some steps and only the rounding is made anew.
-        """
+        """The copy of the weights as they are: made anew after every step of a training, and of nothing else."""
         return self._current()[0]
 
     def _current(self) -> tuple[Copy, float]:
@@ -67,10 +61,8 @@ class CopyRouter(ScoreRouter):
         weights = self.ffn.weights()
         of = (weights.gate, weights.up, weights.down, self.importance, self.offset)
         state = [(tensor.data_ptr(), tensor._version) for tensor in of if tensor is not None]
-        old = self._made[1] if self._made is not None else None
-        if self._made is None or self._made[0] != state or (old is not None and old.age and not self.training):
-            like = old if old is not None and self.training and old.age < KEPT_SCALES else None
-            copy = Copy(weights, self.bits, self.group, self.importance.detach(), like)
+        if self._made is None or self._made[0] != state:
+            copy = Copy(weights, self.bits, self.group, self.importance.detach())
             self._made = state, copy, float(self.offset)
         return self._made[1:]
 
@@ -112,51 +104,27 @@ class Copy:
         weights: of the FFN.
         bits, group: of the copy.
         importance_D: how much errors count, by column.
-        like: a copy of earlier weights whose scales to keep; None to search for them.
     """
 
-    def __init__(
-        self, weights: FFNWeights, bits: int, group: int, importance_D: Tensor, like: Copy | None = None
-    ) -> None:
+    def __init__(self, weights: FFNWeights, bits: int, group: int, importance_D: Tensor) -> None:
         self.weights = weights
-        self.age: int = 0 if like is None else like.age + 1
-        """How many changes of the weights the scales are behind."""
         self._exact = {name: w for name, w in (("gate", weights.gate), ("up", weights.up)) if w is not None}
         self.trained = any(matrix.requires_grad for matrix in self._exact.values())
         """Whether the weights may have gradients."""
-        self._norms = weights.down.detach().float().norm(dim=1)
-        self._like: dict[str, LowBitMatrix] | None = None if like is None else like._like or like._matrices()
-        self._made: dict[str, LowBitMatrix] | None = None
-        if self._like is None:
-            self._made = {name: quantize(w, bits, group, importance_D) for name, w in self._exact.items()}
-        self._rounded: dict[str, Tensor] = {}
-
-    @property
-    def packed(self) -> FFNCopy:
+        made = {name: quantize(matrix, bits, group, importance_D) for name, matrix in self._exact.items()}
+        self.packed = FFNCopy(made["up"], weights.down.detach().float().norm(dim=1), made.get("gate"))
         """What kernels read."""
-        made = self._matrices()
-        return FFNCopy(made["up"], self._norms, made.get("gate"))
-
-    def _matrices(self) -> dict[str, LowBitMatrix]:
-        if self._made is None:
-            assert self._like is not None
-            like = self._like
-            self._made = {
-                name: quantize(w, like[name].bits, like[name].group, like=like[name]) for name, w in self._exact.items()
-            }
-        return self._made
+        self._rounded: dict[str, Tensor] = {}
 
     def scores(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., F], float32."""
-        group = (self._like or self._matrices())["up"].group
-        x = _as_rounded(x, round_inputs(x.detach(), group))
+        x = _as_rounded(x, round_inputs(x.detach(), self.packed.up.group))
         products = {name: F.linear(x, self._rounded_matrix(name)) for name in self._exact}
-        return neuron_scores(products["up"], products.get("gate"), self._norms, self.weights)
+        return neuron_scores(products["up"], products.get("gate"), self.packed.norms, self.weights)
 
     def _rounded_matrix(self, name: str) -> Tensor:
         if name not in self._rounded:  # kernels read the packed form, and this one is ten times as large
-            exact, like = self._exact[name], (self._like or self._matrices())[name]
-            self._rounded[name] = round_like(exact, like)
+            self._rounded[name] = round_like(self._exact[name], getattr(self.packed, name))
         return _as_rounded(self._exact[name], self._rounded[name])
 
 

@@ -38,11 +38,13 @@ class _StraightThrough(torch.autograd.Function):
         return scale_experts(hidden, _scale(scores, mask, hardness))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         hidden, scores, mask = ctx.saved_tensors
         (gradient,) = gradients
-        shape = (mask.shape[-1], -1)
-        gain = (gradient.unflatten(-1, shape) * hidden.unflatten(-1, shape)).sum(-1, dtype=ctx.score_dtype)
+        gain = None
+        if ctx.needs_input_grad[1]:
+            shape = (mask.shape[-1], -1)
+            gain = (gradient.unflatten(-1, shape) * hidden.unflatten(-1, shape)).sum(-1, dtype=ctx.score_dtype)
         return scale_experts(gradient, _scale(scores, mask, ctx.hardness)), gain, None, None
 
 

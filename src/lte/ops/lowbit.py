@@ -103,13 +103,7 @@ class FFNCopy:
 
 
 @torch.no_grad()
-def quantize(
-    matrix_ND: Tensor,
-    bits: int,
-    group: int = 64,
-    importance_D: Tensor | None = None,
-    like: LowBitMatrix | None = None,
-) -> LowBitMatrix:
+def quantize(matrix_ND: Tensor, bits: int, group: int = 64, importance_D: Tensor | None = None) -> LowBitMatrix:
     """Round a matrix to few bits; every group's scale is the one, of some, with the smallest squared error.
 
     Args:
@@ -117,7 +111,6 @@ def quantize(
         bits: 1 to 4.
         group: neighbours in a row that share a scale; a multiple of 32.
         importance_D: [D], weights of the errors, for instance the mean squares of the inputs; None for equal ones.
-        like: a matrix of the same shape whose scales to take over; rounding alone takes a tenth of the time.
 
     Raises:
         ValueError: the width or the group is none there is.
@@ -126,16 +119,14 @@ def quantize(
         raise ValueError(f"bits={bits}, group={group}: bits must be one of {BITS}, and group a multiple of {COLUMNS}")
     matrix_ND = matrix_ND.detach()
     if _kernels_take(matrix_ND):
-        return _quantize_fast(matrix_ND, bits, group, importance_D, like)
+        return _quantize_fast(matrix_ND, bits, group, importance_D)
     rows, columns = matrix_ND.shape
     weights_D = torch.ones(columns, device=matrix_ND.device) if importance_D is None else importance_D.float()
     weights_Gk = _grouped(weights_D[None], group)[0]
     planes, scales = [], []
-    step = max(1, CHUNK // columns // ROWS) * ROWS
-    for first, part in zip(range(0, rows, step), matrix_ND.split(step), strict=True):
+    for part in matrix_ND.split(max(1, CHUNK // columns // ROWS) * ROWS):
         grouped = _grouped(part.float(), group)
-        given = None if like is None else like.scales_of_rows()[first : first + step].float()
-        scale = _best_scales(grouped, weights_Gk, bits) if given is None else given
+        scale = _best_scales(grouped, weights_Gk, bits)
         codes = (_levels(grouped, scale, _middle(bits)) + _middle(bits)).to(torch.uint8)
         codes, scale = (torch.nn.functional.pad(t.mT, (0, -len(part) % ROWS)).mT for t in (codes.flatten(1), scale))
         planes.append(_planes(codes, bits, group))
@@ -150,18 +141,15 @@ def _kernels_take(matrix_ND: Tensor) -> bool:
     return plain and not cpu.unavailable()
 
 
-def _quantize_fast(
-    matrix_ND: Tensor, bits: int, group: int, importance_D: Tensor | None, like: LowBitMatrix | None
-) -> LowBitMatrix:
+def _quantize_fast(matrix_ND: Tensor, bits: int, group: int, importance_D: Tensor | None) -> LowBitMatrix:
     from lte.ops import cpu
 
     rows, columns = matrix_ND.shape
     blocks, groups = -(-rows // ROWS), -(-columns // group)
     shape = blocks, groups, group // COLUMNS, bits, 4 * ROWS
     planes = empty_for_streaming(shape, torch.uint8, matrix_ND.device)
-    scales = torch.empty(blocks, groups, ROWS, dtype=torch.bfloat16) if like is None else like.scales
-    made = LowBitMatrix(planes, scales, rows, columns)
-    cpu.quantize(matrix_ND, made, None if importance_D is None else importance_D.float().contiguous(), 0 if like else SHRINKS)
+    made = LowBitMatrix(planes, torch.empty(blocks, groups, ROWS, dtype=torch.bfloat16), rows, columns)
+    cpu.quantize(matrix_ND, made, None if importance_D is None else importance_D.float().contiguous(), SHRINKS)
     return made
 
 

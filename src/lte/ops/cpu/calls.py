@@ -79,7 +79,7 @@ def _lowbit(made: LowBitMatrix | None) -> LowBit:
 
 
 def quantize(weight: Tensor, made: LowBitMatrix, importance: Tensor | None, tries: int) -> None:
-    """Fill the planes of ``made``, its scales too where some are to be tried, with a weight of contiguous rows."""
+    """Fill the planes and scales of ``made`` with a [rows, columns] weight whose rows are contiguous."""
     kernels().lte_quantize(
         ctypes.byref(matrix(weight)),
         DTYPES[weight.dtype],
