@@ -36,6 +36,13 @@ def sparse_model(name: str = "llama", **config: Any) -> Any:
     return lte.sparsify(models.build(name), lte.LTEConfig(**{**settings, **config}))
 
 
+def self_predicted(name: str = "llama", **config: Any) -> Any:
+    """The same of single neurons that a copy of the FFN picks."""
+    batch = models.inputs(8, 16)
+    calibration = [{**batch, "labels": batch["input_ids"]}]
+    return lte.sparsify(models.build(name), lte.SelfPredictionConfig(group=32, **config), calibration=calibration)
+
+
 def trainer(folder: Path, model: Any = None, data: Dataset | None = None, **settings: Any) -> lte.LTETrainer:
     """A trainer of 3 + 3 steps unless told otherwise, without checkpoints, bars or shuffling surprises."""
     defaults = {

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from lte.nn import sparse_ffns
 from lte.thresholds import thresholds_of
 from lte.training import SparsityTracker
 from tests import models
-from tests.training.common import collate, rows, sparse_model, trainer
+from tests.training.common import collate, rows, self_predicted, sparse_model, trainer
 
 
 @pytest.mark.parametrize("stages", [1, 2])
@@ -44,14 +45,19 @@ def test_frozen_routers_are_answered_with_thresholds(tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{"stages": 1, "max_steps": 8}, {"stage1_steps": 4, "stage2_steps": 4}])
+@pytest.mark.parametrize(
+    "make",
+    [partial(sparse_model, "gpt2"), self_predicted, partial(self_predicted, "gpt2", learned=True)],
+    ids=["lte", "self-prediction", "learned self-prediction"],
+)
 @pytest.mark.parametrize("stop", [2, 6, 8])
-def test_a_resumed_run_has_the_same_tracker_and_ends_at_the_same_weights(tmp_path, settings, stop):
+def test_a_resumed_run_has_the_same_tracker_and_ends_at_the_same_weights(tmp_path, settings, stop, make):
     settings = {"target_sparsity": 0.5, "save_strategy": "steps", "save_steps": 2, **settings}
-    whole = trainer(tmp_path / "whole", sparse_model("gpt2"), **settings)
+    whole = trainer(tmp_path / "whole", make(), **settings)
     whole.train()
     state = json.loads((tmp_path / "whole" / f"checkpoint-{stop}" / "trainer_state.json").read_text())
     assert state["stateful_callbacks"]["StepCallback"]["attributes"]["tracker"]["sparsity"] > 0
-    again = trainer(tmp_path / "again", sparse_model("gpt2"), **settings)
+    again = trainer(tmp_path / "again", make(), **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
     assert again.tracker == whole.tracker
     assert thresholds_of(again.model) == thresholds_of(whole.model)

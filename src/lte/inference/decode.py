@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lte.families import DECODERS, blocks_of
-from lte.nn import ROUTER_DTYPE, CopyForm, FastLinear, LinearForm, Mode, SparseFFN, sparse_ffns
+from lte.nn import ROUTER_DTYPE, CopyForm, CopyRouter, FastLinear, LinearForm, Mode, SparseFFN, sparse_ffns
 from lte.ops.cpu import DTYPES, kernels
 from lte.ops.cpu.calls import describe_copied_ffn, describe_ffn
 from lte.ops.cpu.library import Cache, Decoder, Layer, Matrix, Step, matrix
@@ -158,6 +158,11 @@ class _Built:
         forms = [ffn.router.form() for ffn in self.ffns]
         # Copies are of the weights as they are now, and the structs point into them.
         self.copies = [form.copy for form in forms if isinstance(form, CopyForm)]
+        self.copying = [
+            (ffn.router, form.copy)
+            for ffn, form in zip(self.ffns, forms, strict=True)
+            if isinstance(ffn.router, CopyRouter) and isinstance(form, CopyForm)
+        ]
         self.copied = [p for ffn in self.ffns for p in ffn.parameters()] if self.copies else []
         self.versions = [p._version for p in self.copied]
         self.children = [(m._modules, list(m._modules.values())) for m in (model, *self.modules) if m._modules]
@@ -207,6 +212,8 @@ class _Built:
         if any(list(now.values()) != then for now, then in self.children):
             return False
         if [p._version for p in self.copied] != self.versions:
+            return False
+        if any(router.held is not copy for router, copy in self.copying):
             return False
         return self._current_pointers() == self.pointers
 

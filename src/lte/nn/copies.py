@@ -17,6 +17,10 @@ LOGIT_RANGE = 20.0 - 1e-9
 """Threshold, in logits, that is as low as any goes: nothing is left out."""
 
 
+SAMPLED = 64
+"""Rows, and columns, of a matrix that are looked at for changes."""
+
+
 class CopyRouter(ScoreRouter):
     """Score of a neuron: ``|act(g x) u x| * norm(down row)`` with g and u of few bits.
 
@@ -50,6 +54,11 @@ class CopyRouter(ScoreRouter):
     def __getstate__(self) -> dict[str, object]:
         return {**super().__getstate__(), "_made": None}
 
+    @property
+    def held(self) -> FFNCopy | None:
+        """The copy as last made, of whatever weights."""
+        return None if self._made is None else self._made[1].packed
+
     def copy(self) -> Copy:
         """The copy of the weights as they are: made anew after every step of a training, and of nothing else."""
         return self._current()[0]
@@ -59,12 +68,18 @@ class CopyRouter(ScoreRouter):
         if self._made is not None and torch.compiler.is_compiling():  # a graph is made of weights that stay
             return self._made[1:]
         weights = self.ffn.weights()
-        of = (weights.gate, weights.up, weights.down, self.importance, self.offset)
-        state = [(tensor.data_ptr(), tensor._version) for tensor in of if tensor is not None]
-        if self._made is None or self._made[0] != state:
+        of = [t for t in (weights.gate, weights.up, weights.down, self.importance, self.offset) if t is not None]
+        state = [(tensor.data_ptr(), tensor._version) for tensor in of]
+        if self._made is None or self._made[0] != state or (self.training and self._made[1].is_behind()):
             copy = Copy(weights, self.bits, self.group, self.importance.detach())
             self._made = state, copy, float(self.offset)
         return self._made[1:]
+
+    def train(self, mode: bool = True) -> CopyRouter:
+        """Forget the copy where training begins: fused optimizers change weights and do not say so."""
+        if mode:
+            self._made = None
+        return super().train(mode)
 
     def form(self) -> CopyForm:
         """See :meth:`Router.form`."""
@@ -115,6 +130,12 @@ class Copy:
         self.packed = FFNCopy(made["up"], weights.down.detach().float().norm(dim=1), made.get("gate"))
         """What kernels read."""
         self._rounded: dict[str, Tensor] = {}
+        self._sampled = [_sample(w) for w in (*self._exact.values(), weights.down)]
+
+    def is_behind(self) -> bool:
+        """Whether a step was made since: of every matrix some thousand entries are looked at."""
+        now = (*self._exact.values(), self.weights.down)
+        return not all(torch.equal(_sample(w), then) for w, then in zip(now, self._sampled, strict=True))
 
     def scores(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., F], float32."""
@@ -126,6 +147,11 @@ class Copy:
         if name not in self._rounded:  # kernels read the packed form, and this one is ten times as large
             self._rounded[name] = round_like(self._exact[name], getattr(self.packed, name))
         return _as_rounded(self._exact[name], self._rounded[name])
+
+
+def _sample(matrix_ND: Tensor) -> Tensor:
+    rows, columns = (max(1, size // SAMPLED) for size in matrix_ND.shape)
+    return matrix_ND.detach()[::rows, ::columns].clone()
 
 
 def _as_rounded(exact: Tensor, rounded: Tensor) -> Tensor:
