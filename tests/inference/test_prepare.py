@@ -312,9 +312,10 @@ def test_a_real_model_for_200_tokens(batch, fused_steps):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["lte", "self-prediction"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_a_compiled_decode_step_has_no_graph_break(name):
-    plain, fast = pair(name)
+def test_a_compiled_decode_step_has_no_graph_break(name, method):
+    plain, fast = pair(name, method=method)
     ids = models.inputs(2, 8)["input_ids"]
 
     def step(model, compiled):

@@ -285,6 +285,10 @@ def test_opcheck(impl, dtype):
     torch.library.opcheck(torch.ops.lte.sparse_ffn.default, (x, mask, *tail))
     torch.library.opcheck(torch.ops.lte.routed_ffn.default, (x, router, None, 0.5, *tail))
     torch.library.opcheck(torch.ops.lte.linear.default, (x, weights.up, weights.up_bias))
+    copies = [quantize(matrix, 3, 32) for matrix in (weights.up, weights.gate)]
+    copy = (weights.down.float().norm(dim=1), *([made.planes, made.scales] for made in copies), copies[0].columns, 60)
+    torch.library.opcheck(torch.ops.lte.copied_ffn.default, (x, *copy, 0.1, *tail))
+    torch.library.opcheck(torch.ops.lte.copy_scores.default, (x, *copy, *tail))
 
 
 @pytest.mark.slow

@@ -112,12 +112,12 @@ def routed_ffn(
 
 def copies_run(x_TD: Tensor, weights: FFNWeights, impl: str) -> bool:
     """Whether kernels would run in :func:`copied_ffn`, or the reference."""
-    return backends.choose(impl, x_TD, weights) != "reference"
+    return torch.compiler.is_compiling() or backends.choose(impl, x_TD, weights) != "reference"
 
 
 def copy_scores_run(x_TD: Tensor, weights: FFNWeights) -> bool:
     """Whether kernels would run in :func:`copy_scores`, or the reference."""
-    return backends.choose_for_scores("fastest", x_TD, weights) != "reference"
+    return torch.compiler.is_compiling() or backends.choose_for_scores("fastest", x_TD, weights) != "reference"
 
 
 def copied_ffn(

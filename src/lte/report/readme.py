@@ -83,10 +83,11 @@ def _reached(results: Path) -> str:
         names = list(dense.qualities)
         columns = [part for name in names for part in ((name, "published") if paper else (name,))]
         table = []
-        for row in [dense, *(row for row in found if row.series == "single-stage")]:
+        shown = {"self-prediction": "neurons", "single-stage": "experts of 32"}
+        for row in [dense, *(row for series in shown for row in found if row.series == series)]:
             asked = "dense, as many steps"
             if row is not dense:
-                asked = f"`--target-sparsity` {100 * float(row.setting.rpartition(' ')[2]):.0f} %"
+                asked = f"{shown[row.series]}, `--target-sparsity` {100 * float(row.setting.rpartition(' ')[2]):g} %"
             cells = [asked, str(row.seeds), row.sparsity.text(".1f")]
             for name in names:
                 cells.append(row.qualities[name].text())
