@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -27,6 +28,7 @@ def fill(text: str, results: Path) -> str:
     blocks: dict[str, Callable[[Path], str]] = {
         "quickstart": _quickstart,
         "compare": _compare,
+        "pretrained": _pretrained,
         "reached": _reached,
         "choices": _choices,
         "ffn": _ffn,
@@ -96,6 +98,35 @@ def _reached(results: Path) -> str:
             table.append(cells)
         parts.append(_markdown([title, "seeds", "FFN sparsity %", *columns], table))
     return "\n".join(parts)
+
+
+COPY_SHARE = 2 / 3 * 3.25 / 16
+"""Of an FFN's bytes at 16 bits a weight: a copy of two of its three matrices, 3 bits and a scale for every 64 weights."""
+
+
+def _pretrained(results: Path) -> str:
+    """Sparse models of a pretrained one, beside the dense model that saw as much."""
+    found = _read(results / "smollm2")
+    rows = []
+    for kind, about, dense in (
+        ("untrained", "neurons, no training", "untouched"),
+        ("trained", "neurons, trained", "dense"),
+        ("s", "experts of 32, learned routers, trained", "dense"),
+    ):
+        names = sorted(name for name in found if re.fullmatch(rf"{kind}-?\d+", name))
+        start = next((r["baseline"]["value"] for r in found.values() if "baseline" in r), None)
+        base = found[dense]["value"] if dense in found else start
+        if not names or base is None:
+            continue
+        rows.append([f"dense{', fine-tuned as long' if dense == 'dense' else ''}", "0 %", "100 %", f"{base:.2f}", "-"])
+        for name in names:
+            record = found[name]
+            read = 1 - record["sparsity"] + (COPY_SHARE if kind != "s" else 0.01)
+            loss = math.log(record["value"] / base)
+            rows.append(
+                [about, f"{record['sparsity']:.1%}", f"{read:.0%}", f"{record['value']:.2f}", f"{loss:+.3f}"]
+            )
+    return _markdown(["SmolLM2-135M", "FFN sparsity", "FFN bytes read", "perplexity", "nats above dense"], rows)
 
 
 def _rows_table(found: list[Row], *, layers: bool = False) -> str:
