@@ -20,7 +20,7 @@ def test_later_sources_win(tmp_path):
     recipe = load_recipe(path, {"training.eta": 2.0, "model": "b", "seed": None}, ["training.eta=3"])
     args = recipe.arguments(lte.LTETrainingArguments, output_dir=str(tmp_path))
     assert (recipe.model, recipe.seed, args.eta, args.learning_rate, args.seed) == ("b", 4, 3.0, 1e-3, 4)
-    assert recipe.method() == lte.LTEConfig(seed=4)
+    assert recipe.method() == lte.SelfPredictionConfig(seed=4)
 
 
 def test_a_recipe_survives_being_written(tmp_path):

@@ -67,6 +67,8 @@ class SparseModelLoader(HfQuantizer):
         del model.hf_quantizer
         del model.quantization_method
         model.is_quantized = False
+        for ffn in sparse_ffns(model):
+            ffn.router.freeze()
         for module in model.modules():
             if isinstance(module, transformers.PreTrainedModel):
                 module.config.__dict__.pop("_is_quantized", None)

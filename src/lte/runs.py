@@ -34,6 +34,7 @@ from lte.training import (
     correct_loss_scaling,
     last_complete_checkpoint,
     optimizer_for,
+    refuse_idle_losses,
 )
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> d
     out = Path(recipe.out)
     args = recipe.arguments(LTETrainingArguments, output_dir=str(out / "checkpoints"), **RUN_DEFAULTS)
     _check_target(method, args.target_sparsity)
+    _check_losses(method, args)
     if (done := _finished(out, recipe, resume=resume, overwrite=overwrite)) is not None:
         return done
     check_folder(out, recipe, resume=resume, overwrite=overwrite)
@@ -118,6 +120,8 @@ def check_recipe(recipe: Recipe, command: str) -> None:
             recipe = recipe.model_copy(update={"dtype": None})
         args = recipe.arguments(LTETrainingArguments, output_dir=recipe.out, **RUN_DEFAULTS)
         _check_target(recipe.method(), args.target_sparsity)
+        if command == "train":
+            _check_losses(recipe.method(), args)
 
 
 def make_sparse(recipe: Recipe, *, overwrite: bool = False) -> dict[str, Any]:
@@ -300,6 +304,11 @@ def _check_target(method: MethodConfig, target: float | None) -> None:
             f"target_sparsity={target} is not for method={method.method!r}, which has a sparsity of its own "
             "(--set sparsity.sparsity=...); give --eta 0 instead"
         )
+
+
+def _check_losses(method: MethodConfig, args: LTETrainingArguments) -> None:
+    if not getattr(method, "learned", True):
+        refuse_idle_losses(args)
 
 
 def _load_dense(recipe: Recipe, task: Task, tokenizer: Any, *, new_head: bool | None = None) -> Any:

@@ -46,6 +46,7 @@ def test_it_is_calibrated_saved_and_loaded_without_its_copy(name, tmp_path):
     routers = {key for key in loaded.state_dict() if ".router." in key}
     assert {key.rpartition(".")[2] for key in routers} == {"offset", "importance"}
     assert len(routers) == 2 * models.LAYERS
+    assert not any(p.requires_grad for ffn in sparse_ffns(loaded) for p in ffn.router.parameters())
     with torch.no_grad():
         torch.testing.assert_close(loaded(**batch)[0], model(**batch)[0])
         lte.prepare_for_inference(loaded)

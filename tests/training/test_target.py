@@ -52,7 +52,7 @@ def test_frozen_routers_are_answered_with_thresholds(tmp_path):
 )
 @pytest.mark.parametrize("stop", [2, 6, 8])
 def test_a_resumed_run_has_the_same_tracker_and_ends_at_the_same_weights(tmp_path, settings, stop, make):
-    settings = {"target_sparsity": 0.5, "save_strategy": "steps", "save_steps": 2, **settings}
+    settings = {"target_sparsity": 0.5, "save_strategy": "steps", "save_steps": 2, "lambda_sep": 0.0, **settings}
     whole = trainer(tmp_path / "whole", make(), **settings)
     whole.train()
     state = json.loads((tmp_path / "whole" / f"checkpoint-{stop}" / "trainer_state.json").read_text())
@@ -63,6 +63,14 @@ def test_a_resumed_run_has_the_same_tracker_and_ends_at_the_same_weights(tmp_pat
     assert thresholds_of(again.model) == thresholds_of(whole.model)
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("asked", [{"eta": 1.0}, {"target_sparsity": 0.5, "lambda_sep": 0.1}])
+def test_losses_that_would_reach_nothing_are_refused(tmp_path, asked):
+    asked = {"lambda_sep": 0.0, **asked}
+    with pytest.raises(ConfigError, match=r"acts on the scores, and nothing learns from these; give --target-sparsity"):
+        trainer(tmp_path, self_predicted(), stages=1, **asked)
+    trainer(tmp_path, self_predicted(learned=True), stages=1, **asked)
 
 
 def test_accumulated_steps_give_the_tracker_the_same_reading(tmp_path):

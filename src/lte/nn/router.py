@@ -97,6 +97,9 @@ class Router(nn.Module):
     uses_threshold = True
     """Whether moving ``threshold`` changes which experts run."""
 
+    learned = True
+    """Whether losses on the scores change any weight."""
+
     def __init__(self, n_experts: int, *, threshold: float = 0.5) -> None:
         super().__init__()
         self.n_experts = n_experts
@@ -113,6 +116,9 @@ class Router(nn.Module):
 
     def attach(self, ffn: SparseFFN) -> None:
         """Called once, with the FFN whose experts are decided on, to be kept: nothing of it is ready to be read yet."""
+
+    def freeze(self) -> None:
+        """Take what is not learned out of training; called when weights were loaded, which makes all of them learnable."""
 
     @abstractmethod
     def forward(self, x: Tensor) -> Routing:
@@ -302,6 +308,10 @@ class ScoreRouter(Router):
     def attach(self, ffn: SparseFFN) -> None:
         """See :meth:`Router.attach`."""
         self._ffn = [ffn]  # in a list it is no child of its own child
+
+    def freeze(self) -> None:
+        """See :meth:`Router.freeze`: what a guess is made of is fitted, never learned."""
+        self.requires_grad_(False)
 
     @property
     def ffn(self) -> SparseFFN:

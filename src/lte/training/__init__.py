@@ -1,6 +1,6 @@
 """Losses, stages and the trainer."""
 
-from lte.training.arguments import PAPER, LTETrainingArguments
+from lte.training.arguments import PAPER, LTETrainingArguments, refuse_idle_losses
 from lte.training.callbacks import FiniteGradients, JsonLinesLog, StepProgress, last_complete_checkpoint
 from lte.training.losses import efficiency_loss, separability_loss
 from lte.training.precision import check_optimizer, optimizer_for
@@ -20,5 +20,6 @@ __all__ = [
     "efficiency_loss",
     "last_complete_checkpoint",
     "optimizer_for",
+    "refuse_idle_losses",
     "separability_loss",
 ]

@@ -104,6 +104,16 @@ class LTETrainingArguments(TrainingArguments):
             refuse_reentrant(self.gradient_checkpointing_kwargs)
 
 
+def refuse_idle_losses(args: LTETrainingArguments) -> None:
+    """Raise ConfigError where losses on the scores are asked for; called where scores do not learn."""
+    for name in ("eta", "lambda_sep"):
+        if value := getattr(args, name):
+            raise ConfigError(
+                f"{name}={value} acts on the scores, and nothing learns from these; give --target-sparsity alone, or "
+                "let them learn (sparsity.learned=true), or learn routers (sparsity.method=lte)"
+            )
+
+
 STAGE_LENGTHS = ("stage1_epochs", "stage2_epochs", "stage1_steps", "stage2_steps")
 
 

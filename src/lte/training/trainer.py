@@ -33,7 +33,7 @@ from lte.thresholds import (
     shifted,
     thresholds_of,
 )
-from lte.training.arguments import STAGE_LENGTHS, LTETrainingArguments, refuse_reentrant
+from lte.training.arguments import STAGE_LENGTHS, LTETrainingArguments, refuse_idle_losses, refuse_reentrant
 from lte.training.callbacks import StepProgress, gradient_norm, last_complete_checkpoint
 from lte.training.losses import RoutingTotals, total_routing
 from lte.training.precision import optimizer_for
@@ -115,6 +115,8 @@ class LTETrainer(Trainer):
         target = self.args.target_sparsity
         if target is not None and not all(ffn.router.uses_threshold for ffn in sparse_ffns(self.model)):
             raise ConfigError("target_sparsity needs routers with a threshold; a top-k router takes its own sparsity")
+        if not all(ffn.router.learned for ffn in sparse_ffns(self.model)):
+            refuse_idle_losses(self.args)
         self.tracker = None if target is None else SparsityTracker(target)
         self.landed: OperatingPoint | None = None
         self.seconds_of: dict[str, float] = {}
