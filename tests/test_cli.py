@@ -309,7 +309,10 @@ def test_indivisible_expert_size(folder, tmp_path):
         ("sparsity.expertsize=2", "unknown key 'expertsize'; did you mean 'expert_size'?"),
         ("task.contextlength=2", "unknown key 'contextlength'; did you mean 'context_length'?"),
         ("modle=x", "unknown key 'modle'; did you mean 'model'?"),
-        ("sparsity.method=magic", "unknown method 'magic'; known methods: cats, lte, oracle, self-prediction, svd, topk"),
+        (
+            "sparsity.method=magic",
+            "unknown method 'magic'; known methods: cats, lte, oracle, self-prediction, svd, topk",
+        ),
         ("training.eta=much", "training.eta='much' is not a number"),
         ("training", "--set 'training' is not of the form key=value"),
     ],

@@ -8,13 +8,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from lte import LTEConfig, SelfPredictionConfig
 from lte.bench.decode import bench_decode
 from lte.bench.ffn import bench_ffn
 from lte.bench.limit import bench_limit, decode_bytes
 from lte.bench.shapes import SHAPES, model_config, random_model, set_sparsity
 from lte.cli import app
 from lte.errors import ConfigError
-from lte import LTEConfig, SelfPredictionConfig
 from lte.nn import SparsityMeter, observe_routing, sparse_ffns
 from lte.ops import cpu
 

@@ -11,7 +11,9 @@ from lte.study import load_study, points
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/training.md", "docs/self-prediction.md", "docs/inference.md", "docs/precision.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", *(f"docs/{name}.md" for name in ("training", "self-prediction", "inference", "precision"))]
+)
 def test_figures_in_the_pages_are_those_in_results(page):
     text = (ROOT / page).read_text()
     assert fill(text, ROOT / "results") == text, "run `python -m lte.report.readme`"

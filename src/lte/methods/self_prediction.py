@@ -43,8 +43,9 @@ class SelfPrediction(ScoreMethod[SelfPredictionConfig]):
     def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> Router:
         """See :class:`Method`."""
         config = self.config
-        settings = {"bits": config.bits, "group": config.group, "learned": config.learned}
-        return CopyRouter(d_model, n_experts, **settings, device=like.device)
+        return CopyRouter(
+            d_model, n_experts, bits=config.bits, group=config.group, learned=config.learned, device=like.device
+        )
 
     def fit(self, router: ScoreRouter, seen: Calibration) -> None:
         """See :class:`ScoreMethod`: errors of the copy count by the inputs they are multiplied with."""

@@ -24,8 +24,8 @@ SAMPLED = 64
 class CopyRouter(ScoreRouter):
     """Score of a neuron: ``|act(g x) u x| * norm(down row)`` with g and u of few bits.
 
-    The copy is made of the weights as they are when it is first asked for, and again when they change. What it is fitted
-    to, the mean squares of the FFN's inputs, is kept with the model; the copy itself is not.
+    The copy is made of the weights as they are when it is first asked for, and again when they change. What it is
+    fitted to, the mean squares of the FFN's inputs, is kept with the model; the copy itself is not.
 
     Args:
         d_model, n_experts: of the FFN.

@@ -118,7 +118,7 @@ class Router(nn.Module):
         """Called once, with the FFN whose experts are decided on, to be kept: nothing of it is ready to be read yet."""
 
     def freeze(self) -> None:
-        """Take what is not learned out of training; called when weights were loaded, which makes all of them learnable."""
+        """Take what is not learned out of training; called when weights were loaded, which makes all learnable."""
 
     @abstractmethod
     def forward(self, x: Tensor) -> Routing:

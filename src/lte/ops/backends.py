@@ -51,7 +51,7 @@ def choose(impl: str, x_TD: Tensor, weights: FFNWeights) -> str:
 
 
 def choose_for_scores(impl: str, x_TD: Tensor, weights: FFNWeights) -> str:
-    """The same for the scores of an FFN's copy, of whatever number of tokens: of the FFN itself, only biases are read."""
+    """The same for the scores of an FFN's copy, for any number of tokens: of the FFN itself, only biases are read."""
     impl = requested(impl)
     fast = "triton" if x_TD.device.type == "cuda" else "cpu"
     if impl in ("auto", "fastest"):

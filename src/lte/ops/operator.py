@@ -147,14 +147,10 @@ def copied_ffn(
     _check_experts(n_experts, weights)
     if _is_eager_cpu(x_TD):
         return _run_copied(x_TD, copy, cut, n_experts, weights, impl, max_density)
-    return torch.ops.lte.copied_ffn(
-        x_TD, *_flat_copy(copy), n_experts, cut, *_flat(weights), impl, max_density
-    )
+    return torch.ops.lte.copied_ffn(x_TD, *_flat_copy(copy), n_experts, cut, *_flat(weights), impl, max_density)
 
 
-def copy_scores(
-    x_TD: Tensor, copy: FFNCopy, n_experts: int, weights: FFNWeights, *, impl: str = "fastest"
-) -> Tensor:
+def copy_scores(x_TD: Tensor, copy: FFNCopy, n_experts: int, weights: FFNWeights, *, impl: str = "fastest") -> Tensor:
     """Norms of the experts' outputs, as a coarse copy of the FFN has them: [T, D] to [T, E], float32.
 
     The arguments are those of :func:`copied_ffn`.
@@ -190,9 +186,8 @@ def _flat_copy(copy: FFNCopy) -> tuple[Tensor, list[Tensor], list[Tensor], int]:
 
 def _copy_of(norms: Tensor, up: list[Tensor], gate: list[Tensor], columns: int) -> FFNCopy:
     rows = len(norms)
-    return FFNCopy(
-        LowBitMatrix(*up, rows, columns), norms, LowBitMatrix(*gate, rows, columns) if gate else None
-    )
+    made = [LowBitMatrix(part[0], part[1], rows, columns) for part in (up, gate) if part]
+    return FFNCopy(made[0], norms, made[1] if gate else None)
 
 
 def _check(x_TD: Tensor, weights: FFNWeights) -> None:

@@ -101,7 +101,7 @@ def _reached(results: Path) -> str:
 
 
 COPY_SHARE = 2 / 3 * 3.25 / 16
-"""Of an FFN's bytes at 16 bits a weight: a copy of two of its three matrices, 3 bits and a scale for every 64 weights."""
+"""Of an FFN's bytes at 16 bits a weight: a copy of two of three matrices, 3 bits and a scale for every 64 weights."""
 
 
 def _pretrained(results: Path) -> str:
@@ -123,9 +123,7 @@ def _pretrained(results: Path) -> str:
             record = found[name]
             read = 1 - record["sparsity"] + (COPY_SHARE if kind != "s" else 0.01)
             loss = math.log(record["value"] / base)
-            rows.append(
-                [about, f"{record['sparsity']:.1%}", f"{read:.0%}", f"{record['value']:.2f}", f"{loss:+.3f}"]
-            )
+            rows.append([about, f"{record['sparsity']:.1%}", f"{read:.0%}", f"{record['value']:.2f}", f"{loss:+.3f}"])
     return _markdown(["SmolLM2-135M", "FFN sparsity", "FFN bytes read", "perplexity", "nats above dense"], rows)
 
 
@@ -187,7 +185,9 @@ def _ffn(results: Path) -> str:
             for row in record["rows"]
         ]
         head = ["tokens", "sparsity", "dense ms", "sparse ms", "speed-up", "GB/s", "limit GB/s"]
-        title = f"**{first['d_model']} x {first['d_ff']}, {first['dtype']}** against {first['baseline']}"
+        grain = "single neurons" if first["expert_size"] == 1 else f"experts of {first['expert_size']}"
+        about = f"{first['d_model']} x {first['d_ff']}, {first['dtype']}, {grain}, {first.get('router', 'linear')}"
+        title = f"**{about}** against {first['baseline']}"
         parts.append(f"{title}\n\n{_markdown(head, rows)}")
     return "\n".join(parts) + _where(results)
 

@@ -90,7 +90,7 @@ def lowbit_products(
     x, x_scale, planes_ptr, scales_ptr, group, acc,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, BLOCKS: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """``acc[T, 16 BLOCKS] +=`` one group's products of a low-bit matrix; see :class:`lte.ops.LowBitMatrix` for its layout.
+    """``acc[T, 16 BLOCKS] +=`` one group's products of a low-bit matrix, laid out as :class:`lte.ops.LowBitMatrix` is.
 
     x: [T, GROUP] int8, x_scale: [T]. LAST: blocks of rows in the matrix.
     """
@@ -135,9 +135,7 @@ def copy_scores_kernel(
         x_scale = tl.maximum(tl.max(tl.abs(x), 1) / 127.0, 1e-30)
         # Adding and taking away 1.5 * 2^23 rounds to the nearest, ties to even.
         whole = ((x / x_scale[:, None] + 12582912.0) - 12582912.0).to(tl.int8)
-        up = lowbit_products(
-            whole, x_scale, up_planes_ptr, up_scales_ptr, group, up, GROUPS, GROUP, BITS, BLOCKS, LAST
-        )
+        up = lowbit_products(whole, x_scale, up_planes_ptr, up_scales_ptr, group, up, GROUPS, GROUP, BITS, BLOCKS, LAST)
         if gate_planes_ptr is not None:
             gate = lowbit_products(
                 whole, x_scale, gate_planes_ptr, gate_scales_ptr, group, gate, GROUPS, GROUP, BITS, BLOCKS, LAST
