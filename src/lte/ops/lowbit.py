@@ -27,10 +27,10 @@ ROWS, COLUMNS = 16, 32
 class LowBitMatrix:
     """[N, D] numbers ``scale * (code - (2 ** bits - 1) / 2)``, a scale for every group of neighbours in a row.
 
-    The levels are symmetric and leave zero out: with two bits they are -1.5, -0.5, 0.5 and 1.5 scales. A matrix is cut
-    into tiles of 16 rows and 32 columns, and a tile is one bit plane after the other, lowest bit first: of 64 bytes,
-    byte 4 r + c has the bits of row r, and of the columns c, 4 + c, 8 + c, ..., the first of them lowest. A kernel takes
-    one bit of all bytes at a time, and has four columns of every row, each row in a lane.
+    The levels are symmetric and leave zero out: with two bits they are -1.5, -0.5, 0.5 and 1.5 scales. A matrix is
+    cut into tiles of 16 rows and 32 columns, and a tile is one bit plane after the other, lowest bit first: of 64
+    bytes, byte 4 r + c has the bits of row r, and of the columns c, 4 + c, 8 + c, ..., the first of them lowest. A
+    kernel takes one bit of all bytes at a time, and has four columns of every row, each row in a lane.
 
     Attributes:
         planes: [N / 16, G, group / 32, bits, 64] uint8; rows and columns that N and D lack are filled up.
