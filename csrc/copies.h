@@ -99,8 +99,11 @@ static void quantize(const lte_matrix& matrix, const lte_lowbit& made, const flo
           scale = best_scale(x.get(), weights.get(), group, int(bits), tries);
           quantize_group(x.get(), group, int(bits), scale, codes.get());
           for (int64_t i = 0; i < group; ++i)
-            for (int64_t b = 0; b < bits; ++b)
-              planes[(i / CHUNK * bits + b) * 4 * TOGETHER + 4 * r + i % 4] |= ((int(codes[i]) >> b) & 1) << (i % CHUNK / 4);
+            for (int b = 0; b < bits; ++b) {
+              int plane, bit;
+              place_of(int(bits), int(i % CHUNK / 4), b, plane, bit);
+              planes[(i / CHUNK * bits + plane) * 4 * TOGETHER + 4 * r + i % 4] |= ((int(codes[i]) >> b) & 1) << bit;
+            }
         }
       }
     team.end();

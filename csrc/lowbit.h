@@ -51,16 +51,28 @@ typedef uint16_t vcodes __attribute__((vector_size(VL * 4)));
 typedef uint16_t vcodes_any __attribute__((vector_size(VL * 4), aligned(2), may_alias));
 typedef uint16_t vhalf_any __attribute__((vector_size(VL * 2), aligned(2), may_alias));
 
-// Codes of four columns: the bits at place STEP of every byte of the planes.
+// Where code STEP of eight lies in a byte of its own; 8 where its bits are spread over the planes instead.
 template <int BITS, int STEP>
+constexpr int field_of() {
+  constexpr int fields = 8 / BITS;
+  return STEP < fields * BITS ? STEP % fields * BITS : 8;
+}
+
+// Codes STEP of eight, of four columns. A field that is second in its byte may stay there, times 2^BITS.
+template <int BITS, int STEP, bool MAY_STAY>
 INLINE vcodes codes_at_step(const vcodes* planes) {
-  vcodes codes = {};
+  constexpr int at = field_of<BITS, STEP>(), fields = 8 / BITS;
+  constexpr int mask = 0x0101 * ((1 << BITS) - 1);
+  if constexpr (at == 8) {
+    vcodes codes = {};
 #pragma GCC unroll 4
-  for (int b = 0; b < BITS; ++b) {
-    const vcodes moved = b >= STEP ? planes[b] << (b - STEP) : planes[b] >> (STEP - b);
-    codes |= moved & uint16_t(0x0101 << b);
+    for (int b = 0; b < BITS; ++b) codes |= planes[b] >> (STEP - b) & uint16_t(0x0101 << b);
+    return codes;
+  } else if constexpr (at == BITS && MAY_STAY) {
+    return planes[STEP / fields] & uint16_t(mask << at);
+  } else {
+    return planes[STEP / fields] >> at & uint16_t(mask);
   }
-  return codes;
 }
 
 // dots += codes, four to a lane, times four values.
@@ -81,12 +93,27 @@ INLINE vi add_products(vi dots, vcodes codes, const int8_t* values) {
 #endif
 }
 
+#if defined(__AVX512VNNI__)
+constexpr bool IN_PLACE = true;  // the other instructions add in 16 bits, which larger products overflow
+#else
+constexpr bool IN_PLACE = false;
+#endif
+
+// Sums that are taken side by side for a token: each instruction waits for the one before it on the same sum.
+template <int T>
+constexpr int CHAINS = T == 1 ? 4 : T == 2 ? 2 : 1;
+
+// dots: [CHAINS, T], and as many more for the codes that stay in place.
 template <int BITS, int T, int STEP>
 INLINE void add_steps(vi* dots, const vcodes* planes, const int8_t* const* values) {
   if constexpr (STEP < 8) {
-    const vcodes codes = codes_at_step<BITS, STEP>(planes);
+    constexpr bool stays = IN_PLACE && field_of<BITS, STEP>() == BITS;
+    const vcodes codes = codes_at_step<BITS, STEP, stays>(planes);
 #pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) dots[t] = add_products(dots[t], codes, values[t] + 4 * STEP);
+    for (int t = 0; t < T; ++t) {
+      vi& sum = dots[((stays ? CHAINS<T> : 0) + STEP / 2 % CHAINS<T>) * T + t];
+      sum = add_products(sum, codes, values[t] + 4 * STEP);
+    }
     add_steps<BITS, T, STEP + 1>(dots, planes, values);
   }
 }
@@ -109,7 +136,7 @@ static void lowbit_block(const lte_lowbit& matrix, int64_t block, const RoundedI
         std::memcpy(&out, &wide, sizeof out);
         return out;
       }();
-      vi dots[T] = {};
+      vi dots[2 * CHAINS<T> * T] = {};
       for (int64_t c = 0; c < chunks; ++c) {
         vcodes here[BITS];
 #pragma GCC unroll 4
@@ -122,7 +149,11 @@ static void lowbit_block(const lte_lowbit& matrix, int64_t block, const RoundedI
       }
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
-        const vf products = __builtin_convertvector(dots[t], vf) * x[t].scales[g] - splat(middle * x[t].sums[g]);
+        vi whole = dots[t], stayed = dots[CHAINS<T> * T + t];
+#pragma GCC unroll 4
+        for (int i = 1; i < CHAINS<T>; ++i) whole += dots[i * T + t], stayed += dots[(CHAINS<T> + i) * T + t];
+        if constexpr (IN_PLACE) whole += stayed >> BITS;
+        const vf products = __builtin_convertvector(whole, vf) * x[t].scales[g] - splat(middle * x[t].sums[g]);
         total[t] += products * scale;
       }
     }
@@ -155,6 +186,15 @@ static void lowbit_blocks(const lte_lowbit& matrix, int64_t block, int64_t count
     case 3: return lowbit_blocks<3>(matrix, block, count, x, tokens, out, out_stride);
     default: return lowbit_blocks<4>(matrix, block, count, x, tokens, out, out_stride);
   }
+}
+
+// Byte of eight codes, and its bit, that hold bit b of code `step`: fields one after the other in every byte, and codes
+// for which no byte has room for a whole field spread over the bits that are left.
+static inline void place_of(int bits, int step, int b, int& plane, int& bit) {
+  const int fields = 8 / bits;
+  const bool whole = step < fields * bits;
+  plane = whole ? step / fields : b;
+  bit = whole ? step % fields * bits + b : step;
 }
 
 // ---- making them ----------------------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ struct lte_matrix {
 };
 
 // [rows, cols] numbers scale * (code - (2^bits - 1) / 2), as src/lte/ops/lowbit.py has them, in blocks of rows.
-// planes: [blocks, groups, chunks of a group, bits, rows of a block, 4]; bit s of the last byte belongs to column 4 s + its
-// index of the chunk. scales: [blocks, groups, rows of a block], bf16.
+// planes: [blocks, groups, chunks of a group, bits, rows of a block, 4]; the last byte, over the planes, has the codes
+// of columns 4 s + its index of the chunk, s from 0 to 7. scales: [blocks, groups, rows of a block], bf16.
 enum : int64_t { LTE_LOWBIT_ROWS = 16, LTE_LOWBIT_CHUNK = 32 };
 struct lte_lowbit {
   const uint8_t* planes;

@@ -29,14 +29,25 @@ def test_the_error_on_normal_weights(bits, error):
     assert made.bits_per_weight == bits + 0.25
 
 
-def test_a_plane_holds_one_bit_of_a_tile():
+def test_where_codes_lie_in_a_tile():
     levels = torch.zeros(17, 32) - 1.5
     levels[2, 9], levels[16, 31] = 0.5, 1.5  # codes 2 and 3 among codes 0
     made = quantize(levels, 2, 32)
     assert made.planes.shape == (2, 1, 1, 2, 64)
-    assert [at.tolist() for at in made.planes.nonzero()] == [[0, 0, 0, 1, 9], [1, 0, 0, 0, 3], [1, 0, 0, 1, 3]]
-    assert made.planes[0, 0, 0, 1, 9] == 1 << 2
-    assert made.planes[1, 0, 0, 0, 3] == 1 << 7
+    assert [at.tolist() for at in made.planes.nonzero()] == [[0, 0, 0, 0, 9], [1, 0, 0, 1, 3]]
+    assert made.planes[0, 0, 0, 0, 9] == 2 << 4  # the third of four codes
+    assert made.planes[1, 0, 0, 1, 3] == 3 << 6  # the last of the second four
+    assert quantize(levels[:1], 3, 32).codes().unique().numel() <= 8
+
+
+def test_three_bits_leave_two_codes_for_what_is_left():
+    levels = torch.arange(32).float().div(4, rounding_mode="floor")[None] - 3.5  # codes 0 to 7, four times each
+    made = quantize(levels, 3, 32)
+    wanted = [1 << 3, 2 | 3 << 3, 4 | 5 << 3]  # 0 and 1, 2 and 3, 4 and 5; of 6 and 7 bits 0, 1 and 2
+    for plane, byte in enumerate(wanted):
+        byte |= (6 >> plane & 1) << 6 | (7 >> plane & 1) << 7
+        assert made.planes[0, 0, 0, plane, :4].tolist() == [byte] * 4
+    assert made.codes()[0, 0].tolist() == [i // 4 for i in range(32)]
 
 
 def test_scales_go_where_errors_count():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,15 +24,19 @@ CHUNK = 1 << 22
 ROWS, COLUMNS = 16, 32
 """Of a tile, the unit of storage: as many rows as the widest vectors have lanes, and eight times four columns."""
 
+STEPS = COLUMNS // 4
+"""Codes of a row that a byte of every plane holds."""
+
 
 @dataclass(frozen=True)
 class LowBitMatrix:
     """[N, D] numbers ``scale * (code - (2 ** bits - 1) / 2)``, a scale for every group of neighbours in a row.
 
     The levels are symmetric and leave zero out: with two bits they are -1.5, -0.5, 0.5 and 1.5 scales. A matrix is
-    cut into tiles of 16 rows and 32 columns, and a tile is one bit plane after the other, lowest bit first: of 64
-    bytes, byte 4 r + c has the bits of row r, and of the columns c, 4 + c, 8 + c, ..., the first of them lowest. A
-    kernel takes one bit of all bytes at a time, and has four columns of every row, each row in a lane.
+    cut into tiles of 16 rows and 32 columns. The eight codes of a row and of the columns c, 4 + c, 8 + c, ... of a tile
+    have a byte in each of as many planes as there are bits, byte 4 r + c of 64. In every byte lie as many whole codes as
+    it has room for, the first lowest; of three bits that is two in each, and bit b of codes 6 and 7 is bit 6 and 7 of
+    plane b. A kernel takes one code of all bytes at a time, and has four columns of every row, each row in a lane.
 
     Attributes:
         planes: [N / 16, G, group / 32, bits, 64] uint8; rows and columns that N and D lack are filled up.
@@ -66,11 +72,11 @@ class LowBitMatrix:
 
     def codes(self) -> Tensor:
         """[N, G, group] uint8."""
-        planes = self.planes.unflatten(-1, (ROWS, 4)).unsqueeze(-2)  # [blocks, G, chunks, bits, rows, 1, 4]
-        places = torch.arange(COLUMNS // 4, device=planes.device, dtype=torch.uint8)[:, None]
-        weights = 2 ** torch.arange(self.bits, device=planes.device, dtype=torch.uint8)
-        codes = (((planes >> places) & 1) * weights[:, None, None, None]).sum(3, dtype=torch.uint8)
-        return codes.permute(0, 3, 1, 2, 4, 5).flatten(3).flatten(0, 1)[: self.rows]
+        planes = self.planes.unflatten(-1, (ROWS, 4))  # [blocks, G, chunks, bits, rows, 4]
+        codes = torch.zeros_like(planes[:, :, :, :1]).repeat(1, 1, 1, STEPS, 1, 1)
+        for step, bit, plane, place in _places(self.bits):
+            codes[:, :, :, step] |= ((planes[:, :, :, plane] >> place) & 1) << bit
+        return codes.permute(0, 4, 1, 2, 3, 5).flatten(3).flatten(0, 1)[: self.rows]
 
     def scales_of_rows(self) -> Tensor:
         """[N, G] bfloat16."""
@@ -200,9 +206,19 @@ def _levels(grouped_NGk: Tensor, scale_NG: Tensor, middle: float) -> Tensor:
     return ((grouped_NGk / scale_NG.unsqueeze(-1) + middle).round().clamp(0, 2 * middle)) - middle
 
 
+def _places(bits: int) -> Iterator[tuple[int, int, int, int]]:
+    """Of eight codes: number, bit of it, the plane that has that bit, and where in its byte."""
+    fields = 8 // bits
+    for step, bit in itertools.product(range(STEPS), range(bits)):
+        whole = step < fields * bits
+        yield step, bit, step // fields if whole else bit, step % fields * bits + bit if whole else step
+
+
 def _planes(codes_ND: Tensor, bits: int, group: int) -> Tensor:
     """[N / 16, G, group / 32, bits, 64]."""
-    places = 2 ** torch.arange(COLUMNS // 4, device=codes_ND.device, dtype=torch.uint8)
-    tiles = codes_ND.unflatten(1, (-1, group // COLUMNS, COLUMNS // 4, 4)).unflatten(0, (-1, ROWS))
-    tiles = tiles.permute(0, 2, 3, 1, 5, 4).flatten(3, 4)  # [blocks, G, chunks, 64, 8]
-    return torch.stack([(((tiles >> bit) & 1) * places).sum(-1, dtype=torch.uint8) for bit in range(bits)], dim=3)
+    tiles = codes_ND.unflatten(1, (-1, group // COLUMNS, STEPS, 4)).unflatten(0, (-1, ROWS))
+    tiles = tiles.permute(4, 0, 2, 3, 1, 5).flatten(4)  # [steps, blocks, G, chunks, 64]
+    planes = torch.zeros_like(tiles[:1]).repeat(bits, 1, 1, 1, 1)
+    for step, bit, plane, place in _places(bits):
+        planes[plane] |= ((tiles[step] >> bit) & 1) << place
+    return planes.permute(1, 2, 3, 0, 4).contiguous()

@@ -99,12 +99,15 @@ def lowbit_products(
     # Of a tile of 16 rows and 32 columns, 64 bytes to a bit.
     tile = (block.to(tl.int64) * GROUPS + group)[None, :] * (GROUP // 32) + (cols // 32)[:, None]
     at = planes_ptr + tile * (BITS * 64) + (rows % 16 * 4)[None, :] + (cols % 4)[:, None]
-    shift = (cols % 32 // 4)[:, None].to(tl.uint8)
+    step = (cols % 32 // 4)[:, None]
     inside = (block < LAST)[None, :]
     codes = tl.zeros([GROUP, 16 * BLOCKS], tl.uint8)
+    FIELDS: tl.constexpr = 8 // BITS
+    whole = step < FIELDS * BITS
     for bit in tl.static_range(BITS):
-        plane = tl.load(at + bit * 64, mask=inside, other=0)
-        codes += ((plane >> shift) & 1) << bit
+        plane = tl.load(at + tl.where(whole, step // FIELDS, bit) * 64, mask=inside, other=0)
+        place = tl.where(whole, step % FIELDS * BITS + bit, step).to(tl.uint8)
+        codes += ((plane >> place) & 1) << bit
     # Twice the level, so that it is whole.
     levels = 2 * codes.to(tl.int8) - ((1 << BITS) - 1)
     scale = tl.load(scales_ptr + (block.to(tl.int64) * GROUPS + group) * 16 + rows % 16, mask=block < LAST, other=0.0)
