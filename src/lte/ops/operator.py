@@ -6,6 +6,9 @@ and have no derivative; training computes the masked dense form (:func:`lte.ops.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -179,6 +182,11 @@ def _flat(weights: FFNWeights) -> tuple[Tensor | str | None, ...]:
     )
 
 
+def _unflat(flat: Sequence[Any]) -> tuple[FFNWeights, str, float]:
+    """The weights, ``impl`` and ``max_density``."""
+    return FFNWeights(*flat[:7]), flat[7], flat[8]
+
+
 def _flat_copy(copy: FFNCopy) -> tuple[Tensor, list[Tensor], list[Tensor], int]:
     gate = [] if copy.gate is None else [copy.gate.planes, copy.gate.scales]
     return copy.norms, [copy.up.planes, copy.up.scales], gate, copy.up.columns
@@ -230,17 +238,9 @@ def _check_experts(n_experts: int, weights: FFNWeights) -> None:
 def _sparse_ffn(
     x: Tensor,
     expert_weights: Tensor | None,
-    up: Tensor,
-    down: Tensor,
-    gate: Tensor | None,
-    up_bias: Tensor | None,
-    gate_bias: Tensor | None,
-    down_bias: Tensor | None,
-    activation: str,
-    impl: str,
-    max_density: float,
+    *flat: Any,
 ) -> Tensor:
-    weights = FFNWeights(up, down, gate, up_bias, gate_bias, down_bias, activation)
+    weights, impl, max_density = _unflat(flat)
     return _run_sparse(x, expert_weights, weights, impl, max_density)
 
 
@@ -260,17 +260,9 @@ def _routed_ffn(
     router_weight: Tensor,
     router_bias: Tensor | None,
     threshold: float,
-    up: Tensor,
-    down: Tensor,
-    gate: Tensor | None,
-    up_bias: Tensor | None,
-    gate_bias: Tensor | None,
-    down_bias: Tensor | None,
-    activation: str,
-    impl: str,
-    max_density: float,
+    *flat: Any,
 ) -> Tensor:
-    weights = FFNWeights(up, down, gate, up_bias, gate_bias, down_bias, activation)
+    weights, impl, max_density = _unflat(flat)
     return _run_routed(x, router_weight, router_bias, threshold, weights, impl, max_density)
 
 
@@ -311,17 +303,9 @@ def _copied_ffn(
     columns: int,
     n_experts: int,
     cut: float,
-    up: Tensor,
-    down: Tensor,
-    gate: Tensor | None,
-    up_bias: Tensor | None,
-    gate_bias: Tensor | None,
-    down_bias: Tensor | None,
-    activation: str,
-    impl: str,
-    max_density: float,
+    *flat: Any,
 ) -> Tensor:
-    weights = FFNWeights(up, down, gate, up_bias, gate_bias, down_bias, activation)
+    weights, impl, max_density = _unflat(flat)
     return _run_copied(x, _copy_of(norms, up_copy, gate_copy, columns), cut, n_experts, weights, impl, max_density)
 
 
@@ -341,17 +325,9 @@ def _copy_scores(
     gate_copy: list[Tensor],
     columns: int,
     n_experts: int,
-    up: Tensor,
-    down: Tensor,
-    gate: Tensor | None,
-    up_bias: Tensor | None,
-    gate_bias: Tensor | None,
-    down_bias: Tensor | None,
-    activation: str,
-    impl: str,
-    max_density: float,
+    *flat: Any,
 ) -> Tensor:
-    weights = FFNWeights(up, down, gate, up_bias, gate_bias, down_bias, activation)
+    weights, impl, _ = _unflat(flat)
     return _run_copy_scores(x, _copy_of(norms, up_copy, gate_copy, columns), n_experts, weights, impl)
 
 
