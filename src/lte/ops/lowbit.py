@@ -33,10 +33,11 @@ class LowBitMatrix:
     """[N, D] numbers ``scale * (code - (2 ** bits - 1) / 2)``, a scale for every group of neighbours in a row.
 
     The levels are symmetric and leave zero out: with two bits they are -1.5, -0.5, 0.5 and 1.5 scales. A matrix is
-    cut into tiles of 16 rows and 32 columns. The eight codes of a row and of the columns c, 4 + c, 8 + c, ... of a tile
-    have a byte in each of as many planes as there are bits, byte 4 r + c of 64. In every byte lie as many whole codes as
-    it has room for, the first lowest; of three bits that is two in each, and bit b of codes 6 and 7 is bit 6 and 7 of
-    plane b. A kernel takes one code of all bytes at a time, and has four columns of every row, each row in a lane.
+    cut into tiles of 16 rows and 32 columns. The eight codes of a row r and of the columns c, 4 + c, 8 + c, ... of a
+    tile have a byte in each of as many planes as there are bits, byte 4 r + c of 64. In every byte lie as many whole
+    codes as it has room for, the first lowest; of three bits that is two in each, and bit b of codes 6 and 7 is bit 6
+    and 7 of plane b. A kernel takes one code of all bytes at a time, and has four columns of every row, each row in a
+    lane.
 
     Attributes:
         planes: [N / 16, G, group / 32, bits, 64] uint8; rows and columns that N and D lack are filled up.
