@@ -34,7 +34,14 @@ def test_quickstart_leaves_model_figure_and_numbers(small, tmp_path):
     quickstart.quickstart(out, overwrite=False, seed=0, console=console)
     record = json.loads((out / "quickstart.json").read_text())
     for side in ("dense", "sparse"):
-        assert record[side].keys() >= {"loss", "perplexity", "sparsity", "gflops_per_token", "tokens_per_s"}
+        assert record[side].keys() >= {
+            "loss",
+            "perplexity",
+            "sparsity",
+            "gflops_per_token",
+            "bytes_per_token",
+            "tokens_per_s",
+        }
     assert record["dense"]["sparsity"] == 0
     assert "validation loss" in console.export_text()
     assert (out / "quickstart.png").stat().st_size > 10_000

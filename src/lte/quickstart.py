@@ -61,7 +61,7 @@ def quickstart(out: Path, *, overwrite: bool, seed: int, console: Console) -> di
         console: where the table goes.
 
     Returns:
-        ``dense`` and ``sparse``, each with ``loss``, ``perplexity``, ``sparsity``, ``gflops_per_token`` and
+        ``dense`` and ``sparse``, each with ``loss``, ``perplexity``, ``sparsity``, ``gflops_per_token``, ``bytes_per_token`` and
         ``tokens_per_s``; and ``seconds``.
     """
     started = time.perf_counter()
@@ -152,6 +152,7 @@ def _compare(out: Path, data: str, config: TaskConfig, seed: int, console: Conso
             "perplexity": result["value"],
             "sparsity": result["sparsity"],
             "gflops_per_token": result["gflops_per_token"]["sparse"],
+            "bytes_per_token": result["bytes_per_token"]["sparse"],
             "tokens_per_s": speed[name],
         }
         for name, result in results.items()
@@ -183,7 +184,7 @@ def _print(summary: dict[str, Any], console: Console) -> None:
         "validation loss (nats)": ("loss", "{:.3f}"),
         "perplexity": ("perplexity", "{:.1f}"),
         "FFN sparsity": ("sparsity", "{:.1%}"),
-        "GFLOPs per token": ("gflops_per_token", "{:.4f}"),
+        "bytes read per token": ("bytes_per_token", "{:,.0f}"),
         "decode tokens/s": ("tokens_per_s", "{:.0f}"),
     }
     for title, (key, form) in rows.items():

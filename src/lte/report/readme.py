@@ -51,7 +51,7 @@ def _quickstart(results: Path) -> str:
         ["validation loss (nats)", *(f"{record[side]['loss']:.3f}" for side in ("dense", "sparse"))],
         ["perplexity", *(f"{record[side]['perplexity']:.1f}" for side in ("dense", "sparse"))],
         ["FFN sparsity", *(f"{record[side]['sparsity']:.1%}" for side in ("dense", "sparse"))],
-        ["GFLOPs per token (2^30)", *(f"{record[side]['gflops_per_token']:.4f}" for side in ("dense", "sparse"))],
+        ["MB read per token", *(f"{record[side]['bytes_per_token'] / 1e6:.2f}" for side in ("dense", "sparse"))],
         ["decode tokens/s", *(f"{record[side]['tokens_per_s']:.0f}" for side in ("dense", "sparse"))],
     ]
     table = _markdown(["`make quickstart`, same data and steps", "dense", "sparse"], rows)
@@ -118,7 +118,8 @@ def _pretrained(results: Path) -> str:
         base = found[dense]["value"] if dense in found else start
         if not names or base is None:
             continue
-        rows.append([f"dense{', fine-tuned as long' if dense == 'dense' else ''}", "0 %", "100 %", f"{base:.2f}", "-"])
+        first = [f"dense{', fine-tuned as long' if dense == 'dense' else ''}", "0%", "100%", f"{base:.2f}", "-"]
+        rows += [first] if first not in rows else []
         for name in names:
             record = found[name]
             read = 1 - record["sparsity"] + (COPY_SHARE if kind != "s" else 0.01)
