@@ -61,8 +61,8 @@ def quickstart(out: Path, *, overwrite: bool, seed: int, console: Console) -> di
         console: where the table goes.
 
     Returns:
-        ``dense`` and ``sparse``, each with ``loss``, ``perplexity``, ``sparsity``, ``gflops_per_token``, ``bytes_per_token`` and
-        ``tokens_per_s``; and ``seconds``.
+        ``dense`` and ``sparse``, each with ``loss``, ``perplexity``, ``sparsity``, ``gflops_per_token``,
+        ``bytes_per_token`` and ``tokens_per_s``; and ``seconds``.
     """
     started = time.perf_counter()
     logging.getLogger("transformers").setLevel(logging.ERROR)
