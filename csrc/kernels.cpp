@@ -96,7 +96,7 @@ static void linear_phase(Team& team, const lte_matrix* matrices, int n_matrices,
       for (int64_t r = 0; r < count; ++r) rows[r] = weight + (row + r) * matrix->stride;
       if (count == ROWS) {
         if (tokens == 1)
-          dot_tile<ROWS, 1>(rows, xs, xs_stride, matrix->cols, out, 1);
+          for (int64_t r = 0; r < ROWS; ++r) out[r] = dot_row(rows[r], xs, matrix->cols);
         else
           for (int half = 0; half < 2; ++half)
             dot_rows<ROWS / 2>(rows + half * ROWS / 2, xs, xs_stride, tokens, matrix->cols,
@@ -245,7 +245,10 @@ static void hidden_unit(const lte_ffn& ffn, const int64_t* neurons, int64_t coun
       rows[i] = gate_rows + neurons[r + i] * inner.stride;
       rows[block + i] = gated ? up_rows + neurons[r + i] * ffn.up.stride : nullptr;
     }
-    if (block == R && gated && tokens == 1) {
+    if (tokens == 1 && neurons[r + block - 1] == neurons[r] + block - 1) {
+      for (int64_t i = 0; i < block; ++i) gate[r + i] = dot_row(rows[i], xs, D);
+      for (int64_t i = 0; gated && i < block; ++i) up[r + i] = dot_row(rows[block + i], xs, D);
+    } else if (block == R && gated && tokens == 1) {
       float out[ROWS];
       dot_tile<ROWS, 1>(rows, xs, xs_stride, D, out, 1);
       for (int64_t i = 0; i < R; ++i) gate[r + i] = out[i], up[r + i] = out[R + i];

@@ -28,14 +28,22 @@ typedef uint32_t vu_any __attribute__((vector_size(VL * 4), aligned(2), may_alia
 INLINE vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
 INLINE void store(float* p, vf v) { *reinterpret_cast<vf_any*>(p) = v; }
 INLINE vf splat(float x) { return x - vf{}; }
-INLINE float sum(vf v) {
-  float lanes[VL], total = 0;
-  std::memcpy(lanes, &v, sizeof v);
-  for (int width = VL / 2; width; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  total = lanes[0];
-  return total;
+// Halves are added until one lane is left. Written out as types, because a loop over lanes goes through memory.
+template <int N>
+struct Lanes {
+  typedef float type __attribute__((vector_size(N * 4)));
+};
+template <int N>
+INLINE float sum_lanes(typename Lanes<N>::type v) {
+  typename Lanes<N / 2>::type low, high;
+  std::memcpy(&low, &v, sizeof low);
+  std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+  if constexpr (N == 2)
+    return low[0] + high[0];
+  else
+    return sum_lanes<N / 2>(low + high);
 }
+INLINE float sum(vf v) { return sum_lanes<VL>(v); }
 
 typedef uint16_t bf16;
 INLINE float widen(float x) { return x; }
