@@ -100,9 +100,8 @@ static void quantize(const lte_matrix& matrix, const lte_lowbit& made, const flo
           quantize_group(x.get(), group, int(bits), scale, codes.get());
           for (int64_t i = 0; i < group; ++i)
             for (int b = 0; b < bits; ++b) {
-              int plane, bit;
-              place_of(int(bits), int(i % CHUNK / 4), b, plane, bit);
-              planes[(i / CHUNK * bits + plane) * 4 * TOGETHER + 4 * r + i % 4] |= ((int(codes[i]) >> b) & 1) << bit;
+              const Place at = place_of(int(bits), int(i % CHUNK / 4), b);
+              planes[(i / CHUNK * bits + at.plane) * 4 * TOGETHER + 4 * r + i % 4] |= ((int(codes[i]) >> b) & 1) << at.bit;
             }
         }
       }

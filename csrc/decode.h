@@ -140,9 +140,7 @@ static void decode_layer(Team& team, const lte_decoder& model, const lte_layer& 
   float* plain = std::is_same_v<W, float> || layer.all_experts ? nullptr : work.plain.data;
   norm_phase<W>(team, model, layer.ffn_norm, B, work, stride, plain);
   if (layer.all_experts) {
-    team.begin();
-    if (team.rank == 0) std::fill_n(work.ffn.scale.get(B * layer.ffn.n_experts), B * layer.ffn.n_experts, 1.0f);
-    team.end();
+    run_all(team, layer.ffn, B, work.ffn);
   } else {
     decide_phase<W>(team, layer.ffn, plain ? plain : work.normed.data, stride, B, work.ffn);
   }

@@ -408,17 +408,19 @@ static void router_phase(Team& team, const lte_ffn& ffn, const float* xs, int64_
 
 #include "copies.h"
 
+static void run_all(Team& team, const lte_ffn& ffn, int64_t tokens, FfnWork& work) {
+  team.begin();
+  if (team.rank == 0) std::fill_n(work.scale.get(tokens * ffn.n_experts), tokens * ffn.n_experts, 1.0f);
+  team.end();
+}
+
 // The experts that run, from whatever of the FFN decides.
 template <class W>
 static void decide_phase(Team& team, const lte_ffn& ffn, const float* xs, int64_t xs_stride, int64_t tokens,
                          FfnWork& work) {
   if (!ffn.copy.up.planes) return router_phase(team, ffn, xs, xs_stride, tokens, work);
+  if (ffn.copy.cut < 0) return run_all(team, ffn, tokens, work);
   if (team.rank == 0) work.scale.get(tokens * ffn.n_experts);
-  if (ffn.copy.cut < 0) {
-    team.begin();
-    if (team.rank == 0) std::fill_n(work.scale.data, tokens * ffn.n_experts, 1.0f);
-    return team.end();
-  }
   const float cut = ffn.copy.cut * ffn.copy.cut;
   copy_phase<W>(team, ffn, xs, xs_stride, tokens, work, [&](int64_t t, int64_t expert, float squares) {
     work.scale.data[t * ffn.n_experts + expert] = squares > cut ? 1.0f : 0.0f;

@@ -51,27 +51,32 @@ typedef uint16_t vcodes __attribute__((vector_size(VL * 4)));
 typedef uint16_t vcodes_any __attribute__((vector_size(VL * 4), aligned(2), may_alias));
 typedef uint16_t vhalf_any __attribute__((vector_size(VL * 2), aligned(2), may_alias));
 
-// Where code STEP of eight lies in a byte of its own; 8 where its bits are spread over the planes instead.
-template <int BITS, int STEP>
-constexpr int field_of() {
-  constexpr int fields = 8 / BITS;
-  return STEP < fields * BITS ? STEP % fields * BITS : 8;
+// Where bit b of code `step` of eight lies: which plane's byte, and where in it. Fields come one after the other in every
+// byte; codes for which no byte has room for a whole field are spread over the bits that are left.
+struct Place {
+  int plane, bit;
+  bool whole;  // whether the code is a field of its own
+};
+constexpr Place place_of(int bits, int step, int b) {
+  const int fields = 8 / bits;
+  if (step >= fields * bits) return {b, step, false};
+  return {step / fields, step % fields * bits + b, true};
 }
 
 // Codes STEP of eight, of four columns. A field that is second in its byte may stay there, times 2^BITS.
-template <int BITS, int STEP, bool MAY_STAY>
+template <int BITS, int STEP, bool STAYS>
 INLINE vcodes codes_at_step(const vcodes* planes) {
-  constexpr int at = field_of<BITS, STEP>(), fields = 8 / BITS;
+  constexpr Place at = place_of(BITS, STEP, 0);
   constexpr int mask = 0x0101 * ((1 << BITS) - 1);
-  if constexpr (at == 8) {
+  if constexpr (!at.whole) {
     vcodes codes = {};
 #pragma GCC unroll 4
     for (int b = 0; b < BITS; ++b) codes |= planes[b] >> (STEP - b) & uint16_t(0x0101 << b);
     return codes;
-  } else if constexpr (at == BITS && MAY_STAY) {
-    return planes[STEP / fields] & uint16_t(mask << at);
+  } else if constexpr (STAYS) {
+    return planes[at.plane] & uint16_t(mask << at.bit);
   } else {
-    return planes[STEP / fields] >> at & uint16_t(mask);
+    return planes[at.plane] >> at.bit & uint16_t(mask);
   }
 }
 
@@ -107,7 +112,8 @@ constexpr int CHAINS = T == 1 ? 4 : T == 2 ? 2 : 1;
 template <int BITS, int T, int STEP>
 INLINE void add_steps(vi* dots, const vcodes* planes, const int8_t* const* values) {
   if constexpr (STEP < 8) {
-    constexpr bool stays = IN_PLACE && field_of<BITS, STEP>() == BITS;
+    constexpr Place at = place_of(BITS, STEP, 0);
+    constexpr bool stays = IN_PLACE && at.whole && at.bit == BITS;
     const vcodes codes = codes_at_step<BITS, STEP, stays>(planes);
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
@@ -186,15 +192,6 @@ static void lowbit_blocks(const lte_lowbit& matrix, int64_t block, int64_t count
     case 3: return lowbit_blocks<3>(matrix, block, count, x, tokens, out, out_stride);
     default: return lowbit_blocks<4>(matrix, block, count, x, tokens, out, out_stride);
   }
-}
-
-// Byte of eight codes, and its bit, that hold bit b of code `step`: fields one after the other in every byte, and codes
-// for which no byte has room for a whole field spread over the bits that are left.
-static inline void place_of(int bits, int step, int b, int& plane, int& bit) {
-  const int fields = 8 / bits;
-  const bool whole = step < fields * bits;
-  plane = whole ? step / fields : b;
-  bit = whole ? step % fields * bits + b : step;
 }
 
 // ---- making them ----------------------------------------------------------------------------------------------

@@ -29,7 +29,8 @@ struct lte_lowbit {
 };
 
 // An FFN's own coarse copy. An expert runs where the root of the sum, over its neurons, of the squares of
-// act(gate x) * (up x) * norm is above `cut`; below 0, every expert runs, and the copy is not looked at. gate.planes is null for a plain FFN, up.planes where there is no copy.
+// act(gate x) * (up x) * norm is above `cut`; where that is below 0, every expert runs, and the copy is not looked at.
+// gate.planes is null for a plain FFN, up.planes where there is no copy.
 struct lte_copy {
   lte_lowbit gate, up;
   const float* norms;  // [d_ff]

@@ -76,6 +76,11 @@ class Method(ABC, Generic[ConfigT]):
         self.config = config
 
     @property
+    def learns(self) -> bool:
+        """Whether losses on the scores change any weight."""
+        return True
+
+    @property
     def needs_calibration(self) -> str | None:
         """The setting that asks for calibration data, for the grouping or for the routers; None where none does."""
         return f"grouping={self.config.grouping!r}" if needs_activations(self.config.grouping) else None

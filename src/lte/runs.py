@@ -307,7 +307,7 @@ def _check_target(method: MethodConfig, target: float | None) -> None:
 
 
 def _check_losses(method: MethodConfig, args: LTETrainingArguments) -> None:
-    if not getattr(method, "learned", True):
+    if not method_of(method).learns:
         refuse_idle_losses(args)
 
 

@@ -15,9 +15,7 @@ from lte.config import OperatingPoint, SparsityConfig
 from lte.errors import CalibrationError, ConfigError
 from lte.margins import Margins
 from lte.nn import Mode, observe_routing, set_mode, sparse_ffns
-
-LOGIT_RANGE = 20.0
-"""Furthest a threshold may move, in logits."""
+from lte.nn.router import LOGIT_RANGE
 
 TOLERANCE, MISSED, DISTINCT = 0.002, 0.01, 0.005
 """Differences of sparsity: where a search ends, where it has failed, where two operating points are two."""

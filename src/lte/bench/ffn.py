@@ -67,7 +67,6 @@ class GivenMask(Router):
 
     Args:
         n_experts: number of experts.
-        inputs: those it will be asked about, known by their memory.
     """
 
     uses_threshold = False

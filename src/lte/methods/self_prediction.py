@@ -40,6 +40,11 @@ class SelfPrediction(ScoreMethod[SelfPredictionConfig]):
     """Calibration data say how much the loss depends on every layer, so that one threshold serves all, and on what the
     copy has to be exact."""
 
+    @property
+    def learns(self) -> bool:
+        """See :class:`Method`."""
+        return self.config.learned
+
     def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> Router:
         """See :class:`Method`."""
         config = self.config

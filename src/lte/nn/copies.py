@@ -8,14 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lte.nn.router import ROUTER_DTYPE, CopyForm, RouterCost, ScoreRouter
+from lte.nn.router import LOGIT_RANGE, ROUTER_DTYPE, CopyForm, RouterCost, ScoreRouter
 from lte.ops import FFNCopy, FFNWeights, copy_scores, copy_scores_run
 from lte.ops.lowbit import quantize, round_inputs, round_like
 from lte.ops.reference import neuron_scores
-
-LOGIT_RANGE = 20.0 - 1e-9
-"""Threshold, in logits, that is as low as any goes: nothing is left out."""
-
 
 SAMPLED = 64
 """Rows, and columns, of a matrix that are looked at for changes."""
@@ -84,10 +80,9 @@ class CopyRouter(ScoreRouter):
     def form(self) -> CopyForm:
         """See :meth:`Router.form`."""
         copy, offset = self._current()
-        logit = math.log(self.threshold / (1 - self.threshold))
-        if logit <= -LOGIT_RANGE:
+        if self.cut <= -LOGIT_RANGE + 1e-9:  # it was a probability in between
             return CopyForm(copy.packed, -1.0)
-        return CopyForm(copy.packed, math.exp(min(logit - offset, 80.0)))
+        return CopyForm(copy.packed, math.exp(min(self.cut - offset, 80.0)))
 
     def cost(self) -> RouterCost:
         """Of the low-bit products; a copy is held beside the weights, but it is no parameter."""

@@ -82,6 +82,10 @@ class RouterCost:
     parameters: int
 
 
+LOGIT_RANGE = 20.0
+"""Furthest a threshold may move, in logits: as low as that, it leaves nothing out."""
+
+
 class Router(nn.Module):
     """What decides which experts of an FFN run for a token.
 
@@ -96,9 +100,6 @@ class Router(nn.Module):
 
     uses_threshold = True
     """Whether moving ``threshold`` changes which experts run."""
-
-    learned = True
-    """Whether losses on the scores change any weight."""
 
     def __init__(self, n_experts: int, *, threshold: float = 0.5) -> None:
         super().__init__()
@@ -132,9 +133,14 @@ class Router(nn.Module):
     def cost(self) -> RouterCost:
         """What deciding takes."""
 
+    @property
+    def cut(self) -> float:
+        """The threshold, in logits."""
+        return math.log(self.threshold / (1 - self.threshold))
+
     def decide(self, logits: Tensor) -> Routing:
         """Scores and mask from float32 logits, [..., E], and the threshold."""
-        margins = logits - math.log(self.threshold / (1 - self.threshold))
+        margins = logits - self.cut
         return Routing(torch.sigmoid(margins), torch.sigmoid(logits) > self.threshold, margins)
 
     def extra_repr(self) -> str:

@@ -163,9 +163,8 @@ def _quantize_fast(matrix_ND: Tensor, bits: int, group: int, importance_D: Tenso
 def round_like(matrix_ND: Tensor, like: LowBitMatrix) -> Tensor:
     """The numbers a matrix is rounded to with the scales of another; [N, D], float32."""
     scales = like.scales_of_rows().float()
-    rounded = _levels(_grouped(matrix_ND.detach().float(), like.group), scales, _middle(like.bits)) * scales.unsqueeze(
-        -1
-    )
+    levels = _levels(_grouped(matrix_ND.detach().float(), like.group), scales, _middle(like.bits))
+    rounded = levels * scales.unsqueeze(-1)
     return rounded.flatten(1)[:, : matrix_ND.shape[1]]
 
 

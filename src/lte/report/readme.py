@@ -107,18 +107,16 @@ COPY_SHARE = 2 / 3 * 3.25 / 16
 def _pretrained(results: Path) -> str:
     """Sparse models of a pretrained one, beside the dense model that saw as much."""
     found = _read(results / "smollm2")
-    rows = []
-    for kind, about, dense in (
-        ("untrained", "neurons, no training", "untouched"),
-        ("trained", "neurons, trained", "dense"),
-        ("s", "experts of 32, learned routers, trained", "dense"),
+    untouched = next(record["baseline"]["value"] for record in found.values() if "baseline" in record)
+    tuned = found["dense"]["value"]
+    rows: list[list[str]] = []
+    for kind, about, dense, base in (
+        ("untrained", "neurons, no training", "dense", untouched),
+        ("trained", "neurons, trained", "dense, fine-tuned as long", tuned),
+        ("s", "experts of 32, learned routers, trained", "dense, fine-tuned as long", tuned),
     ):
         names = sorted(name for name in found if re.fullmatch(rf"{kind}-?\d+", name))
-        start = next((r["baseline"]["value"] for r in found.values() if "baseline" in r), None)
-        base = found[dense]["value"] if dense in found else start
-        if not names or base is None:
-            continue
-        first = [f"dense{', fine-tuned as long' if dense == 'dense' else ''}", "0%", "100%", f"{base:.2f}", "-"]
+        first = [dense, "0%", "100%", f"{base:.2f}", "-"]
         rows += [first] if first not in rows else []
         for name in names:
             record = found[name]

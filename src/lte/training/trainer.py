@@ -19,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
 from lte.calibration import sample_batches
-from lte.config import OperatingPoint
+from lte.config import OperatingPoint, method_of
 from lte.errors import CheckpointError, ConfigError, NonFiniteLossError
 from lte.margins import Margins
 from lte.nn import Mode, Routing, ThresholdRouter, observe_routing, set_mode, sparse_ffns
@@ -115,7 +115,7 @@ class LTETrainer(Trainer):
         target = self.args.target_sparsity
         if target is not None and not all(ffn.router.uses_threshold for ffn in sparse_ffns(self.model)):
             raise ConfigError("target_sparsity needs routers with a threshold; a top-k router takes its own sparsity")
-        if not all(ffn.router.learned for ffn in sparse_ffns(self.model)):
+        if not method_of(self.model.config.quantization_config.method).learns:
             refuse_idle_losses(self.args)
         self.tracker = None if target is None else SparsityTracker(target)
         self.landed: OperatingPoint | None = None

@@ -92,14 +92,7 @@ def quantize(weight: Tensor, made: LowBitMatrix, importance: Tensor | None, trie
 
 def copied_ffn(x_TD: Tensor, copy: FFNCopy, cut: float, n_experts: int, weights: FFNWeights) -> Tensor:
     """The FFN over the experts that its copy picks."""
-    ffn = describe_copied_ffn(weights, n_experts, copy, cut)
-    x_TD = x_TD.contiguous()
-    y_TD = torch.empty_like(x_TD)
-    if len(x_TD):
-        kernels().lte_sparse_ffn(
-            ctypes.byref(ffn), x_TD.data_ptr(), len(x_TD), None, None, y_TD.data_ptr(), torch.get_num_threads()
-        )
-    return y_TD
+    return _run_ffn(describe_copied_ffn(weights, n_experts, copy, cut), x_TD)
 
 
 def copy_scores(x_TD: Tensor, copy: FFNCopy, n_experts: int, weights: FFNWeights) -> Tensor:
@@ -131,15 +124,17 @@ def sparse_ffn(
         mask = expert_weights_TE.contiguous()
     elif expert_weights_TE is not None:
         scale = expert_weights_TE.float().contiguous()
-    ffn = describe_ffn(weights, n_experts, *(router or ()))
+    return _run_ffn(describe_ffn(weights, n_experts, *(router or ())), x_TD, mask, scale)
+
+
+def _run_ffn(ffn: FFN, x_TD: Tensor, mask: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
     x_TD = x_TD.contiguous()
     y_TD = torch.empty_like(x_TD)
-    tokens = x_TD.shape[0]
-    if tokens:
+    if len(x_TD):
         kernels().lte_sparse_ffn(
             ctypes.byref(ffn),
             x_TD.data_ptr(),
-            tokens,
+            len(x_TD),
             None if mask is None else mask.data_ptr(),
             None if scale is None else scale.data_ptr(),
             y_TD.data_ptr(),
