@@ -90,7 +90,8 @@ def test_the_loss_in_parts_has_the_gradient_of_the_whole():
     batch = models.inputs(4, 50)
     assert batch["input_ids"].numel() > LOSS_ROWS
     batch["labels"] = batch["input_ids"].masked_fill(torch.arange(50) % 7 == 0, -100)
-    found = [seen.sensitivity for seen in stream_calibration(model, [batch])]
+    every = list(stream_calibration(model, [batch]))
+    found = [seen.sensitivity for seen in every]
     lte.set_mode(model, "dense")
     outputs = []
     for ffn in sparse_ffns(model):
@@ -98,3 +99,21 @@ def test_the_loss_in_parts_has_the_gradient_of_the_whole():
     model.eval()(**batch).loss.backward()
     wanted = [float(output.grad.square().sum(-1).mean().sqrt()) for output in outputs]
     assert found == pytest.approx(wanted, rel=1e-4)
+    for seen, ffn, output, whole in zip(every, sparse_ffns(model), outputs, wanted, strict=True):
+        rows = ffn.weights().down.detach()
+        along = (output.grad.flatten(0, 1) @ (rows / rows.norm(dim=1, keepdim=True)).T).square().mean(0)
+        wanted_F = (0.5 * whole**2 + 0.5 * models.D_MODEL * along).sqrt()
+        torch.testing.assert_close(seen.neuron_sensitivity_F, wanted_F, rtol=1e-3, atol=0.0)
+
+
+def test_sensitivities_stay_with_their_neurons():
+    batch = models.inputs(4, 20)
+    batch["labels"] = batch["input_ids"]
+    plain, shuffled = (
+        lte.sparsify(models.build("llama"), lte.SelfPredictionConfig(grouping=grouping), calibration=[batch])
+        for grouping in ("none", "random")
+    )
+    for one, other in zip(sparse_ffns(plain), sparse_ffns(shuffled), strict=True):
+        place = torch.cdist(other.weights().down, one.weights().down).argmin(1)
+        assert not torch.equal(place, torch.arange(models.D_FF))
+        torch.testing.assert_close(other.router.sensitivity, one.router.sensitivity[place], rtol=1e-3, atol=0.0)

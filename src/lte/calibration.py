@@ -108,8 +108,8 @@ def stream_calibration(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]
                 "Give batches with labels that count, or none"
             )
         for ffn in watched:
-            sensitivity, of_tokens = (None, None) if gradients is None else gradients.of(ffn.layer_index)
-            yield Calibration(inputs.pop(ffn.layer_index), ffn.hidden, sensitivity, of_tokens)
+            known = () if gradients is None else gradients.of(ffn.layer_index)
+            yield Calibration(inputs.pop(ffn.layer_index), ffn.hidden, *known)
 
 
 def _watch(
@@ -151,34 +151,37 @@ def _watch(
 
 
 class _Gradients:
-    """Of the loss, with respect to every FFN's output; only their norms are kept."""
+    """Of the loss, with respect to every FFN's output; only sums of their squares are kept."""
 
     def __init__(self, n_layers: int) -> None:
         self.backward = False
-        self.outputs: dict[int, Tensor] = {}
+        self.outputs: dict[int, tuple[Tensor, SparseFFN]] = {}
         self.squares: list[list[float]] = [[] for _ in range(n_layers)]
         self.of_tokens: list[list[Tensor]] = [[] for _ in range(n_layers)]
+        self.of_neurons: list[list[Tensor]] = [[] for _ in range(n_layers)]
 
     def watch(self, ffn: SparseFFN, args: tuple[Any, ...], output: Tensor) -> None:
         """Forward hook."""
         output.requires_grad_(True)
         if not self.backward:
-            self.outputs[ffn.layer_index] = output
+            self.outputs[ffn.layer_index] = output, ffn
 
     def take(self, loss: Tensor, labels: Tensor, token_mask: Tensor | None) -> None:
         """Backward through what the last forward left."""
 
-        def measure(layer: int, gradient: Tensor) -> None:
+        def measure(ffn: SparseFFN, gradient: Tensor) -> None:
+            layer = ffn.layer_index
             squares = gradient.float().square().sum(-1).flatten()
             mean = float(squares.mean())
             if math.isfinite(mean):
                 self.squares[layer].append(mean)
+                self.of_neurons[layer].append(_squares_along(gradient.flatten(0, -2), ffn.weights().down.detach()))
             if labels.dim() == 1:  # one per row, and the loss is a mean over them
                 norms = len(labels) * squares.sqrt()
                 self.of_tokens[layer].append(norms if token_mask is None else norms[token_mask])
 
-        for layer, output in self.outputs.items():
-            output.register_hook(partial(measure, layer))
+        for output, ffn in self.outputs.values():
+            output.register_hook(partial(measure, ffn))
         self.outputs.clear()
         self.backward = True
         try:
@@ -190,10 +193,22 @@ class _Gradients:
         """Whether the loss depends on no FFN."""
         return not any(any(squares) for squares in self.squares)
 
-    def of(self, layer: int) -> tuple[float, Tensor | None]:
-        """Root mean square over tokens, and the norm of every token where labels belong to rows."""
-        squares, of_tokens = self.squares[layer], self.of_tokens[layer]
-        return (sum(squares) / max(len(squares), 1)) ** 0.5, torch.cat(of_tokens) if of_tokens else None
+    def of(self, layer: int) -> tuple[float, Tensor | None, Tensor | None]:
+        """Root mean square over tokens; the norm of every token where labels belong to rows; the former by neuron."""
+        squares, of_tokens, of_neurons = self.squares[layer], self.of_tokens[layer], self.of_neurons[layer]
+        if not squares:
+            return 0.0, torch.cat(of_tokens) if of_tokens else None, None
+        mean = sum(squares) / len(squares)
+        neurons_F = ((torch.stack(of_neurons).mean(0) + mean) / 2).sqrt()
+        return mean**0.5, torch.cat(of_tokens) if of_tokens else None, neurons_F
+
+
+def _squares_along(gradients_TD: Tensor, down_FD: Tensor) -> Tensor:
+    """[F] float32: mean squares of gradients along every row, in units of whole gradients that point anywhere."""
+    squares_F = torch.zeros(len(down_FD), device=down_FD.device)
+    for part_tD in gradients_TD.split(LOSS_ROWS):
+        squares_F += (part_tD.to(down_FD.dtype) @ down_FD.T).float().square().sum(0)
+    return squares_F * down_FD.shape[1] / len(gradients_TD) / down_FD.float().square().sum(1).clamp_min(1e-30)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import TypeVar
 
@@ -108,7 +109,9 @@ def _group_each(
         times = [time.perf_counter()]
         seen = next(calibration)
         times.append(time.perf_counter())
-        _group(ffn, config, seen)
+        permutation = _group(ffn, config, seen)
+        if seen.neuron_sensitivity_F is not None:
+            seen = replace(seen, neuron_sensitivity_F=seen.neuron_sensitivity_F[permutation])
         spent["calibration"] += times[1] - times[0]
         spent["grouping"] += time.perf_counter() - times[1]
         yield seen
@@ -116,13 +119,15 @@ def _group_each(
         trim_heap(ffn.weights().up.device)
 
 
-def _group(ffn: SparseFFN, config: MethodConfig, seen: Calibration | None) -> None:
+def _group(ffn: SparseFFN, config: MethodConfig, seen: Calibration | None) -> Tensor:
+    """Put the neurons of an FFN in order; which order."""
     weights = ffn.weights()
     grouping = get_grouping(config.grouping)(
         weights, config.expert_size, seed=config.seed + ffn.layer_index, calibration=seen
     )
     weights.permute_(grouping.permutation)
     logger.info("layer %d: grouped %d neurons by %s", ffn.layer_index, weights.d_ff, config.grouping)
+    return grouping.permutation
 
 
 def install_sparse_ffns(model: nn.Module, config: MethodConfig) -> None:

@@ -44,7 +44,7 @@ def test_it_is_calibrated_saved_and_loaded_without_its_copy(name, tmp_path):
     loaded = lte.load(tmp_path).eval()
     assert all(isinstance(ffn.router, CopyRouter) for ffn in sparse_ffns(loaded))
     routers = {key for key in loaded.state_dict() if ".router." in key}
-    assert {key.rpartition(".")[2] for key in routers} == {"offset", "importance"}
+    assert {key.rpartition(".")[2] for key in routers} == {"sensitivity", "importance"}
     assert len(routers) == 2 * models.LAYERS
     assert not any(p.requires_grad for ffn in sparse_ffns(loaded) for p in ffn.router.parameters())
     with torch.no_grad():
@@ -65,7 +65,8 @@ def test_cats_looks_at_the_exact_gate(name, weighted):
     bias = weights.up_bias if weights.gate is None else weights.gate_bias
     gate = ACTIVATIONS[weights.activation](torch.nn.functional.linear(x, weights.input_matrix, bias)).abs()
     wanted = gate * weights.down.norm(dim=1) if weighted else gate
-    torch.testing.assert_close(ffn.router.scores(x), wanted)
+    torch.testing.assert_close(ffn.router.scores(x), wanted * ffn.router.sensitivity)
+    assert weighted == bool(ffn.router.sensitivity.max() > ffn.router.sensitivity.min())
     if name == "gpt2" and weighted:
         torch.testing.assert_close(wanted, ffn.output_norms(x))
     assert lte.calibrate(model, [batch], 0.7).sparsity == pytest.approx(0.7, abs=0.02)
@@ -81,8 +82,9 @@ def test_an_svd_of_full_rank_is_the_ffn_itself(name, tmp_path):
     )
     ffn = sparse_ffns(whole)[0]
     x = torch.randn(32, models.D_MODEL, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(ffn.router.scores(x), ffn.output_norms(x), atol=1e-4, rtol=1e-3)
-    assert not torch.allclose(sparse_ffns(thin)[0].router.scores(x), ffn.output_norms(x), rtol=0.1)
+    wanted = ffn.output_norms(x) * ffn.router.sensitivity
+    torch.testing.assert_close(ffn.router.scores(x), wanted, atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(sparse_ffns(thin)[0].router.scores(x), wanted, rtol=0.1)
     assert lte.calibrate(thin, [batch], 0.7).sparsity == pytest.approx(0.7, abs=0.02)
     thin.save_pretrained(tmp_path)
     loaded = lte.load(tmp_path).eval()
@@ -112,11 +114,15 @@ def test_the_copy_follows_the_weights_and_is_made_once():
 def test_experts_of_several_neurons_are_as_large_as_their_parts():
     one, four = predicted("gpt2"), predicted("gpt2", expert_size=4)
     x = torch.randn(4, models.D_MODEL)
-    scores = [ffn.router.copy().scores(x) for ffn in (sparse_ffns(one)[0], sparse_ffns(four)[0])]
-    torch.testing.assert_close(*scores)
-    found = sparse_ffns(four)[0].router
-    wanted = scores[0].unflatten(-1, (-1, 4)).square().sum(-1).sqrt().log() + found.offset
-    torch.testing.assert_close(found(x).margins, wanted)
+    alone, found = (sparse_ffns(model)[0].router for model in (one, four))
+    squares = alone.sensitivity.unflatten(0, (-1, 4)).square().mean(1)
+    ratio = found.sensitivity.square() / squares  # to one mean logit over all layers
+    torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio))
+    with torch.no_grad():
+        alone.sensitivity.copy_(found.sensitivity.repeat_interleave(4))
+    wanted = alone.copy().scores(x)
+    torch.testing.assert_close(found.copy().scores(x), wanted)
+    torch.testing.assert_close(found(x).margins, wanted.unflatten(-1, (-1, 4)).square().sum(-1).sqrt().log())
 
 
 @pytest.mark.parametrize(("name", "matrices"), [("llama", 2), ("gpt2", 1)])

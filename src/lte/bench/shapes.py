@@ -102,7 +102,7 @@ def random_model(config: Any, dtype: torch.dtype, device: torch.device, method: 
             if "norm" in module_name or "ln_" in module_name:
                 value = torch.ones_like(value) if name == "weight" else torch.zeros_like(value)
             elif isinstance(module, ScoreRouter):
-                value = torch.zeros_like(value) if name == "offset" else torch.ones_like(value)
+                value = torch.ones_like(value)
             elif name == "bias":
                 value = torch.zeros_like(value)
             copy = streaming_copy(value.to(parameter.dtype))  # routers keep their own

@@ -71,12 +71,16 @@ class Calibration:
             the label differs between tokens then (most passes through the first, in an encoder), and their inputs
             tell. None for a label per token, where it differs by how surprising the next token is, which no router
             could know.
+        neuron_sensitivity_F: the same as ``sensitivity`` for what each neuron adds to the output. It counts half what
+            the gradient is along the neuron's row of the down projection, half what it is along any; gradients of
+            some thousand tokens tell no more. None where the calibration data had no labels.
     """
 
     inputs_TD: Tensor
     hidden_of: Callable[[Tensor], Tensor]
     sensitivity: float | None = None
     token_sensitivity_T: Tensor | None = None
+    neuron_sensitivity_F: Tensor | None = None
 
     @torch.no_grad()
     def chunks(self, step: int = 1) -> Iterator[tuple[slice, Chunk]]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lte.config import MethodConfig, register_method
+from lte.grouping import Calibration
 from lte.methods.scores import ScoreMethod
 from lte.nn import Router, RouterCost, ScoreRouter
 from lte.ops import ACTIVATIONS
@@ -29,7 +30,7 @@ class CATSConfig(MethodConfig):
 
 
 class GateRouter(ScoreRouter):
-    """Score of a neuron: the size of its gate's activation.
+    """Guesses a neuron's output by the size of its gate's activation.
 
     Args:
         n_experts, device: as for :class:`ScoreRouter`.
@@ -45,12 +46,13 @@ class GateRouter(ScoreRouter):
         weights = self.ffn.weights()
         bias = weights.up_bias if weights.gate is None else weights.gate_bias
         gate = ACTIVATIONS[weights.activation](nn.functional.linear(x, weights.input_matrix, bias)).abs()
-        return gate * weights.down.detach().float().norm(dim=1) if self.weighted else gate
+        per_expert = len(weights.up) // self.n_experts
+        return gate * (self.unit_scores() if self.weighted else self.sensitivity.repeat_interleave(per_expert))
 
     def cost(self) -> RouterCost:
         """All of the gate is read, also the rows that are then left out."""
         matrix = self.ffn.weights().input_matrix
-        return RouterCost(matrix.numel(), matrix.nbytes, self.offset.numel())
+        return RouterCost(matrix.numel(), matrix.nbytes, self.sensitivity.numel())
 
 
 @register_method(CATSConfig)
@@ -60,3 +62,10 @@ class CATS(ScoreMethod[CATSConfig]):
     def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> Router:
         """See :class:`Method`."""
         return GateRouter(n_experts, weighted=self.config.weighted, device=like.device)
+
+    def sensitivity(self, seen: Calibration) -> Tensor | None:
+        """See :class:`ScoreMethod`: what does not look at down rows has no use for their directions."""
+        along_F = super().sensitivity(seen)
+        if along_F is None or seen.sensitivity is None or self.config.weighted:
+            return along_F
+        return torch.full_like(along_F, seen.sensitivity)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from lte.config import Method, MethodConfig
 from lte.grouping import Calibration
@@ -30,7 +31,11 @@ class ScoreMethod(Method[ConfigT]):
         return f"method={self.config.method!r}"
 
     def fit(self, router: ScoreRouter, seen: Calibration) -> None:
-        """Give a router what it has besides its offset."""
+        """Give a router what it has besides its sensitivities."""
+
+    def sensitivity(self, seen: Calibration) -> Tensor | None:
+        """How much the loss minds an error of an FFN's output, [F], by the direction in which each neuron pushes it."""
+        return seen.neuron_sensitivity_F
 
     @torch.no_grad()
     def init_routers(
@@ -42,12 +47,19 @@ class ScoreMethod(Method[ConfigT]):
         middles: list[float] = []
         for router, seen in zip(routers, calibration, strict=True):
             self.fit(router, seen)
-            router.offset.zero_()
+            known_F = self.sensitivity(seen)
+            if known_F is None:
+                router.sensitivity.fill_(1.0)
+            else:
+                squares_E = known_F.float().unflatten(0, (router.n_experts, -1)).square().mean(-1)
+                router.sensitivity.copy_(squares_E.sqrt().clamp_min(NOTHING))
             logits = router(seen.inputs_TD[:: max(1, len(seen.inputs_TD) // SAMPLED)]).margins
             assert logits is not None
             some = logits[logits > math.log(NOTHING) + 1]
             middle = float(some.median()) if len(some) else 0.0
-            router.offset.fill_(-middle if seen.sensitivity is None else math.log(max(seen.sensitivity, NOTHING)))
-            middles.append(middle + float(router.offset))
+            if known_F is None:
+                router.sensitivity.mul_(math.exp(-middle))
+                middle = 0.0
+            middles.append(middle)
         for router in routers:
-            router.offset.sub_(sum(middles) / len(middles))
+            router.sensitivity.mul_(math.exp(-sum(middles) / len(middles)))

@@ -34,7 +34,7 @@ class SVDConfig(MethodConfig):
 
 
 class SVDRouter(ScoreRouter):
-    """Score of a neuron: ``|act(g x) u x| * norm(down row)`` with g and u of low rank.
+    """Guesses a neuron's output as ``|act(g x) u x| * norm(down row)`` with g and u of low rank.
 
     Args:
         d_model, d_ff, n_experts: of the FFN.
@@ -55,7 +55,7 @@ class SVDRouter(ScoreRouter):
         self.names = ("gate", "up") if {"gate", "gate_up"} & set(ffn.roles) else ("up",)
         for name in self.names:
             for part, shape in self.shapes.items():
-                empty = torch.empty(shape, device=self.offset.device, dtype=ROUTER_DTYPE)
+                empty = torch.empty(shape, device=self.sensitivity.device, dtype=ROUTER_DTYPE)
                 self.register_parameter(f"{name}_{part}", nn.Parameter(empty, requires_grad=False))
 
     @torch.no_grad()
@@ -80,8 +80,7 @@ class SVDRouter(ScoreRouter):
         weights = self.ffn.weights()
         inner = {name: x.float() @ self._part(name, "inner").T for name in self.names}
         products = {name: inner[name] @ self._part(name, "outer").T for name in self.names}
-        norms_F = weights.down.detach().float().norm(dim=1)
-        return neuron_scores(products["up"], products.get("gate"), norms_F, weights)
+        return neuron_scores(products["up"], products.get("gate"), self.unit_scores(), weights)
 
     def cost(self) -> RouterCost:
         """Of two thin products per matrix."""

@@ -18,7 +18,7 @@ SAMPLED = 64
 
 
 class CopyRouter(ScoreRouter):
-    """Score of a neuron: ``|act(g x) u x| * norm(down row)`` with g and u of few bits.
+    """Guesses a neuron's output as ``|act(g x) u x| * norm(down row)`` with g and u of few bits.
 
     The copy is made of the weights as they are when it is first asked for, and again when they change. What it is
     fitted to, the mean squares of the FFN's inputs, is kept with the model; the copy itself is not.
@@ -45,7 +45,7 @@ class CopyRouter(ScoreRouter):
         super().__init__(n_experts, threshold=threshold, device=device)
         self.bits, self.group, self.learned = bits, group, learned
         self.importance = nn.Parameter(torch.ones(d_model, device=device, dtype=ROUTER_DTYPE), requires_grad=False)
-        self._made: tuple[list[tuple[int, int]], Copy, float] | None = None
+        self._made: tuple[list[tuple[int, int]], Copy] | None = None
 
     def __getstate__(self) -> dict[str, object]:
         return {**super().__getstate__(), "_made": None}
@@ -57,19 +57,15 @@ class CopyRouter(ScoreRouter):
 
     def copy(self) -> Copy:
         """The copy of the weights as they are: made anew after every step of a training, and of nothing else."""
-        return self._current()[0]
-
-    def _current(self) -> tuple[Copy, float]:
-        """The copy, and the offset."""
         if self._made is not None and torch.compiler.is_compiling():  # a graph is made of weights that stay
-            return self._made[1:]
+            return self._made[1]
         weights = self.ffn.weights()
-        of = [t for t in (weights.gate, weights.up, weights.down, self.importance, self.offset) if t is not None]
+        of = [t for t in (weights.gate, weights.up, weights.down, self.importance, self.sensitivity) if t is not None]
         state = [(tensor.data_ptr(), tensor._version) for tensor in of]
         if self._made is None or self._made[0] != state or (self.training and self._made[1].is_behind()):
-            copy = Copy(weights, self.bits, self.group, self.importance.detach())
-            self._made = state, copy, float(self.offset)
-        return self._made[1:]
+            copy = Copy(weights, self.bits, self.group, self.importance.detach(), self.unit_scores())
+            self._made = state, copy
+        return self._made[1]
 
     def train(self, mode: bool = True) -> CopyRouter:
         """Forget the copy where training begins: fused optimizers change weights and do not say so."""
@@ -79,10 +75,8 @@ class CopyRouter(ScoreRouter):
 
     def form(self) -> CopyForm:
         """See :meth:`Router.form`."""
-        copy, offset = self._current()
-        if self.cut <= -LOGIT_RANGE + 1e-9:  # it was a probability in between
-            return CopyForm(copy.packed, -1.0)
-        return CopyForm(copy.packed, math.exp(min(self.cut - offset, 80.0)))
+        everything = self.cut <= -LOGIT_RANGE + 1e-9  # it was a probability in between
+        return CopyForm(self.copy().packed, -1.0 if everything else math.exp(self.cut))
 
     def cost(self) -> RouterCost:
         """Of the low-bit products; a copy is held beside the weights, but it is no parameter."""
@@ -90,7 +84,7 @@ class CopyRouter(ScoreRouter):
         size = weights.up.numel() * (1 if weights.gate is None else 2)
         per_row = -(-weights.d_model // self.group) * (self.group * self.bits // 8 + 2)
         read = per_row * (size // weights.d_model) + 4 * weights.d_ff
-        return RouterCost(multiplies=size, bytes=read, parameters=self.offset.numel() + self.importance.numel())
+        return RouterCost(multiplies=size, bytes=read, parameters=self.sensitivity.numel() + self.importance.numel())
 
     def scores(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., E], or of every neuron, [..., F].
@@ -108,21 +102,22 @@ class CopyRouter(ScoreRouter):
 
 
 class Copy:
-    """The matrices before the activation in few bits, and the norms of the rows behind it.
+    """The matrices before the activation in few bits, and what an activation of each neuron counts.
 
     Args:
         weights: of the FFN.
         bits, group: of the copy.
         importance_D: how much errors count, by column.
+        unit_scores_F: the score of every neuron whose activation is 1.
     """
 
-    def __init__(self, weights: FFNWeights, bits: int, group: int, importance_D: Tensor) -> None:
+    def __init__(self, weights: FFNWeights, bits: int, group: int, importance_D: Tensor, unit_scores_F: Tensor) -> None:
         self.weights = weights
         self._exact = {name: w for name, w in (("gate", weights.gate), ("up", weights.up)) if w is not None}
         self.trained = any(matrix.requires_grad for matrix in self._exact.values())
         """Whether the weights may have gradients."""
         made = {name: quantize(matrix, bits, group, importance_D) for name, matrix in self._exact.items()}
-        self.packed = FFNCopy(made["up"], weights.down.detach().float().norm(dim=1), made.get("gate"))
+        self.packed = FFNCopy(made["up"], unit_scores_F, made.get("gate"))
         """What kernels read."""
         self._rounded: dict[str, Tensor] = {}
         self._sampled = [_sample(w) for w in (*self._exact.values(), weights.down)]

@@ -296,19 +296,20 @@ NOTHING = 1e-20
 
 
 class ScoreRouter(Router):
-    """An expert runs where a guess of the norm of its output, times the layer's sensitivity, is large enough.
+    """An expert runs where its score is large: a guess of the norm of its output, times how much the loss minds.
 
-    ``logit = log(score) + offset``; of experts of several neurons that are guessed one by one, the score is the root of
-    the sum of the squares. Sub-classes guess.
+    The logit is the score's logarithm; of experts of several neurons that are guessed one by one, the score is the root
+    of the sum of the squares. Sub-classes guess.
 
     Args:
         n_experts, threshold: as for :class:`Router`.
-        device: of the offset.
+        device: of the sensitivities.
     """
 
     def __init__(self, n_experts: int, *, threshold: float = 0.5, device: torch.device | None = None) -> None:
         super().__init__(n_experts, threshold=threshold)
-        self.offset = nn.Parameter(torch.zeros(1, device=device, dtype=ROUTER_DTYPE), requires_grad=False)
+        ones = torch.ones(n_experts, device=device, dtype=ROUTER_DTYPE)
+        self.sensitivity = nn.Parameter(ones, requires_grad=False)
         self._ffn: list[SparseFFN] = []
 
     def attach(self, ffn: SparseFFN) -> None:
@@ -324,16 +325,21 @@ class ScoreRouter(Router):
         """The FFN whose experts are decided on."""
         return self._ffn[0]
 
+    @torch.no_grad()
+    def unit_scores(self) -> Tensor:
+        """[F] float32, the score of a neuron whose activation is 1: the norm of its down row times the sensitivity."""
+        norms_F = self.ffn.weights().down.float().norm(dim=1)
+        return norms_F * self.sensitivity.repeat_interleave(len(norms_F) // self.n_experts)
+
     @abstractmethod
     def scores(self, x: Tensor) -> Tensor:
-        """The guess: [..., D] -> [..., E], or of every neuron, [..., F]."""
+        """[..., D] -> [..., E], or of every neuron, [..., F]."""
 
     def forward(self, x: Tensor) -> Routing:
         """Decide for inputs of shape [..., D]."""
         with torch.autocast(device_type=x.device.type, enabled=False):
-            scores = self.scores(x).float()
-            scores = expert_scores(scores, self.n_experts)
-            return self.decide(scores.clamp_min(NOTHING).log() + self.offset)
+            scores = expert_scores(self.scores(x).float(), self.n_experts)
+            return self.decide(scores.clamp_min(NOTHING).log())
 
 
 class KeepLargestRouter(ScoreRouter):
@@ -345,8 +351,8 @@ class KeepLargestRouter(ScoreRouter):
 
     def scores(self, x: Tensor) -> Tensor:
         """The norms themselves."""
-        return self.ffn.output_norms(x)
+        return self.ffn.output_norms(x) * self.sensitivity
 
     def cost(self) -> RouterCost:
         """Nothing: an oracle is not charged for what it looks at."""
-        return RouterCost(0, 0, self.offset.numel())
+        return RouterCost(0, 0, self.sensitivity.numel())

@@ -95,7 +95,7 @@ class FFNCopy:
 
     Attributes:
         up: [F, D], of the up matrix.
-        norms: [F] float32, of the rows of the down projection.
+        norms: [F] float32, of the rows of the down projection, or whatever the neurons' activations count.
         gate: [F, D], or None for a plain FFN.
     """
 
