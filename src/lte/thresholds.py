@@ -145,7 +145,8 @@ def calibrate(
             where = f"layer {found.sparsity_per_layer.index(nearest)}" if per_layer else "the model"
             raise CalibrationError(
                 f"sparsity {sparsity} cannot be reached by moving thresholds: {where} stayed at {nearest:.3f}, as too "
-                "many scores are equal there (a separability loss does that); train for that sparsity instead"
+                "many scores are equal there (a ReLU does that, and a separability loss). Ask for that sparsity, or "
+                "train for this one"
             )
     except BaseException:
         set_thresholds(model, before)

@@ -36,15 +36,19 @@ def test_separability_pushes_away_from_the_threshold():
 
 def test_totals_average_over_layers_and_leave_padding_out():
     routings = [
-        Routing(scores, scores > 0.5)
+        Routing(scores.requires_grad_(), scores > 0.5)
         for scores in (torch.tensor([[[1.0, 0.0], [0.9, 0.9]]]), torch.tensor([[[1.0, 1.0], [0.9, 0.9]]]))
     ]
     totals = total_routing(routings, torch.tensor([[True, False]]), epsilon=1e-9)
     assert totals.tokens == 1
     assert totals.efficiency == pytest.approx(0.75)
     assert totals.separability == pytest.approx(4.0)
-    logits = [routing.scores[0, :1].double().logit(eps=1e-9).requires_grad_() for routing in routings]
+    logits = [routing.scores.detach()[0, :1].double().logit(eps=1e-9).requires_grad_() for routing in routings]
     shift = torch.zeros((), dtype=torch.float64, requires_grad=True)
     torch.stack([(each + shift).sigmoid().square().mean() for each in logits]).mean().backward()
     assert float(totals.slope) == pytest.approx(float(shift.grad), abs=1e-6)
     assert totals.active_L.tolist() == [0.5, 1.0]
+    fixed = [Routing(routing.scores.detach(), routing.mask) for routing in routings]
+    idle = total_routing(fixed, torch.tensor([[True, False]]), epsilon=1e-9)
+    assert idle.active_L.tolist() == [0.5, 1.0]
+    assert idle.efficiency == idle.separability == idle.slope == 0

@@ -47,7 +47,7 @@ class RoutingTotals:
 
 
 def total_routing(routings: Sequence[Routing], token_mask: Tensor | None, *, epsilon: float) -> RoutingTotals:
-    """Sum the losses of all layers over the tokens of a batch, padding left out.
+    """Sum the losses of all layers over the tokens of a batch, padding left out; nothing where no score can learn.
 
     Args:
         routings: one per layer, scores of shape [..., E].
@@ -59,10 +59,13 @@ def total_routing(routings: Sequence[Routing], token_mask: Tensor | None, *, eps
     keep_T = torch.ones(flat[0].shape[0], device=flat[0].device)
     if token_mask is not None:
         keep_T = token_mask.reshape(-1).to(keep_T)
+    active_L = torch.stack([(mask.float().mean(-1) * keep_T).sum() for mask in masks]).detach()
+    if not any(scores.requires_grad for scores in flat):
+        nothing = keep_T.new_zeros(())
+        return RoutingTotals(nothing, nothing, nothing, active_L, keep_T.sum())
     efficiency = torch.stack([(efficiency_loss(scores) * keep_T).sum() for scores in flat]).mean()
     separability = torch.stack([(separability_loss(scores, epsilon) * keep_T).sum() for scores in flat]).mean()
     slope = torch.stack(
         [((2 * (1 - scores) * scores.square()).mean(-1) * keep_T).sum() for scores in (s.detach() for s in flat)]
     ).mean()
-    active_L = torch.stack([(mask.float().mean(-1) * keep_T).sum() for mask in masks])
-    return RoutingTotals(efficiency, separability, slope, active_L.detach(), keep_T.sum())
+    return RoutingTotals(efficiency, separability, slope, active_L, keep_T.sum())

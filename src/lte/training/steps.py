@@ -52,9 +52,14 @@ class StepCallback(TrainerCallback, ExportableState):
 
 
 class LogWindow:
-    """Sums since the last log."""
+    """Sums since the last log.
 
-    def __init__(self) -> None:
+    Args:
+        learns: whether scores do; if not, there are no losses of theirs to log.
+    """
+
+    def __init__(self, *, learns: bool) -> None:
+        self.losses = ("task_loss", "efficiency_loss", "separability_loss") if learns else ("task_loss",)
         self.clear()
 
     def clear(self) -> None:
@@ -92,8 +97,9 @@ class LogWindow:
         steps = len(self.steps)
         sums = {name: accelerator.reduce(value, "sum") for name, value in self.sums.items()}
         share = steps * accelerator.num_processes
-        record = {name: float(sums[name]) / share for name in ("task_loss", "efficiency_loss", "separability_loss")}
-        record["eta"] = self.eta
+        record = {name: float(sums[name]) / share for name in self.losses}
+        if len(self.losses) > 1:
+            record["eta"] = self.eta
         sparsity_L = 1 - sums["active_L"] / sums["tokens"]
         record["sparsity"] = float(sparsity_L.mean())
         record.update({f"sparsity/layer_{i}": round(float(s), 4) for i, s in enumerate(sparsity_L)})

@@ -64,9 +64,9 @@ class LTETrainer(Trainer):
     training data, as the model runs without dropout. A step that leaves the band around the wanted sparsity, or whose
     task loss jumps, is warned about and made with a tenth of the learning rate.
 
-    Logged per step, beside what transformers logs: ``task_loss``, ``efficiency_loss``, ``separability_loss``,
-    ``eta``, ``stage``, ``backoff`` (factor of the learning rate), ``sparsity`` (of the hard mask, padding excluded) and
-    ``sparsity/layer_N``.
+    Logged per step, beside what transformers logs: ``task_loss``, ``stage``, ``backoff`` (factor of the learning rate),
+    ``sparsity`` (of the hard mask, padding excluded), ``sparsity/layer_N``, and where scores learn ``efficiency_loss``,
+    ``separability_loss`` and ``eta``.
 
     Args:
         model: a model after :func:`lte.sparsify`.
@@ -115,13 +115,14 @@ class LTETrainer(Trainer):
         target = self.args.target_sparsity
         if target is not None and not all(ffn.router.uses_threshold for ffn in sparse_ffns(self.model)):
             raise ConfigError("target_sparsity needs routers with a threshold; a top-k router takes its own sparsity")
-        if not method_of(self.model.config.quantization_config.method).learns:
+        learns = method_of(self.model.config.quantization_config.method).learns
+        if not learns:
             refuse_idle_losses(self.args)
         self.tracker = None if target is None else SparsityTracker(target)
         self.landed: OperatingPoint | None = None
         self.seconds_of: dict[str, float] = {}
         self.teacher = self._prepare_teacher(teacher)
-        self._window = LogWindow()
+        self._window = LogWindow(learns=learns)
         self.add_callback(StepCallback(self))
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
