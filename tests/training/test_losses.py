@@ -41,8 +41,8 @@ def test_totals_average_over_layers_and_leave_padding_out():
     ]
     totals = total_routing(routings, torch.tensor([[True, False]]), epsilon=1e-9)
     assert totals.tokens == 1
-    assert totals.efficiency == pytest.approx(0.75)
-    assert totals.separability == pytest.approx(4.0)
+    assert float(totals.efficiency) == pytest.approx(0.75)
+    assert float(totals.separability) == pytest.approx(4.0)
     logits = [routing.scores.detach()[0, :1].double().logit(eps=1e-9).requires_grad_() for routing in routings]
     shift = torch.zeros((), dtype=torch.float64, requires_grad=True)
     torch.stack([(each + shift).sigmoid().square().mean() for each in logits]).mean().backward()
