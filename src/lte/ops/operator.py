@@ -314,7 +314,10 @@ def _run_copied(
 ) -> Tensor:
     if max_density >= 1 and backends.choose(impl, x, weights) == "cpu":
         return cpu.copied_ffn(x, copy, cut, n_experts, weights)
-    mask = _run_copy_scores(x, copy, n_experts, weights, impl) > cut
+    if cut < 0:
+        mask = torch.ones(len(x), n_experts, dtype=torch.bool, device=x.device)
+    else:
+        mask = _run_copy_scores(x, copy, n_experts, weights, impl) > cut
     return _run_sparse(x, mask, weights, impl, max_density)
 
 
