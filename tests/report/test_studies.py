@@ -1,6 +1,8 @@
+import json
+
 import pytest
 
-from lte.report.studies import Row, Spread, interpolated
+from lte.report.studies import Row, Spread, interpolated, read_rows
 
 LOSS = "loss (nats)"
 
@@ -24,3 +26,22 @@ def test_outside_the_runs_nothing():
     assert interpolated(rows, 19, LOSS) is None
     assert interpolated(rows, 41, LOSS) is None
     assert interpolated([], 41, LOSS) is None
+
+
+def test_bytes_read_are_those_at_16_bits(tmp_path):
+    """Of 100 bytes 60 are FFNs in float32: 30 at 16 bits, half of which are left out, and the router reads 3."""
+    record = {
+        "series": "copy",
+        "settings": {"seed": 0},
+        "metric": "perplexity",
+        "value": 9.0,
+        "sparsity": 0.5,
+        "sparsity_per_layer": [0.5],
+        "extras": {"loss": 2.2},
+        "bytes_per_token": {"dense": 100, "sparse": 100 - 30 + 3, "router": 3},
+    }
+    (tmp_path / "one.json").write_text(json.dumps(record))
+    assert read_rows(tmp_path)[0].read == pytest.approx(50 + 10)
+    del record["bytes_per_token"]
+    (tmp_path / "one.json").write_text(json.dumps(record))
+    assert read_rows(tmp_path)[0].read is None

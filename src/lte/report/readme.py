@@ -127,13 +127,16 @@ def _pretrained(results: Path) -> str:
 
 
 def _rows_table(found: list[Row], *, layers: bool = False) -> str:
-    head = ["training", "setting", "seeds", "FFN sparsity %", found[0].metric, "loss (nats)"]
+    read = layers and any(row.read is not None for row in found)
+    head = ["training", "setting", "seeds", "FFN sparsity %", *(["FFN bytes %"] if read else [])]
+    head += [found[0].metric, "loss (nats)"]
     table = [
         [
             row.series,
             row.setting or "-",
             str(row.seeds),
             row.sparsity.text(".1f"),
+            *([_number(row.read, ".0f")] if read else []),
             row.value.text(".3f"),
             row.loss.text(".3f"),
             *([" ".join(f"{layer:.0f}" for layer in row.layers)] if layers else []),

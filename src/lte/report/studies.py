@@ -42,6 +42,8 @@ class Row:
         value: of the metric.
         loss: in nats, where the task has one.
         layers: sparsity of each layer, in percent.
+        read: bytes of the FFNs that a token reads, the router's too, in percent of the dense ones' at 16 bits a weight;
+            None where the records do not say.
     """
 
     series: str
@@ -52,6 +54,7 @@ class Row:
     value: Spread
     loss: Spread
     layers: list[float]
+    read: float | None = None
 
     @property
     def qualities(self) -> dict[str, Spread]:
@@ -100,4 +103,17 @@ def _row(series: str, setting: str, records: list[dict[str, Any]]) -> Row:
         value=Spread.of([record["value"] for record in records]),
         loss=Spread.of([record["extras"].get("cross_entropy", record["extras"].get("loss")) for record in records]),
         layers=[100 * mean(values) for values in layers],
+        read=_bytes_read(records),
     )
+
+
+def _bytes_read(records: list[dict[str, Any]]) -> float | None:
+    """See :class:`Row`. Studies run in float32, which is twice what a model's weights take where it is used."""
+    shares: list[float] = []
+    for record in records:
+        read, sparsity = record.get("bytes_per_token"), record["sparsity"]
+        if read is None or not sparsity:
+            return None
+        at_16_bits = (read["dense"] + read["router"] - read["sparse"]) / sparsity / 2
+        shares.append(1 - sparsity + read["router"] / at_16_bits)
+    return 100 * mean(shares)
