@@ -204,6 +204,38 @@ def test_sparsify_without_training(folder, tmp_path, method):
     assert "no model folder" in fails("evaluate", out, "--data", folder / "text.txt", "--baseline", folder / "none/x/y")
 
 
+@pytest.mark.parametrize("command", ["sparsify", "train"])
+def test_a_target_is_the_share_of_a_method_that_has_one(folder, tmp_path, command):
+    words = (
+        command,
+        "--model",
+        folder / "dense",
+        "--task",
+        "lm",
+        "--data",
+        folder / "text.txt",
+        "--context-length",
+        16,
+    )
+    more = ("--set", "sparsity.method=kla", "--set", "training.max_steps=2", "--target-sparsity", 0.75)
+    result = run(*words, *more, "--out", tmp_path / "sparse")
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    assert json.loads((tmp_path / "sparse" / "lte_run.json").read_text())["sparsity"] == pytest.approx(0.75)
+    assert lte.load(tmp_path / "sparse").config.quantization_config.method == lte.KLAConfig(sparsity=0.75)
+    error = fails(*words, *more, "--set", "sparsity.sparsity=0.5", "--out", tmp_path / "other")
+    assert "target_sparsity=0.75 and sparsity.sparsity=0.5: give one" in error
+
+
+def test_methods_are_listed(tmp_path):
+    result = run("methods", "--json", tmp_path / "methods.json")
+    assert result.exit_code == 0
+    assert "sparseinfer" in result.output
+    rows = {row["method"]: row for row in json.loads((tmp_path / "methods.json").read_text())["methods"]}
+    assert rows["sparseinfer"]["ffns"] == "with a ReLU"
+    assert rows["kla"]["sparsity"] == "fixed share"
+    assert all(all(row.values()) for row in rows.values())
+
+
 def test_calibrate_says_what_is_wrong(folder, trained):
     words = ("calibrate", trained, "--data", folder / "text.txt", "--target-sparsity")
     assert "'half' is no list of numbers" in fails(*words, "half")
@@ -311,7 +343,7 @@ def test_indivisible_expert_size(folder, tmp_path):
         ("modle=x", "unknown key 'modle'; did you mean 'model'?"),
         (
             "sparsity.method=magic",
-            "unknown method 'magic'; known methods: cats, lte, oracle, self-prediction, svd, topk",
+            "unknown method 'magic'; known methods: bank-topk, cats, countdown, dejavu, kla, lte, ",
         ),
         ("training.eta=much", "training.eta='much' is not a number"),
         ("training", "--set 'training' is not of the form key=value"),

@@ -66,8 +66,12 @@ def test_parts_share_a_study(tmp_path):
         ({"series": {"a b": SERIES["dense"], "a,b": SERIES["dense"]}}, "two points are called 'a-b-seed=0'"),
         ({"series": {"a": {**SERIES["dense"], "dial": [0.5]}}}, "'a' is dense and has no dial"),
         (
-            {"series": {"a": {"set": {"sparsity.method": "topk", "training.target_sparsity": 0.5}}}},
-            "which has a sparsity of its own",
+            {
+                "series": {
+                    "a": {"set": {"sparsity": {"method": "topk", "sparsity": 0.3}, "training.target_sparsity": 0.5}}
+                }
+            },
+            "target_sparsity=0.5 and sparsity.sparsity=0.3: give one",
         ),
     ],
 )

@@ -8,7 +8,21 @@ import lte.quiet  # noqa: F401 - before anything imports transformers
 from lte.families import FFNSpec, register_family
 from lte.hub import load, load_dense, load_tokenizer, require_sparse
 from lte.inference import prepare_for_inference
-from lte.methods import CATSConfig, LTEConfig, OracleConfig, SelfPredictionConfig, SVDConfig, TopKConfig
+from lte.methods import (
+    BankTopKConfig,
+    CATSConfig,
+    CountdownConfig,
+    DejaVuConfig,
+    KLAConfig,
+    LTEConfig,
+    MoEficationConfig,
+    OracleConfig,
+    RandomRouterConfig,
+    SelfPredictionConfig,
+    SparseInferConfig,
+    SVDConfig,
+    TopKConfig,
+)
 from lte.nn import SparsityMeter, observe_routing, set_mode
 from lte.sparsify import sparsify
 from lte.thresholds import calibrate, set_sparsity
@@ -17,14 +31,21 @@ if TYPE_CHECKING:
     from lte.training import LTETrainer, LTETrainingArguments
 
 __all__ = [
+    "BankTopKConfig",
     "CATSConfig",
+    "CountdownConfig",
+    "DejaVuConfig",
     "FFNSpec",
+    "KLAConfig",
     "LTEConfig",
     "LTETrainer",
     "LTETrainingArguments",
+    "MoEficationConfig",
     "OracleConfig",
+    "RandomRouterConfig",
     "SVDConfig",
     "SelfPredictionConfig",
+    "SparseInferConfig",
     "SparsityMeter",
     "TopKConfig",
     "calibrate",

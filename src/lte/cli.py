@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 from transformers.utils import logging as transformers_logging
 
 from lte.bench_commands import bench_app
@@ -61,6 +61,26 @@ def lte() -> None:
 
 OFF_TARGET = 3
 """Exit code of a training that ended, but not at the sparsity asked for."""
+
+
+@app.command()
+def methods(json_file: JsonFile = None) -> None:
+    """List what can make a model sparse."""
+    from lte.config import METHODS, has_fixed_share
+
+    table = Table(Column("method", no_wrap=True), "what decides", "sparsity", "neurons", "FFNs", "kernels", box=None)
+    rows = []
+    for name, (settings, method) in sorted(METHODS.items()):
+        kind = "fixed share" if has_fixed_share(name) else "threshold"
+        unit = settings.model_fields["expert_size"].default
+        rows.append([name, method.decides, kind, str(unit), method.families, method.kernels])
+        table.add_row(*rows[-1])
+    console.print(table)
+    console.print(
+        "neurons: switched together by default. Settings: --set sparsity.method=NAME, --set sparsity.KEY=VALUE."
+    )
+    keys = ("method", "decides", "sparsity", "neurons", "ffns", "kernels")
+    write_json(json_file, {"methods": [dict(zip(keys, row, strict=True)) for row in rows]})
 
 
 @app.command()

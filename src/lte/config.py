@@ -51,6 +51,16 @@ class MethodConfig(pydantic.BaseModel):
             raise explain(error, type(self), type(self).__name__) from None
 
 
+class FixedShareConfig(MethodConfig):
+    """Settings of methods under which every token gets the same share of a layer's experts.
+
+    Attributes:
+        sparsity: share of the experts that do not run; ``--target-sparsity`` sets it.
+    """
+
+    sparsity: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.5
+
+
 ConfigT = TypeVar("ConfigT", bound=MethodConfig)
 
 
@@ -63,8 +73,14 @@ class Method(ABC, Generic[ConfigT]):
         config: the settings.
     """
 
-    has_thresholds: ClassVar[bool] = True
-    """Whether a sparsity can be asked of it, by training or by moving thresholds."""
+    decides: ClassVar[str] = ""
+    """What says which experts run, in a few words."""
+
+    families: ClassVar[str] = "all"
+    """Which FFNs it is for, in words."""
+
+    kernels: ClassVar[str] = "run its mask"
+    """What kernels of ours do with it, in words."""
 
     calibration_tokens: ClassVar[int] = 8192
     """Tokens that grouping and initialisation should see."""
@@ -122,6 +138,11 @@ def method_config(name: str, values: dict[str, Any]) -> MethodConfig:
     if name not in METHODS:
         raise ConfigError(f"unknown method {name!r}; known methods: {', '.join(sorted(METHODS))}")
     return METHODS[name][0](**values)
+
+
+def has_fixed_share(name: str) -> bool:
+    """Whether a sparsity is a setting of a method, and not found by moving thresholds."""
+    return name in METHODS and issubclass(METHODS[name][0], FixedShareConfig)
 
 
 def method_of(config: MethodConfig) -> Method[Any]:

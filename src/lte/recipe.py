@@ -14,7 +14,7 @@ import torch
 import yaml
 from transformers import TrainingArguments, get_scheduler
 
-from lte.config import MethodConfig, method_config, validate_model
+from lte.config import MethodConfig, has_fixed_share, method_config, validate_model
 from lte.errors import ConfigError
 from lte.hub import read_config
 from lte.tasks import TaskConfig
@@ -63,11 +63,14 @@ class Recipe(pydantic.BaseModel):
     dtype: Literal["float32", "bfloat16", "float16", "auto"] | None = None
 
     def method(self) -> MethodConfig:
-        """The sparsity method's config."""
+        """The sparsity method's config. Of methods with a fixed share, the target sparsity is a setting."""
         preset = PRESETS[self.recipe]["sparsity"]
         name = self.sparsity.get("method", preset.get("method", DEFAULT_METHOD))
         values = {"seed": self.seed, **(preset if name == preset.get("method") else {}), **self.sparsity}
         values.pop("method", None)
+        target = self.training.get("target_sparsity")
+        if target is not None and has_fixed_share(name) and values.setdefault("sparsity", target) != target:
+            raise ConfigError(f"target_sparsity={target} and sparsity.sparsity={values['sparsity']}: give one")
         return method_config(name, values)
 
     @pydantic.field_validator("recipe")
@@ -83,6 +86,8 @@ class Recipe(pydantic.BaseModel):
         values = {"seed": self.seed, **defaults}
         preset = PRESETS[self.recipe]["training"] if "stages" in fields else {}
         given = {**preset, **self.training}
+        if "target_sparsity" in fields and has_fixed_share(self.method().method):
+            given = {"eta": 0.0, **given, "target_sparsity": None}
         if given.get("stages") == 2 and "num_train_epochs" in given:
             raise ConfigError("training.num_train_epochs needs stages=1; give stage1_epochs and stage2_epochs")
         for key, value in given.items():

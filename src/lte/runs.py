@@ -7,20 +7,22 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from lte.calibration import sample_batches
-from lte.config import MethodConfig, OperatingPoint, method_of
+from lte.calibration import device_inputs, sample_batches
+from lte.config import MethodConfig, OperatingPoint, has_fixed_share, method_of
 from lte.errors import ConfigError
 from lte.evaluate import check_direction, load_for_evaluation, versions
 from lte.hub import default_device, is_sparse_config, load, load_dense, load_tokenizer, read_config
 from lte.memory import peak_memory
+from lte.nn import SparsityMeter, observe_routing, sparse_ffns
 from lte.recipe import Recipe, dump_recipe, load_recipe
 from lte.sparsify import sparsify
 from lte.tasks import Task, build_task
@@ -71,7 +73,6 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> d
     method = recipe.method()
     out = Path(recipe.out)
     args = recipe.arguments(LTETrainingArguments, output_dir=str(out / "checkpoints"), **RUN_DEFAULTS)
-    _check_target(method, args.target_sparsity)
     _check_losses(method, args)
     if (done := _finished(out, recipe, resume=resume, overwrite=overwrite)) is not None:
         return done
@@ -119,7 +120,6 @@ def check_recipe(recipe: Recipe, command: str) -> None:
         if command == "sparsify":  # trains nothing, in whatever dtype
             recipe = recipe.model_copy(update={"dtype": None})
         args = recipe.arguments(LTETrainingArguments, output_dir=recipe.out, **RUN_DEFAULTS)
-        _check_target(recipe.method(), args.target_sparsity)
         if command == "train":
             _check_losses(recipe.method(), args)
 
@@ -135,7 +135,6 @@ def make_sparse(recipe: Recipe, *, overwrite: bool = False) -> dict[str, Any]:
         raise ConfigError(
             f"target_sparsity={target} must lie between 0 and 1; give --target-sparsity, for instance 0.3"
         )
-    _check_target(method, target)
     out = Path(recipe.out)
     check_folder(out, recipe, resume=False, overwrite=overwrite)
     if recipe.dtype is None:  # nothing is trained here, so a wider copy would only take memory
@@ -147,10 +146,14 @@ def make_sparse(recipe: Recipe, *, overwrite: bool = False) -> dict[str, Any]:
     seen = sample_batches(rows, collate, method_of(method).calibration_tokens)
     sparsify(model, method, calibration=seen, timings=parts)
     searched = time.perf_counter()
-    found = find_thresholds(model, sample_batches(rows, collate, method_of(method).dial_tokens), target)
+    batches = sample_batches(rows, collate, method_of(method).dial_tokens)
+    if has_fixed_share(method.method):
+        reached = _sparsity_on(model, batches[:1])
+    else:
+        reached = _point_sparsity(find_thresholds(model, batches, target))
     parts["thresholds"] = time.perf_counter() - searched
     claim_folder(out, recipe, overwrite=overwrite)
-    return _save(model, tokenizer, out, _summary(recipe, 0, started, parts) | _point_sparsity(found))
+    return _save(model, tokenizer, out, _summary(recipe, 0, started, parts) | reached)
 
 
 def finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -298,14 +301,6 @@ def _dtype(recipe: Recipe) -> Any:
     return "auto" if recipe.dtype == "auto" else getattr(torch, recipe.dtype or "float32")
 
 
-def _check_target(method: MethodConfig, target: float | None) -> None:
-    if target is not None and not method_of(method).has_thresholds:
-        raise ConfigError(
-            f"target_sparsity={target} is not for method={method.method!r}, which has a sparsity of its own "
-            "(--set sparsity.sparsity=...); give --eta 0 instead"
-        )
-
-
 def _check_losses(method: MethodConfig, args: LTETrainingArguments) -> None:
     if not method_of(method).learns:
         refuse_idle_losses(args)
@@ -353,6 +348,18 @@ def _summary(recipe: Recipe, steps: int, started: float, parts: dict[str, float]
 
 def _point_sparsity(point: OperatingPoint) -> dict[str, Any]:
     return {"sparsity": point.sparsity, "sparsity_per_layer": list(point.sparsity_per_layer)}
+
+
+@torch.no_grad()
+def _sparsity_on(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
+    meter, model = SparsityMeter(len(sparse_ffns(model))), model.eval()
+    with observe_routing(model, meter):
+        for batch in batches:
+            inputs, _ = device_inputs(batch, next(model.parameters()).device)
+            meter.set_token_mask(inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool())
+            inputs.pop("labels", None)
+            model(**inputs)
+    return {"sparsity": meter.overall, "sparsity_per_layer": meter.per_layer}
 
 
 def _held(trainer: LTETrainer) -> dict[str, Any]:

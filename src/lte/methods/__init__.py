@@ -1,10 +1,31 @@
 """Sparsity methods, one file each: a config and the router it gives every FFN."""
 
+from lte.methods.bank_topk import BankTopKConfig
 from lte.methods.cats import CATSConfig
+from lte.methods.countdown import CountdownConfig
+from lte.methods.dejavu import DejaVuConfig
+from lte.methods.kla import KLAConfig
 from lte.methods.lte import LTEConfig
+from lte.methods.moefication import MoEficationConfig
 from lte.methods.oracle import OracleConfig
+from lte.methods.random_router import RandomRouterConfig
 from lte.methods.self_prediction import SelfPredictionConfig
+from lte.methods.sparseinfer import SparseInferConfig
 from lte.methods.svd import SVDConfig
 from lte.methods.topk import TopKConfig
 
-__all__ = ["CATSConfig", "LTEConfig", "OracleConfig", "SVDConfig", "SelfPredictionConfig", "TopKConfig"]
+__all__ = [
+    "BankTopKConfig",
+    "CATSConfig",
+    "CountdownConfig",
+    "DejaVuConfig",
+    "KLAConfig",
+    "LTEConfig",
+    "MoEficationConfig",
+    "OracleConfig",
+    "RandomRouterConfig",
+    "SVDConfig",
+    "SelfPredictionConfig",
+    "SparseInferConfig",
+    "TopKConfig",
+]

@@ -59,6 +59,8 @@ class GateRouter(ScoreRouter):
 class CATS(ScoreMethod[CATSConfig]):
     """Looks at the gate."""
 
+    decides = "the exact gate"
+
     def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> Router:
         """See :class:`Method`."""
         return GateRouter(n_experts, weighted=self.config.weighted, device=like.device)

@@ -65,6 +65,9 @@ class LTEConfig(MethodConfig):
 class LTE(Method[LTEConfig]):
     """Linear routers on experts, or routers with a hidden layer."""
 
+    decides = "a linear router, trained"
+    kernels = "decide and run"
+
     @property
     def needs_calibration(self) -> str | None:
         """See :class:`Method`."""

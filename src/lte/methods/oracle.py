@@ -22,6 +22,9 @@ class OracleConfig(MethodConfig):
 class Oracle(ScoreMethod[OracleConfig]):
     """Looks at what every expert would add."""
 
+    decides = "the outputs themselves"
+    kernels = "none, an oracle"
+
     def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> Router:
         """See :class:`Method`."""
         return KeepLargestRouter(n_experts, device=like.device)

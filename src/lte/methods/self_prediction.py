@@ -40,6 +40,9 @@ class SelfPrediction(ScoreMethod[SelfPredictionConfig]):
     """Calibration data say how much the loss depends on every layer, so that one threshold serves all, and on what the
     copy has to be exact."""
 
+    decides = "a copy of the FFN in few bits"
+    kernels = "decide and run"
+
     @property
     def learns(self) -> bool:
         """See :class:`Method`."""

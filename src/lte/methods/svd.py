@@ -92,6 +92,8 @@ class SVDRouter(ScoreRouter):
 class SVD(ScoreMethod[SVDConfig]):
     """The published training-free form, its inputs whitened."""
 
+    decides = "gate and up of low rank"
+
     def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> Router:
         """See :class:`Method`."""
         d_ff = n_experts * self.config.expert_size

@@ -9,23 +9,21 @@ import pydantic
 import torch
 from torch import nn
 
-from lte.config import Method, MethodConfig, register_method
+from lte.config import FixedShareConfig, Method, register_method
 from lte.grouping import Calibration
 from lte.nn import Router, SparseFFN, TopKSoftmaxRouter
 
 
-class TopKConfig(MethodConfig):
+class TopKConfig(FixedShareConfig):
     """Every token gets the same share of the experts, those with the largest softmax scores.
 
     Attributes:
-        sparsity: share of the experts that do not run, for every token and layer.
         noise: standard deviation of the noise on the logits in training.
         router_init_std: standard deviation of the initial router logits, for inputs of unit variance.
     """
 
     method = "topk"
 
-    sparsity: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.5
     noise: Annotated[float, pydantic.Field(ge=0)] = 1.0
     router_init_std: Annotated[float, pydantic.Field(ge=0)] = 0.3
 
@@ -34,7 +32,7 @@ class TopKConfig(MethodConfig):
 class TopK(Method[TopKConfig]):
     """Softmax scores, the largest run."""
 
-    has_thresholds = False
+    decides = "a softmax router, trained"
 
     def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> Router:
         """See :class:`Method`."""

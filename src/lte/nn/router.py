@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lte.errors import ConfigError
 from lte.ops.lowbit import FFNCopy
 from lte.ops.reference import expert_scores
 
@@ -253,6 +254,121 @@ class LowRankRouter(ThresholdRouter):
         return F.linear(F.linear(x.float(), self.reduce.float()).relu(), self.weight.float(), bias)
 
 
+class LookingRouter(Router):
+    """A router that looks at its FFN."""
+
+    def __init__(self, n_experts: int, *, threshold: float = 0.5) -> None:
+        super().__init__(n_experts, threshold=threshold)
+        self._ffn: list[SparseFFN] = []
+
+    def attach(self, ffn: SparseFFN) -> None:
+        """See :meth:`Router.attach`."""
+        self._ffn = [ffn]  # in a list it is no child of its own child
+
+    @property
+    def ffn(self) -> SparseFFN:
+        """The FFN whose experts are decided on."""
+        return self._ffn[0]
+
+
+class FixedShareRouter(LookingRouter):
+    """The experts with the largest scores run, as many for every token. Sub-classes score.
+
+    Args:
+        n_experts: number of experts E.
+        sparsity: share of them that does not run; one always runs.
+        bank: of so many neighbours each, the largest run; None for one bank of all. Divides E.
+    """
+
+    uses_threshold = False
+
+    def __init__(self, n_experts: int, *, sparsity: float, bank: int | None = None) -> None:
+        super().__init__(n_experts)
+        self.bank = n_experts if bank is None else bank
+        if n_experts % self.bank:
+            raise ConfigError(f"bank={bank} does not divide the {n_experts} experts of an FFN")
+        self.k = max(1, round(self.bank * (1 - sparsity)))
+
+    @abstractmethod
+    def scores(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., E], or of every neuron, [..., F]; of an expert's the norm counts."""
+
+    def gates(self, scores: Tensor) -> Tensor | None:
+        """Scores in (0, 1) that a gradient may reach; None where nothing learns from the mask."""
+        return None
+
+    def forward(self, x: Tensor) -> Routing:
+        """Decide for inputs of shape [..., D]."""
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            scores = expert_scores(self.scores(x).float(), self.n_experts)
+            banks = scores.detach().unflatten(-1, (-1, self.bank))
+            chosen = banks.topk(self.k, dim=-1).indices
+            mask = torch.zeros_like(banks, dtype=torch.bool).scatter_(-1, chosen, True).flatten(-2)
+            gates = self.gates(scores)
+        return Routing(mask.float() if gates is None else gates, mask)
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        return f"n_experts={self.n_experts}, keeps {self.k} of {self.bank}"
+
+
+class PredictorRouter(FixedShareRouter):
+    """Scores by a predictor of its own, ``relu(x A) B + b``.
+
+    Args:
+        d_model: width D of the FFN's input.
+        n_experts, sparsity, bank: as for :class:`FixedShareRouter`.
+        rank: width of the layer between.
+        learned: whether it is trained with the model, by a straight-through gradient.
+        device: of the predictor.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        *,
+        sparsity: float,
+        rank: int,
+        bank: int | None = None,
+        learned: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(n_experts, sparsity=sparsity, bank=bank)
+        self.learned = learned
+        self.reduce = nn.Parameter(torch.empty(rank, d_model, device=device, dtype=ROUTER_DTYPE), requires_grad=learned)
+        self.weight = nn.Parameter(
+            torch.empty(n_experts, rank, device=device, dtype=ROUTER_DTYPE), requires_grad=learned
+        )
+        self.bias = nn.Parameter(torch.empty(n_experts, device=device, dtype=ROUTER_DTYPE), requires_grad=learned)
+
+    def freeze(self) -> None:
+        """See :meth:`Router.freeze`."""
+        self.requires_grad_(self.learned)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Draw the weights on the CPU, so that logits have unit variance for inputs of unit variance."""
+        for parameter in (self.reduce, self.weight):
+            drawn = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(drawn * ((2 if parameter is self.reduce else 1) / parameter.shape[1]) ** 0.5)
+        self.bias.zero_()
+
+    def scores(self, x: Tensor) -> Tensor:
+        """The logits, [..., E]."""
+        return F.linear(F.linear(x.float(), self.reduce).relu(), self.weight, self.bias)
+
+    def gates(self, scores: Tensor) -> Tensor | None:
+        """See :meth:`FixedShareRouter.gates`."""
+        return torch.sigmoid(scores) if self.learned else None
+
+    def cost(self) -> RouterCost:
+        """See :meth:`Router.cost`."""
+        parameters = [self.reduce, self.weight, self.bias]
+        size = sum(p.numel() for p in parameters)
+        return RouterCost(size - self.bias.numel(), sum(p.nbytes for p in parameters), size)
+
+
 class TopKSoftmaxRouter(ThresholdRouter):
     """``softmax(x W_g + noise)``, the ``k`` largest run: the router of mixtures of experts (Shazeer et al., 2017).
 
@@ -295,7 +411,7 @@ NOTHING = 1e-20
 """Smallest score: a ReLU leaves many at nothing, and they have no logarithm."""
 
 
-class ScoreRouter(Router):
+class ScoreRouter(LookingRouter):
     """An expert runs where its score is large: a guess of the norm of its output, times how much the loss minds.
 
     The logit is the score's logarithm; of experts of several neurons that are guessed one by one, the score is the root
@@ -310,20 +426,10 @@ class ScoreRouter(Router):
         super().__init__(n_experts, threshold=threshold)
         ones = torch.ones(n_experts, device=device, dtype=ROUTER_DTYPE)
         self.sensitivity = nn.Parameter(ones, requires_grad=False)
-        self._ffn: list[SparseFFN] = []
-
-    def attach(self, ffn: SparseFFN) -> None:
-        """See :meth:`Router.attach`."""
-        self._ffn = [ffn]  # in a list it is no child of its own child
 
     def freeze(self) -> None:
         """See :meth:`Router.freeze`: what a guess is made of is fitted, never learned."""
         self.requires_grad_(False)
-
-    @property
-    def ffn(self) -> SparseFFN:
-        """The FFN whose experts are decided on."""
-        return self._ffn[0]
 
     @torch.no_grad()
     def unit_scores(self) -> Tensor:

@@ -1,0 +1,87 @@
+"""COUNTDOWN: a neuron's coefficient in the down projection says whether it counts (arXiv 2505.17701)."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import pydantic
+import torch
+from torch import Tensor, nn
+
+from lte.config import MethodConfig, register_method
+from lte.errors import ConfigError
+from lte.grouping import Calibration
+from lte.methods.scores import ScoreMethod
+from lte.nn import Router, RouterCost, ScoreRouter, SparseFFN
+
+
+class CountdownConfig(MethodConfig):
+    """Single neurons of gated FFNs, by what multiplies their rows of the down projection.
+
+    Attributes:
+        direct: False looks at the up projection alone (M-COUNTDOWN, which needs no predictor); True at the coefficient
+            itself (D-COUNTDOWN's ideal), which an oracle knows and which saves nothing.
+    """
+
+    method = "countdown"
+
+    expert_size: Annotated[int, pydantic.Field(ge=1)] = 1
+    grouping: str = "none"
+    direct: bool = False
+
+
+class CoefficientRouter(ScoreRouter):
+    """Guesses a neuron's output by its coefficient, or the half of it that needs no activation.
+
+    Args:
+        n_experts, device: as for :class:`ScoreRouter`.
+        direct: of :class:`CountdownConfig`.
+    """
+
+    def __init__(self, n_experts: int, *, direct: bool, device: torch.device | None = None) -> None:
+        super().__init__(n_experts, device=device)
+        self.direct = direct
+
+    def attach(self, ffn: SparseFFN) -> None:
+        """See :meth:`Router.attach`."""
+        super().attach(ffn)
+        if not {"gate", "gate_up"} & set(ffn.roles):
+            raise ConfigError("method='countdown' is for gated FFNs, and this model's have no gate; cats serves both")
+
+    def scores(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., F]."""
+        if self.direct:
+            coefficients = self.ffn.hidden(x)
+        else:
+            weights = self.ffn.weights()
+            coefficients = nn.functional.linear(x, weights.up, weights.up_bias)
+        per_expert = coefficients.shape[-1] // self.n_experts
+        return coefficients.detach().float().abs() * self.sensitivity.repeat_interleave(per_expert)
+
+    def cost(self) -> RouterCost:
+        """All of the up projection is read, also the rows that are then left out; an oracle is not charged."""
+        up = self.ffn.weights().up
+        size = self.sensitivity.numel()
+        return RouterCost(0, 0, size) if self.direct else RouterCost(up.numel(), up.nbytes, size)
+
+
+@register_method(CountdownConfig)
+class Countdown(ScoreMethod[CountdownConfig]):
+    """Looks at the up projection."""
+
+    decides = "the up projection"
+    families = "gated"
+
+    @property
+    def learns(self) -> bool:
+        """See :class:`Method`."""
+        return False
+
+    def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> Router:
+        """See :class:`Method`."""
+        return CoefficientRouter(n_experts, direct=self.config.direct, device=like.device)
+
+    def sensitivity(self, seen: Calibration) -> Tensor | None:
+        """See :class:`ScoreMethod`: a coefficient has no direction."""
+        along_F = super().sensitivity(seen)
+        return along_F if along_F is None or seen.sensitivity is None else torch.full_like(along_F, seen.sensitivity)

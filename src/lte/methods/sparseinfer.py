@@ -1,0 +1,70 @@
+"""SparseInfer: signs of weights and inputs say whether a ReLU will let anything through (Shin et al., 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated
+
+import pydantic
+import torch
+from torch import Tensor, nn
+
+from lte.config import Method, MethodConfig, register_method
+from lte.errors import ConfigError
+from lte.grouping import Calibration
+from lte.nn import LookingRouter, Router, RouterCost, Routing, SparseFFN
+
+
+class SparseInferConfig(MethodConfig):
+    """Single neurons of FFNs with a ReLU, by how many of the products under it are positive. Nothing is fitted."""
+
+    method = "sparseinfer"
+
+    expert_size: Annotated[int, pydantic.Field(ge=1, le=1)] = 1
+    grouping: str = "none"
+
+
+class SignRouter(LookingRouter):
+    """``logit = (positive - negative products) / sqrt(D)``: at a threshold of 0.5 the majority decides."""
+
+    def attach(self, ffn: SparseFFN) -> None:
+        """See :meth:`Router.attach`."""
+        super().attach(ffn)
+        if ffn.activation != "relu":
+            raise ConfigError(
+                f"method='sparseinfer' is for FFNs with a ReLU, and this model's have {ffn.activation!r}; "
+                "self-prediction serves all (with bits=1 it looks at signs too)"
+            )
+
+    def forward(self, x: Tensor) -> Routing:
+        """Decide for inputs of shape [..., D]."""
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            signs_FD = self.ffn.weights().input_matrix.detach().float().sign()
+            return self.decide(x.detach().float().sign() @ signs_FD.T / x.shape[-1] ** 0.5)
+
+    def cost(self) -> RouterCost:
+        """A bit of every weight under the ReLU; an exclusive or and a count, for 32 weights at a time."""
+        size = self.ffn.weights().input_matrix.numel()
+        return RouterCost(size // 32, size // 8, 0)
+
+
+@register_method(SparseInferConfig)
+class SparseInfer(Method[SparseInferConfig]):
+    """Counts signs."""
+
+    decides = "signs of weights and inputs"
+    families = "with a ReLU"
+
+    @property
+    def learns(self) -> bool:
+        """See :class:`Method`."""
+        return False
+
+    def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> Router:
+        """See :class:`Method`."""
+        return SignRouter(n_experts)
+
+    def init_routers(
+        self, ffns: Sequence[SparseFFN], calibration: Iterator[Calibration] | None, generator: torch.Generator
+    ) -> None:
+        """See :class:`Method`: there is nothing to fill."""

@@ -1,0 +1,166 @@
+"""What every method must do, whatever decides."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lte
+from lte.config import METHODS, FixedShareConfig, has_fixed_share, method_config
+from lte.errors import ConfigError
+from lte.nn import SparsityMeter, observe_routing, sparse_ffns
+from tests import models
+
+NAMES = sorted(name for name, (settings, _) in METHODS.items() if settings.__module__.startswith("lte."))
+SMALL = {
+    "bank-topk": {"bank": 16, "rank": 8},
+    "dejavu": {"rank": 8},
+    "moefication": {"rank": 8},
+    "svd": {"rank": 8},
+    "self-prediction": {"group": 32},
+}
+
+
+def made(method: str, family: str = "llama", **settings):
+    kept = {"expert_size": models.EXPERT} if METHODS[method][0].model_fields["expert_size"].default > 1 else {}
+    if has_fixed_share(method):
+        kept["sparsity"] = 0.75
+    config = method_config(method, {**kept, **SMALL.get(method, {}), **settings})
+    batch = models.inputs(8, 16)
+    return lte.sparsify(models.build(family), config, calibration=[{**batch, "labels": batch["input_ids"]}]).eval()
+
+
+def routed(model, batch):
+    """Routings by layer, and the sparsity."""
+    meter, kept = SparsityMeter(models.LAYERS), {}
+    meter.set_token_mask(torch.ones_like(batch["input_ids"]).bool())
+
+    def watch(layer, routing):
+        kept[layer] = routing
+        meter(layer, routing)
+
+    with torch.no_grad(), observe_routing(model, watch):
+        model(**batch)
+    return kept, meter.overall
+
+
+def first_inputs(model):
+    """What the first sparse FFN sees of some tokens, [T, D]."""
+    kept = []
+
+    def keep(ffn, args):
+        kept.append(args[0].flatten(0, 1))
+
+    handle = sparse_ffns(model)[0].register_forward_pre_hook(keep)
+    with torch.no_grad():
+        model(**models.inputs(8, 16))
+    handle.remove()
+    return kept[0]
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_it_reaches_a_sparsity_and_comes_back_from_disk(method, tmp_path):
+    family, batch = "opt" if method == "sparseinfer" else "llama", models.inputs(4, 12)
+    model = made(method, family)
+    if has_fixed_share(method):
+        assert routed(model, batch)[1] == pytest.approx(0.75)
+    else:
+        assert lte.calibrate(model, [batch], 0.6).sparsity == pytest.approx(0.6, abs=0.02)
+    model.save_pretrained(tmp_path)
+    loaded = lte.load(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch)[0], model(**batch)[0])
+        lte.prepare_for_inference(loaded)
+        torch.testing.assert_close(loaded(**batch)[0], model(**batch)[0], atol=1e-4, rtol=1e-3)
+    assert {p.requires_grad for ffn in sparse_ffns(loaded) for p in ffn.router.parameters()} <= {
+        any(p.requires_grad for p in sparse_ffns(model)[0].router.parameters())
+    }
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_it_says_what_it_is(method):
+    behaviour = METHODS[method][1]
+    assert behaviour.decides
+    assert METHODS[method][0].__doc__.strip()
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "opt"])
+def test_kla_keeps_the_k_largest_activations_of_every_token(family):
+    model = made("kla", family, sparsity=0.9)
+    ffn = sparse_ffns(model)[0]
+    x = torch.randn(6, models.D_MODEL, generator=torch.Generator().manual_seed(0))
+    mask, activations = ffn.router(x).mask, ffn.hidden(x).abs()
+    k = round(0.1 * models.D_FF)
+    assert mask.sum(-1).tolist() == [k] * 6
+    for kept, row in zip(mask, activations, strict=True):
+        assert row[kept].min() >= row[~kept].max()
+
+
+def test_deja_vu_learns_which_activations_are_largest():
+    ours, chance = made("dejavu", rank=32), made("dejavu", rank=32)
+    generator = torch.Generator().manual_seed(1)
+    for ffn in sparse_ffns(chance):
+        ffn.router.reset_parameters(generator)
+    hits = []
+    for model in (ours, chance):
+        ffn, x = sparse_ffns(model)[0], first_inputs(model)
+        mask, k = ffn.router(x).mask, ffn.router.k
+        best = ffn.hidden(x).abs().topk(k).indices
+        hits.append(float(mask.gather(1, best).float().mean()))
+        assert set(mask.sum(-1).tolist()) == {k}
+    assert hits[0] > hits[1] + 0.2
+
+
+def test_every_bank_keeps_as_many():
+    router = sparse_ffns(made("bank-topk"))[0].router
+    routing = router(torch.randn(5, models.D_MODEL))
+    assert set(routing.mask.unflatten(-1, (-1, 16)).sum(-1).flatten().tolist()) == {4}
+    assert routing.scores.requires_grad
+    with pytest.raises(ConfigError, match="bank=24 does not divide the 64 experts"):
+        made("bank-topk", bank=24)
+
+
+@pytest.mark.parametrize("router", ["oracle", "mlp"])
+def test_moefication_keeps_the_clusters_with_the_largest_sums(router):
+    model = made("moefication", router=router, rank=32)
+    ffn, x = sparse_ffns(model)[0], first_inputs(model)
+    mask = ffn.router(x).mask
+    sums = ffn.hidden(x).abs().unflatten(-1, (-1, models.EXPERT)).sum(-1)
+    best = sums.topk(ffn.router.k).indices
+    hits = float(mask.gather(1, best).float().mean())
+    assert hits == 1 if router == "oracle" else hits > 0.25 + 0.15
+
+
+def test_a_random_router_is_drawn_from_the_seed_and_stays():
+    one, other, third = made("random-router"), made("random-router"), made("random-router", seed=1)
+    weights = [sparse_ffns(model)[0].router.weight for model in (one, other, third)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert not weights[0].requires_grad
+    torch.testing.assert_close(weights[0].norm(dim=1), torch.ones(len(weights[0])))
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_countdown_goes_by_the_coefficient(direct):
+    ffn = sparse_ffns(made("countdown", direct=direct))[0]
+    x = torch.randn(5, models.D_MODEL, generator=torch.Generator().manual_seed(0))
+    wanted = ffn.hidden(x).abs() if direct else ffn.up_proj(x).abs()
+    torch.testing.assert_close(ffn.router.scores(x), wanted * ffn.router.sensitivity)
+    with pytest.raises(ConfigError, match="method='countdown' is for gated FFNs"):
+        made("countdown", "gpt2")
+
+
+def test_sparseinfer_counts_signs():
+    ffn = sparse_ffns(made("sparseinfer", "opt"))[0]
+    x = torch.randn(5, models.D_MODEL, generator=torch.Generator().manual_seed(0))
+    products = x[:, None] * ffn.weights().up[None]
+    majority = (products > 0).sum(-1) > (products < 0).sum(-1)
+    assert torch.equal(ffn.router(x).mask, majority)
+    with pytest.raises(ConfigError, match="with a ReLU, and this model's have 'silu'"):
+        made("sparseinfer", "llama")
+
+
+def test_a_share_is_bounded():
+    with pytest.raises(ConfigError, match=r"sparsity=1.0: Input should be less than 1"):
+        lte.KLAConfig(sparsity=1.0)
+    assert issubclass(lte.TopKConfig, FixedShareConfig)
