@@ -41,7 +41,7 @@ from lte.options import (
     TextPairColumn,
     task_settings,
 )
-from lte.terminal import JsonFile, console, write_json
+from lte.terminal import JsonFile, console, numbers, write_json
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -290,6 +290,67 @@ def sweep(
 
     done = module.run_study(module.load_study(study), only=only, part=part, report=console.print)
     console.print(f"{done} points run" if done else "nothing to run: every point has its result")
+
+
+@app.command()
+def compare(
+    model: Annotated[str, typer.Option(help="Dense model: folder, hub id or .gguf file.")],
+    task: Annotated[str, typer.Option(help="lm (text, prompt -> target, chat) or classify.")],
+    data: Annotated[str, typer.Option(help="Training data: file, folder or hub name.")],
+    out: Annotated[Path, typer.Option(help="Folder for the points, the report and the models.")],
+    methods: Annotated[str, typer.Option(help="Of `lte methods`, comma-separated; NAME:trained, NAME:untrained.")],
+    sparsities: Annotated[str, typer.Option(help="Targets, comma-separated, e.g. 0.5,0.8.")],
+    steps: Annotated[int, typer.Option(help="Training steps of the dense model and of methods that train.")] = 0,
+    seeds: Annotated[int, typer.Option(help="Runs of every point.")] = 1,
+    eval_data: Annotated[str | None, typer.Option(help="Default: every tenth row of --data, held out.")] = None,
+    learning_rate: LearningRate = None,
+    batch_size: BatchSize = None,
+    context_length: ContextLength = None,
+    prompt_column: PromptColumn = None,
+    target_column: TargetColumn = None,
+    text_column: TextColumn = None,
+    text_pair_column: TextPairColumn = None,
+    label_column: LabelColumn = None,
+    messages_column: MessagesColumn = None,
+    split: Split = None,
+    limit: Limit = None,
+    settings: Set = [],  # noqa: B006
+) -> None:
+    """Hold methods against each other: same model, data, steps; run again, it goes on where it was interrupted."""
+    from lte import compare as module
+    from lte.config import METHODS
+    from lte.recipe import parse_setting, put
+
+    held = eval_data is not None
+    named = [name for name in methods.split(",") if name.strip()]
+    own = [(key.partition(".")[0], key.partition(".")[2], value) for key, value in map(parse_setting, settings)]
+    common = {**_common_flags({**locals(), "out": None, "seed": None}), "training.save_strategy": "no"}
+    base: dict[str, Any] = {}
+    for key, value in common.items():
+        if value is not None:
+            put(base, key, value)
+    for section, key, value in own:
+        if section.partition(":")[0] not in METHODS:
+            put(base, f"{section}.{key}" if key else section, value)
+    asked: dict[str, Any] = {
+        "methods": named,
+        "sparsities": numbers(sparsities, "sparsities"),
+        "steps": steps,
+        "seeds": seeds,
+        "out": out,
+        "settings": [each for each in own if each[0].partition(":")[0] in METHODS],
+    }
+    module.plan(base, eval_data=eval_data or "", **asked)  # before any file is written
+    if not held:
+        base["data"], eval_data = module.hold_out(data, split, out)
+        base["task"].pop("split", None)
+    try:
+        page = module.compare(module.plan(base, eval_data=str(eval_data), **asked), out, report=console.print)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command goes on with the points that are missing", err=True)
+        raise typer.Exit(130) from None
+    console.print((out / "table.md").read_text())
+    console.print(f"{page}; every point is in {out / 'points.csv'}")
 
 
 @app.command()

@@ -76,6 +76,9 @@ class Method(ABC, Generic[ConfigT]):
     decides: ClassVar[str] = ""
     """What says which experts run, in a few words."""
 
+    trains: ClassVar[bool] = True
+    """Whether the model is trained under it as published; if not, it is applied to a trained dense model."""
+
     families: ClassVar[str] = "all"
     """Which FFNs it is for, in words."""
 

@@ -131,11 +131,16 @@ def load_recipe(path: Path | None, flags: Mapping[str, Any], settings: Iterable[
         if value is not None:
             put(values, key, value)
     for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {setting!r} is not of the form key=value, for instance training.eta=2")
-        put(values, key.strip(), _parse_yaml(text, f"--set {key}"))
+        put(values, *parse_setting(setting))
     return parse_recipe(values)
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """``a.b=c`` -> the key and the value, read as YAML."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {text!r} is not of the form key=value, for instance training.eta=2")
+    return key.strip(), _parse_yaml(value, f"--set {key}")
 
 
 def parse_recipe(values: dict[str, Any]) -> Recipe:

@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +22,12 @@ from lte.config import validate_model
 from lte.errors import ConfigError
 from lte.evaluate import evaluate, load_for_evaluation
 from lte.recipe import Recipe, parse_recipe, put, read_yaml
-from lte.runs import check_recipe, finetune, make_sparse, train, write_whole
+from lte.runs import RUN_FILE, check_recipe, finetune, make_sparse, train, write_whole
 from lte.tasks import TaskConfig, build_task
 from lte.thresholds import DIAL_TOKENS, find_thresholds, set_thresholds, thresholds_of
+
+DENSE = ("finetune", "dense")
+"""Commands whose models are dense."""
 
 SCORE_BINS = 20
 """Of the histograms of scores in a point's JSON."""
@@ -33,16 +37,18 @@ class Series(pydantic.BaseModel):
     """Points that differ in what the grid says only.
 
     Attributes:
-        command: ``train``, ``sparsify`` (no training) or ``finetune`` (a dense baseline).
-        set: recipe keys, dotted -> value.
+        command: ``train``, ``sparsify`` (no training), ``finetune`` (a dense baseline) or ``dense`` (the model itself).
+        set: recipe keys, dotted -> value. ``{seed}`` in ``model`` stands for the point's seed.
         grid: recipe keys -> values; every combination is a point.
         dial: sparsities that every trained model is evaluated at as well, by moving its thresholds on the training
             data.
+        keep: whether the models are kept, for other series to start from.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid")
 
-    command: Literal["train", "sparsify", "finetune"] = "train"
+    command: Literal["train", "sparsify", "finetune", "dense"] = "train"
+    keep: bool = False
     set: dict[str, Any] = {}
     grid: dict[str, list[Any]] = {}
     dial: list[float] = []
@@ -79,6 +85,7 @@ class Point:
         recipe: the whole run.
         dial: further sparsities to evaluate at.
         file: its JSON.
+        keep: whether the model is kept.
     """
 
     series: str
@@ -87,6 +94,7 @@ class Point:
     recipe: Recipe
     dial: tuple[float, ...]
     file: Path
+    keep: bool = False
 
     @property
     def name(self) -> str:
@@ -104,9 +112,10 @@ def load_study(path: Path) -> Study:
         if point.name in names:
             raise ConfigError(f"{path}: two points are called {point.name!r}; rename a series")
         names.add(point.name)
-        if point.dial and point.command == "finetune":
+        if point.dial and point.command in DENSE:
             raise ConfigError(f"{path}: series {point.series!r} is dense and has no dial")
-        check_recipe(point.recipe, point.command)
+        if point.command != "dense":
+            check_recipe(point.recipe, point.command)
         _scored_task(point, study)
     return study
 
@@ -122,12 +131,18 @@ def points(study: Study) -> Iterator[Point]:
 
 def run_point(point: Point, study: Study) -> dict[str, Any]:
     """Train, evaluate, write the JSON, delete the model; what an interrupted study left of the run is emptied first."""
-    run: Callable[..., dict[str, Any]] = {"train": train, "sparsify": make_sparse, "finetune": finetune}[point.command]
-    summary = run(point.recipe, overwrite=Path(point.recipe.out).is_dir())
+    started, path = time.perf_counter(), point.recipe.out
+    if point.command == "dense":
+        path = point.recipe.model
+        summary = {"recipe": point.recipe.model_dump(mode="json", exclude_defaults=True), "steps": 0}
+    else:
+        run: dict[str, Callable[..., dict[str, Any]]] = {"train": train, "sparsify": make_sparse, "finetune": finetune}
+        summary = run[point.command](point.recipe, overwrite=Path(path).is_dir())
+    summary.setdefault("seconds", time.perf_counter() - started)
     data, batch_size = study.evaluate["data"], study.evaluate.get("batch_size", 16)
     task = build_task(_scored_task(point, study))
-    dense = point.command == "finetune"
-    model, tokenizer = load_for_evaluation(point.recipe.out, task, dense=dense)
+    dense = point.command in DENSE
+    model, tokenizer = load_for_evaluation(path, task, dense=dense)
     about = {key: summary[key] for key in ("recipe", "steps", "seconds")} | {"threads": torch.get_num_threads()}
 
     def score(file: Path, more: dict[str, Any]) -> dict[str, Any]:
@@ -149,7 +164,8 @@ def run_point(point: Point, study: Study) -> dict[str, Any]:
     if trained:
         set_thresholds(model, trained)
     record = score(point.file, {})
-    shutil.rmtree(point.recipe.out)
+    if not point.keep and point.command != "dense":
+        shutil.rmtree(path)
     return record
 
 
@@ -174,18 +190,23 @@ def missing(study: Study, *, only: str = "*", part: str = "1/1") -> list[Point]:
     if not chosen:
         names = ", ".join(point.name for point in points(study))
         raise ConfigError(f"no point of the study is called {only!r}; there are {names}")
-    return [point for point in chosen[int(index) - 1 :: int(count)] if not point.file.is_file()]
+    return [point for point in chosen[int(index) - 1 :: int(count)] if not _is_done(point)]
+
+
+def _is_done(point: Point) -> bool:
+    return point.file.is_file() and (not point.keep or (Path(point.recipe.out) / RUN_FILE).is_file())
 
 
 def run_study(study: Study, *, only: str, part: str, report: Callable[[str], None]) -> int:
     """Run what is missing; the number of points that were run."""
-    todo = missing(study, only=only, part=part)
+    todo, started = missing(study, only=only, part=part), time.monotonic()
     for number, point in enumerate(todo, 1):
         report(f"{number}/{len(todo)} {point.name}")
         record = run_point(point, study)
+        left = (time.monotonic() - started) / number * (len(todo) - number) / 60
         report(
             f"   sparsity {record['sparsity']:.1%}, {record['metric']} {record['value']:.4f}, "
-            f"{record['training']['seconds']:.0f} s"
+            f"{record['training']['seconds']:.0f} s" + (f"; about {left:.0f} min left" if number < len(todo) else "")
         )
     return len(todo)
 
@@ -200,7 +221,8 @@ def _point(study: Study, name: str, series: Series, settings: dict[str, Any]) ->
     values = copy.deepcopy(study.base)
     for key, value in {**series.set, **settings, "out": str(Path(study.work) / label)}.items():
         put(values, key, value)
-    if series.command == "finetune":
+    if series.command in DENSE:
         values.pop("sparsity", None)  # of the base: a dense baseline has none
+    values["model"] = str(values.get("model", "")).replace("{seed}", str(values.get("seed", 0)))
     file = Path(study.results) / f"{label}.json"
-    return Point(name, settings, series.command, parse_recipe(values), tuple(series.dial), file)
+    return Point(name, settings, series.command, parse_recipe(values), tuple(series.dial), file, series.keep)

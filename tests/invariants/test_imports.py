@@ -38,6 +38,7 @@ FLOORS = [
     "inspect",
     "bench",
     "report",
+    "compare",
     "quickstart",
     "options",
     "terminal",

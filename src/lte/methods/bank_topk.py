@@ -30,6 +30,7 @@ class BankTopKConfig(DejaVuConfig):
 class BankTopK(DejaVu):
     """Starts from a predictor of the largest activations of every bank."""
 
+    trains = True
     decides = "a predictor of low rank, trained with the model"
     config: BankTopKConfig
 

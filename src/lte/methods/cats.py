@@ -59,6 +59,7 @@ class GateRouter(ScoreRouter):
 class CATS(ScoreMethod[CATSConfig]):
     """Looks at the gate."""
 
+    trains = False
     decides = "the exact gate"
 
     def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> Router:

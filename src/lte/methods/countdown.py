@@ -69,6 +69,7 @@ class CoefficientRouter(ScoreRouter):
 class Countdown(ScoreMethod[CountdownConfig]):
     """Looks at the up projection."""
 
+    trains = False
     decides = "the up projection"
     families = "gated"
 

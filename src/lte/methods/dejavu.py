@@ -38,6 +38,7 @@ class DejaVuConfig(FixedShareConfig):
 class DejaVu(FixedShareMethod[DejaVuConfig]):
     """Predicts the largest activations."""
 
+    trains = False
     decides = "a predictor of low rank"
 
     @property

@@ -37,6 +37,7 @@ class LargestActivationsRouter(FixedShareRouter):
 class KLA(FixedShareMethod[KLAConfig]):
     """Looks at what it would have to compute."""
 
+    trains = False
     decides = "the activations themselves"
     kernels = "none, an oracle"
 

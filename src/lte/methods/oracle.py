@@ -22,6 +22,7 @@ class OracleConfig(MethodConfig):
 class Oracle(ScoreMethod[OracleConfig]):
     """Looks at what every expert would add."""
 
+    trains = False
     decides = "the outputs themselves"
     kernels = "none, an oracle"
 

@@ -52,6 +52,7 @@ class SignRouter(LookingRouter):
 class SparseInfer(Method[SparseInferConfig]):
     """Counts signs."""
 
+    trains = False
     decides = "signs of weights and inputs"
     families = "with a ReLU"
 

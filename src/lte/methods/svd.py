@@ -92,6 +92,7 @@ class SVDRouter(ScoreRouter):
 class SVD(ScoreMethod[SVDConfig]):
     """The published training-free form, its inputs whitened."""
 
+    trains = False
     decides = "gate and up of low rank"
 
     def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> Router:

@@ -46,26 +46,32 @@ def sparsity_figure(
     figure.savefig(file, dpi=130)
 
 
-def tradeoff_figure(rows: Sequence[Row], title: str, file: Path) -> None:
-    """Quality over sparsity: a panel per measure of quality, a line per series, bars of one standard deviation.
+def tradeoff_figure(
+    rows: Sequence[Row], title: str, file: Path, *, over: str = "sparsity", name: str = "FFN sparsity (%)"
+) -> None:
+    """Quality over cost: a panel per measure of quality, a line per series, bars of one standard deviation.
 
     Args:
         rows: of :func:`lte.report.studies.read_rows`; a series called ``dense`` becomes a horizontal band.
         title: of the figure.
         file: the PNG to write.
+        over: ``sparsity``, ``gflops`` or ``megabytes`` of the rows; those that do not have it are left out.
+        name: of that.
     """
+    rows = [row for row in rows if getattr(row, over) is not None]
     names = list(rows[0].qualities)
     figure = Figure(figsize=(5.6 * len(names), 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(names), squeeze=False)[0]
-    for name, axes in zip(names, panels, strict=True):
-        _tradeoff(axes, rows, name)
+    for quality, axes in zip(names, panels, strict=True):
+        _tradeoff(axes, rows, quality, over)
+        axes.set_xlabel(name)
     panels[0].legend(fontsize=8)
     figure.suptitle(title)
     figure.savefig(file, dpi=130)
 
 
-def _tradeoff(axes: Axes, rows: Sequence[Row], name: str) -> None:
+def _tradeoff(axes: Axes, rows: Sequence[Row], name: str, over: str) -> None:
     for series in dict.fromkeys(row.series for row in rows):
         mine = [row for row in rows if row.series == series]
         values = [row.qualities[name] for row in mine]
@@ -75,9 +81,9 @@ def _tradeoff(axes: Axes, rows: Sequence[Row], name: str) -> None:
             axes.axhspan(middle - spread, middle + spread, color="black", alpha=0.08, linewidth=0)
             continue
         axes.errorbar(
-            [row.sparsity.mean for row in mine],
+            [getattr(row, over).mean for row in mine],
             [value.mean for value in values],
-            xerr=[row.sparsity.deviation for row in mine],
+            xerr=[getattr(row, over).deviation for row in mine],
             yerr=[value.deviation for value in values],
             marker="o",
             markersize=4,
@@ -85,7 +91,7 @@ def _tradeoff(axes: Axes, rows: Sequence[Row], name: str) -> None:
             linewidth=1.2,
             label=series,
         )
-    axes.set(xlabel="FFN sparsity (%)", ylabel=name)
+    axes.set(ylabel=name)
     axes.grid(alpha=0.3)
 
 

@@ -44,6 +44,8 @@ class Row:
         layers: sparsity of each layer, in percent.
         read: bytes of the FFNs that a token reads, the router's too, in percent of the dense ones' at 16 bits a weight;
             None where the records do not say.
+        target: sparsity asked for, where one was.
+        gflops, megabytes: per token, what decides included; None where the records do not say.
     """
 
     series: str
@@ -55,6 +57,9 @@ class Row:
     loss: Spread
     layers: list[float]
     read: float | None = None
+    target: float | None = None
+    gflops: Spread | None = None
+    megabytes: Spread | None = None
 
     @property
     def qualities(self) -> dict[str, Spread]:
@@ -104,7 +109,15 @@ def _row(series: str, setting: str, records: list[dict[str, Any]]) -> Row:
         loss=Spread.of([record["extras"].get("cross_entropy", record["extras"].get("loss")) for record in records]),
         layers=[100 * mean(values) for values in layers],
         read=_bytes_read(records),
+        target=records[0]["settings"].get("training.target_sparsity"),
+        gflops=_per_token(records, "gflops_per_token", 1.0),
+        megabytes=_per_token(records, "bytes_per_token", 1e-6),
     )
+
+
+def _per_token(records: list[dict[str, Any]], key: str, unit: float) -> Spread | None:
+    values = [record[key]["sparse"] * unit for record in records if key in record]
+    return Spread.of(values) if len(values) == len(records) else None
 
 
 def _bytes_read(records: list[dict[str, Any]]) -> float | None:

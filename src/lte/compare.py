@@ -1,0 +1,176 @@
+"""Methods beside each other on one task: a study is planned from a few words, run, and reported on."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lte.config import METHODS, method_config
+from lte.errors import ConfigError
+from lte.recipe import read_yaml
+from lte.report.comparison import write_report
+from lte.runs import write_whole
+from lte.study import load_study, run_study
+from lte.tasks.sources import load_rows
+
+STUDY_FILE = "study.yaml"
+"""In the folder of a comparison: the study it is, for ``lte sweep`` too."""
+
+HELD_OUT = 10
+"""Where there is no evaluation data, every so-manieth row of the data is held out."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method as it takes part.
+
+    Attributes:
+        name: what it was called, and its series is.
+        method: of :data:`lte.config.METHODS`.
+        trained: whether the model is trained under it; if not, it is applied to the dense model that was.
+    """
+
+    name: str
+    method: str
+    trained: bool
+
+    @classmethod
+    def parse(cls, text: str, steps: int) -> Entry:
+        """``METHOD``, ``METHOD:trained`` or ``METHOD:untrained``; ConfigError for anything else."""
+        method, _, how = text.strip().partition(":")
+        if method not in METHODS:
+            method_config(method, {})  # says which there are
+        if how not in ("", "trained", "untrained"):
+            raise ConfigError(f"{text!r}: after a method's name comes :trained or :untrained, or nothing")
+        if how == "trained" and not steps:
+            raise ConfigError(f"{text!r} needs steps to train for; give --steps")
+        return cls(text.strip(), method, bool(steps) and (how == "trained" or (not how and METHODS[method][1].trains)))
+
+
+def plan(
+    base: dict[str, Any],
+    *,
+    methods: Sequence[str],
+    sparsities: Sequence[float],
+    steps: int,
+    seeds: int,
+    eval_data: str,
+    out: Path,
+    settings: Sequence[tuple[str, str, Any]] = (),
+) -> dict[str, Any]:
+    """The study of a comparison: the dense model first, fine-tuned for as many steps, then every method.
+
+    Args:
+        base: recipe of all runs, without ``out``.
+        methods: see :meth:`Entry.parse`.
+        sparsities: targets, in (0, 1).
+        steps: optimiser steps of the dense model and of every method that trains; 0 trains nothing.
+        seeds: seeds 0, 1, ... of every point.
+        eval_data: what all are evaluated on.
+        out: folder of results and models.
+        settings: (method, key, value), of one method's.
+
+    Raises:
+        ConfigError: an unknown method, one named twice, no method or sparsity, or a sparsity outside (0, 1).
+    """
+    entries = [Entry.parse(name, steps) for name in methods]
+    if not entries or not sparsities:
+        raise ConfigError("give at least one of --methods and one of --sparsities")
+    if wrong := next((value for value in sparsities if not 0 < value < 1), None):
+        raise ConfigError(f"sparsity {wrong} must lie between 0 and 1")
+    if len({entry.name for entry in entries}) < len(entries):
+        raise ConfigError(f"methods: one is named twice in {', '.join(methods)}")
+    if steps < 0 or seeds < 1:
+        raise ConfigError(f"steps={steps}, seeds={seeds}: steps must not be negative, and there must be a seed")
+    grid = {"seed": list(range(seeds)), "training.target_sparsity": list(sparsities)}
+    long = {"training.max_steps": steps}
+    tuned = str(out / "models" / "dense-seed={seed}") if steps else base["model"]
+    series: dict[str, Any] = {
+        "dense": {"command": "finetune", "set": long, "grid": {"seed": grid["seed"]}, "keep": True}
+    }
+    if not steps:
+        series["dense"] = {"command": "dense", "grid": {"seed": [0]}}
+    for entry in entries:
+        own = {f"sparsity.{key}": value for method, key, value in settings if method == entry.name}
+        own = {"sparsity.method": entry.method, **own, **(long if entry.trained else {"model": tuned})}
+        series[entry.name] = {"command": "train" if entry.trained else "sparsify", "set": own, "grid": grid}
+    return {
+        "results": str(out / "points"),
+        "work": str(out / "models"),
+        "base": base,
+        "evaluate": {"data": eval_data},
+        "series": series,
+    }
+
+
+def hold_out(data: str, split: str | None, out: Path) -> tuple[str, str]:
+    """Divide rows into two files in ``out``: training, and every tenth row for evaluation; their paths.
+
+    Raises:
+        ConfigError: there are too few rows.
+    """
+    kept, held = out / "data" / "train.jsonl", out / "data" / "held-out.jsonl"
+    if not held.is_file():
+        rows = load_rows(data, split)
+        if len(rows) < 2 * HELD_OUT:
+            raise ConfigError(
+                f"{data} has {len(rows)} rows, too few to hold some out for evaluation; give --eval-data FILE"
+            )
+        held.parent.mkdir(parents=True, exist_ok=True)
+        for file, chosen in ((kept, lambda i: i % HELD_OUT != 0), (held, lambda i: i % HELD_OUT == 0)):
+            partial = file.with_suffix(".partial")
+            rows.select([i for i in range(len(rows)) if chosen(i)]).to_json(partial)
+            partial.rename(file)
+    return str(kept), str(held)
+
+
+def compare(study: dict[str, Any], out: Path, *, report: Callable[[str], None]) -> Path:
+    """Run what a comparison still lacks, and write its report.
+
+    Args:
+        study: of :func:`plan`. Methods, sparsities and seeds may have come to those of an earlier call.
+        out: folder.
+        report: told what is being done.
+
+    Returns:
+        ``report.html``; ``points.csv``, ``table.md`` and the figures are beside it.
+
+    Raises:
+        ConfigError: the folder holds another comparison.
+    """
+    file = out / STUDY_FILE
+    if file.is_file():
+        before = read_yaml(file)
+        for key in ("base", "evaluate"):
+            if before.get(key) != study[key]:
+                changed = [name for name in study[key] if before.get(key, {}).get(name) != study[key][name]]
+                raise ConfigError(
+                    f"{out} holds a comparison with another {', '.join(changed) or key}; use another --out"
+                )
+        for name, series in study["series"].items():
+            old = before.get("series", {}).get(name)
+            if old is not None and {**old, "grid": None} != {**series, "grid": None}:
+                raise ConfigError(f"{out} holds {name!r} with other settings or steps; use another --out")
+    elif out.is_dir() and any(path.name != "data" for path in out.iterdir()):
+        raise ConfigError(f"{out} is not empty, and holds no comparison; use another --out")
+    partial = out / ".checked.yaml"
+    write_whole(partial, yaml.safe_dump(study, sort_keys=False))
+    try:
+        loaded = load_study(partial)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(f"{partial}: ", "")) from None
+    finally:
+        partial.unlink()
+        if not any(out.iterdir()):
+            shutil.rmtree(out)
+    write_whole(file, yaml.safe_dump(study, sort_keys=False))
+    try:
+        run_study(loaded, only="*", part="1/1", report=report)
+    finally:
+        page = write_report(out)
+    return page

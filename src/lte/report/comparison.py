@@ -1,0 +1,123 @@
+"""The report of a comparison: points, table, figures, and a page that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lte.report.figures import tradeoff_figure
+from lte.report.studies import Row, Spread, read_rows
+
+AXES = {"sparsity": "FFN sparsity (%)", "gflops": "GFLOPs per token", "megabytes": "MB read per token"}
+"""What quality is drawn over, and how it is called."""
+
+COLUMNS = (
+    *("method", "target_sparsity", "seed", "steps", "metric", "value", "loss", "sparsity"),
+    *("gflops_per_token", "mbytes_per_token", "seconds"),
+)
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; font-size: .9rem; } .wide { overflow-x: auto; }
+th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } img { max-width: 100%; height: auto; }
+code { background: #f3f3f3; padding: .1rem .3rem; overflow-wrap: anywhere; }
+@media (prefers-color-scheme: dark) { body { background: #181818; color: #ddd; } code { background: #2a2a2a; }
+th, td { border-color: #444; } img { background: #fff; } }
+"""
+
+
+def write_report(out: Path) -> Path:
+    """Write ``points.csv``, ``table.md``, figures and ``report.html`` from ``out/points``; the page.
+
+    Where no point is done yet, the page says so.
+    """
+    records = [json.loads(path.read_text()) for path in sorted((out / "points").glob("*.json"))]
+    rows = read_rows(out / "points")
+    with (out / "points.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        writer.writerows(_csv_row(record) for record in records)
+    head, body = _table(rows)
+    lines = [head, ["---"] * len(head), *body]
+    (out / "table.md").write_text("".join("| " + " | ".join(line) + " |\n" for line in lines))
+    figures = []
+    for axis, name in AXES.items() if rows else ():
+        figures.append((out / f"by-{axis}.png", name))
+        tradeoff_figure(rows, "", figures[-1][0], over=axis, name=name)
+    page = out / "report.html"
+    page.write_text(_page(out, head, body, figures, records))
+    return page
+
+
+def _csv_row(record: dict[str, Any]) -> list[Any]:
+    return [
+        record["series"],
+        record["settings"].get("training.target_sparsity", ""),
+        record["settings"].get("seed", 0),
+        record["training"]["steps"],
+        record["metric"],
+        record["value"],
+        record["extras"].get("cross_entropy", record["extras"].get("loss", "")),
+        record["sparsity"],
+        record["gflops_per_token"]["sparse"],
+        record["bytes_per_token"]["sparse"] / 1e6,
+        record["training"]["seconds"],
+    ]
+
+
+def _table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Methods by loss within each target, the dense model first."""
+    dense = next((row for row in rows if row.series == "dense"), None)
+    head = ["method", "target", "seeds", "FFN sparsity %", "GFLOPs/token", "MB/token"]
+    qualities = list(rows[0].qualities) if rows else ["loss (nats)"]
+    head += [*qualities, "loss above dense"]
+    body = []
+    for row in sorted(rows, key=lambda row: (row.series != "dense", row.target or 0.0, row.loss.mean)):
+        above = "-" if dense is None or row is dense else f"{row.loss.mean - dense.loss.mean:+.3f}"
+        costs = [_text(row.gflops, ".4g"), _text(row.megabytes, ".4g")]
+        values = [value.text(".3f") for value in row.qualities.values()]
+        target = "-" if row.target is None else f"{row.target:g}"
+        body.append([row.series, target, str(row.seeds), row.sparsity.text(".1f"), *costs, *values, above])
+    return head, body
+
+
+def _text(spread: Spread | None, form: str) -> str:
+    return "-" if spread is None else format(spread.mean, form)
+
+
+def _page(
+    out: Path, head: list[str], body: list[list[str]], figures: list[tuple[Path, str]], records: list[dict[str, Any]]
+) -> str:
+    def line(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    table = "".join([line(head, "th"), *(line(cells, "td") for cells in body)])
+    drawn = "".join(
+        f'<h2>By {html.escape(name)}</h2><img alt="quality over {html.escape(name)}" '
+        f'src="data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}">'
+        for file, name in figures
+    )
+    about = ""
+    if records:
+        last = records[-1]
+        model = html.escape(
+            str(next((r["training"]["recipe"]["model"] for r in records if r["series"] == "dense"), ""))
+        )
+        about = (
+            f"<p>Model <code>{model}</code>, evaluated on <code>{html.escape(last['data'])}</code>, "
+            f"{last['tokens']:,} tokens. {html.escape(', '.join(f'{k} {v}' for k, v in last['versions'].items()))}.</p>"
+        )
+    note = "" if records else "<p>No point is done yet.</p>"
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        f'content="width=device-width, initial-scale=1"><title>lte compare</title><style>{STYLE}</style></head>'
+        f'<body><h1>Sparsity methods compared</h1>{about}{note}<div class="wide"><table>{table}</table></div>'
+        "<p>GFLOPs (2<sup>30</sup>) and MB count what decides, too; oracles are not charged for what they look at. "
+        f"Every point is a JSON in <code>points/</code>.</p>{drawn}</body></html>\n"
+    )

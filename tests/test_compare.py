@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+import yaml
+
+from lte import study
+from lte.compare import Entry, plan
+from tests.test_cli import fails, folder, run  # noqa: F401 - a fixture
+
+
+@pytest.fixture
+def words(folder, tmp_path):  # noqa: F811
+    data = ("--model", folder / "dense", "--task", "lm", "--data", folder / "text.txt")
+    return ("compare", *data, "--eval-data", folder / "text.txt", "--context-length", 16, "--out", tmp_path / "c")
+
+
+def test_it_compares_goes_on_and_takes_more(words, tmp_path, monkeypatch):
+    """Interrupted in the third of five points, the same command goes on; then a method more."""
+    more = (
+        "--methods",
+        "self-prediction,kla",
+        "--sparsities",
+        "0.5,0.75",
+        "--steps",
+        2,
+        "--set",
+        "self-prediction.group=32",
+    )
+    real, done = study.run_point, []
+
+    def interrupted(point, of):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(point.name)
+        return real(point, of)
+
+    monkeypatch.setattr(study, "run_point", interrupted)
+    result = run(*words, *more)
+    assert result.exit_code == 130
+    assert "the same command goes on with the points that are missing" in result.output
+    assert done == ["dense-seed=0", "self-prediction-seed=0-target_sparsity=0.5"]
+    assert (tmp_path / "c" / "report.html").is_file()
+    monkeypatch.setattr(study, "run_point", real)
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "c" / "points").iterdir()}
+
+    result = run(*words, *more)
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    assert "3/3 kla" in result.output
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
+    with (tmp_path / "c" / "points.csv").open() as file:
+        rows = {(row["method"], row["target_sparsity"]): row for row in csv.DictReader(file)}
+    assert set(rows) == {("dense", ""), *((name, s) for name in ("self-prediction", "kla") for s in ("0.5", "0.75"))}
+    assert float(rows["kla", "0.75"]["sparsity"]) == pytest.approx(0.75)
+    assert [rows[name, "0.5"]["steps"] for name in ("self-prediction", "kla")] == ["2", "0"]
+    point = json.loads((tmp_path / "c" / "points" / "kla-seed=0-target_sparsity=0.5.json").read_text())
+    assert point["training"]["recipe"]["model"].endswith("dense-seed=0")  # what is not trained is applied to the tuned
+    page = (tmp_path / "c" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert "http" not in page.replace("http-equiv", "")
+    assert [path.name for path in (tmp_path / "c" / "models").iterdir()] == ["dense-seed=0"]
+
+    result = run(*words, *more[:1], "self-prediction,kla,dejavu:trained", *more[2:])
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    assert "2/2 dejavu" in result.output
+    assert "| dejavu:trained | 0.75 |" in (tmp_path / "c" / "table.md").read_text()
+    assert "holds a comparison with another task" in fails(*words, *more, "--context-length", 8)
+    assert "'kla' with other settings or steps" in fails(*words, *more, "--set", "kla.expert_size=2")
+    assert "holds a comparison with another training" in fails(*words, *more, "--learning-rate", "1e-3")
+
+
+def test_without_steps_and_evaluation_data(words, folder, tmp_path):  # noqa: F811
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": f"one two three {i}"}) for i in range(200)))
+    out = tmp_path / "held"
+    plain = (*words[:5], "--data", tmp_path / "rows.jsonl", "--context-length", 16, "--out", out)
+    result = run(*plain, "--methods", "cats", "--sparsities", "0.5")
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    held = [json.loads(line)["text"] for line in (out / "data" / "held-out.jsonl").read_text().splitlines()]
+    assert held == [f"one two three {i}" for i in range(0, 200, 10)]
+    assert len((out / "data" / "train.jsonl").read_text().splitlines()) == 180
+    dense = json.loads((out / "points" / "dense-seed=0.json").read_text())
+    assert dense["sparsity"] == 0
+    assert (folder / "dense").is_dir()
+    (tmp_path / "few.jsonl").write_text('{"text": "one"}\n')
+    few = (*words[:5], "--data", tmp_path / "few.jsonl", "--out", tmp_path / "x")
+    assert "too few to hold some out" in fails(*few, "--methods", "cats", "--sparsities", "0.5")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--methods", "magic", "--sparsities", "0.5"), "unknown method 'magic'; known methods"),
+        (("--methods", "kla:tuned", "--sparsities", "0.5"), "after a method's name comes :trained or :untrained"),
+        (("--methods", "kla:trained", "--sparsities", "0.5"), "'kla:trained' needs steps to train for"),
+        (("--methods", "kla,kla", "--sparsities", "0.5"), "one is named twice"),
+        (("--methods", "kla", "--sparsities", "50"), "sparsity 50.0 must lie between 0 and 1"),
+        (("--methods", ",", "--sparsities", "0.5"), "at least one of --methods"),
+        (("--methods", "kla", "--sparsities", "0.5", "--steps", -1), "steps must not be negative"),
+        (("--methods", "kla", "--sparsities", "0.5", "--set", "kla.size=2"), "unknown key 'size'"),
+        (("--methods", "kla", "--sparsities", "0.5", "--set", "training.etaa=2"), "did you mean 'eta'"),
+    ],
+)
+def test_a_mistake_is_found_before_anything_is_written(words, tmp_path, more, message):
+    assert message in fails(*words, *more)
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(words, tmp_path):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "mine.txt").write_text("keep")
+    assert "holds no comparison" in fails(*words, "--methods", "kla", "--sparsities", "0.5")
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["mine.txt"]
+
+
+def test_what_is_trained_is_said_or_known():
+    assert Entry.parse("cats", 5) == Entry("cats", "cats", False)
+    assert Entry.parse("dejavu:trained", 5) == Entry("dejavu:trained", "dejavu", True)
+    assert Entry.parse("self-prediction:untrained", 5).trained is False
+    assert Entry.parse("lte", 5).trained is True
+    assert Entry.parse("lte", 0).trained is False
+
+
+def test_its_study_can_be_swept(tmp_path):
+    base = {"model": "m", "data": "d.txt", "task": {"name": "lm"}}
+    made = plan(base, methods=["lte"], sparsities=[0.5], steps=3, seeds=2, eval_data="e.txt", out=tmp_path / "c")
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(made))
+    names = [point.name for point in study.points(study.load_study(tmp_path / "study.yaml"))]
+    assert names == [
+        "dense-seed=0",
+        "lte-seed=0-target_sparsity=0.5",
+        "dense-seed=1",
+        "lte-seed=1-target_sparsity=0.5",
+    ]
