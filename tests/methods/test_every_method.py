@@ -160,6 +160,30 @@ def test_sparseinfer_counts_signs():
         made("sparseinfer", "llama")
 
 
+@pytest.mark.parametrize("rule", ["magnitude", "wanda", "flap"])
+def test_pruning_keeps_what_counts_most_for_every_token(rule):
+    model = made(f"prune-{rule}")
+    ffns = sparse_ffns(model)
+    x = torch.randn(3, models.D_MODEL)
+    for ffn in ffns:
+        mask = ffn.router(x).mask
+        assert torch.equal(mask, mask[:1].expand_as(mask))
+    ffn, seen = ffns[0], first_inputs(model)
+    with torch.no_grad():
+        gate, up, down, hidden = ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight, ffn.hidden(seen)
+    wanted = {
+        "magnitude": [float((gate[i] ** 2).sum() + (up[i] ** 2).sum() + (down[:, i] ** 2).sum()) for i in range(64)],
+        "wanda": [float(hidden[:, i].norm() * down[:, i].abs().sum()) for i in range(64)],
+        "flap": [float(hidden[:, i].var() * down[:, i].norm() ** 2) for i in range(64)],
+    }[rule]
+    kept = ffn.router(x).mask[0]
+    order = torch.tensor(wanted).argsort(descending=True)
+    assert set(order[: int(kept.sum())].tolist()) == set(kept.nonzero().flatten().tolist())
+    shares = [int(ffn.router.keeps.sum()) for ffn in ffns]
+    assert sum(shares) == models.LAYERS * models.D_FF // 4
+    assert rule == "flap" or set(shares) == {models.D_FF // 4}
+
+
 def test_a_share_is_bounded():
     with pytest.raises(ConfigError, match=r"sparsity=1.0: Input should be less than 1"):
         lte.KLAConfig(sparsity=1.0)

@@ -8,6 +8,7 @@ from lte.methods.kla import KLAConfig
 from lte.methods.lte import LTEConfig
 from lte.methods.moefication import MoEficationConfig
 from lte.methods.oracle import OracleConfig
+from lte.methods.prune import PruneFLAPConfig, PruneMagnitudeConfig, PruneWandaConfig
 from lte.methods.random_router import RandomRouterConfig
 from lte.methods.self_prediction import SelfPredictionConfig
 from lte.methods.sparseinfer import SparseInferConfig
@@ -23,6 +24,9 @@ __all__ = [
     "LTEConfig",
     "MoEficationConfig",
     "OracleConfig",
+    "PruneFLAPConfig",
+    "PruneMagnitudeConfig",
+    "PruneWandaConfig",
     "RandomRouterConfig",
     "SVDConfig",
     "SelfPredictionConfig",
