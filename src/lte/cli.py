@@ -66,14 +66,13 @@ OFF_TARGET = 3
 @app.command()
 def methods(json_file: JsonFile = None) -> None:
     """List what can make a model sparse."""
-    from lte.config import METHODS, has_fixed_share
+    from lte.config import METHODS
 
     table = Table(Column("method", no_wrap=True), "what decides", "sparsity", "neurons", "FFNs", "kernels", box=None)
     rows = []
     for name, (settings, method) in sorted(METHODS.items()):
-        kind = "fixed share" if has_fixed_share(name) else "threshold"
         unit = settings.model_fields["expert_size"].default
-        rows.append([name, method.decides, kind, str(unit), method.families, method.kernels])
+        rows.append([name, method.decides, settings.sparsity_is, str(unit), method.families, method.kernels])
         table.add_row(*rows[-1])
     console.print(table)
     console.print(

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from lte.config import METHODS, method_config
+from lte.config import METHODS, settings_of
 from lte.errors import ConfigError
 from lte.recipe import read_yaml
 from lte.report.comparison import write_report
@@ -43,8 +43,7 @@ class Entry:
     def parse(cls, text: str, steps: int) -> Entry:
         """``METHOD``, ``METHOD:trained`` or ``METHOD:untrained``; ConfigError for anything else."""
         method, _, how = text.strip().partition(":")
-        if method not in METHODS:
-            method_config(method, {})  # says which there are
+        settings_of(method)
         if how not in ("", "trained", "untrained"):
             raise ConfigError(f"{text!r}: after a method's name comes :trained or :untrained, or nothing")
         if how == "trained" and not steps:
@@ -98,7 +97,8 @@ def plan(
     for entry in entries:
         own = {f"sparsity.{key}": value for method, key, value in settings if method == entry.name}
         own = {"sparsity.method": entry.method, **own, **(long if entry.trained else {"model": tuned})}
-        series[entry.name] = {"command": "train" if entry.trained else "sparsify", "set": own, "grid": grid}
+        shown = {"seed": grid["seed"]} if METHODS[entry.method][0].sparsity_is == "its own" else grid
+        series[entry.name] = {"command": "train" if entry.trained else "sparsify", "set": own, "grid": shown}
     return {
         "results": str(out / "points"),
         "work": str(out / "models"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Annotated, Any, ClassVar, Generic, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 import pydantic
 import torch
@@ -33,15 +33,20 @@ class MethodConfig(pydantic.BaseModel):
         expert_size: neurons per expert; must divide d_ff.
         grouping: name of the grouping, see :data:`lte.grouping.GROUPINGS`.
         layers: indices of the blocks whose FFN is made sparse; None for all.
+        activation: ``relu`` puts a ReLU in the place of every FFN's activation, in ``config.json`` too; the model has
+            to be trained to it. None leaves it as it is.
         seed: of the grouping and of the routers' initial weights.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
     method: ClassVar[str]
+    sparsity_is: ClassVar[str] = "threshold"
+    """What gives a sparsity: a ``threshold`` that is moved, a ``fixed share`` that is set, the model: ``its own``."""
 
     expert_size: Annotated[int, pydantic.Field(ge=1)] = 32
     grouping: str = "predicted"
     layers: Annotated[tuple[Annotated[int, pydantic.Field(ge=0)], ...] | None, pydantic.Field(min_length=1)] = None
+    activation: Literal["relu"] | None = None
     seed: int = 0
 
     def __init__(self, **values: Any) -> None:
@@ -57,6 +62,8 @@ class FixedShareConfig(MethodConfig):
     Attributes:
         sparsity: share of the experts that do not run; ``--target-sparsity`` sets it.
     """
+
+    sparsity_is: ClassVar[str] = "fixed share"
 
     sparsity: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.5
 
@@ -138,14 +145,19 @@ def register_method(settings: type[MethodConfig]) -> Callable[[type[MethodT]], t
 
 def method_config(name: str, values: dict[str, Any]) -> MethodConfig:
     """The settings of the method called ``name``; ConfigError for an unknown method or key."""
+    return settings_of(name)(**values)
+
+
+def sparsity_is(name: str) -> str:
+    """What gives a sparsity under a method, see :class:`MethodConfig`; ConfigError for an unknown one."""
+    return settings_of(name).sparsity_is
+
+
+def settings_of(name: str) -> type[MethodConfig]:
+    """The class of a method's settings; ConfigError lists the known ones."""
     if name not in METHODS:
         raise ConfigError(f"unknown method {name!r}; known methods: {', '.join(sorted(METHODS))}")
-    return METHODS[name][0](**values)
-
-
-def has_fixed_share(name: str) -> bool:
-    """Whether a sparsity is a setting of a method, and not found by moving thresholds."""
-    return name in METHODS and issubclass(METHODS[name][0], FixedShareConfig)
+    return METHODS[name][0]
 
 
 def method_of(config: MethodConfig) -> Method[Any]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers.activations import ACT2FN
 
 from lte.errors import ConfigError, UnsupportedModelError
 from lte.nn import DeferredLinear, Router, SparseFFN, SplitSparseFFN
@@ -198,6 +199,14 @@ def install_ffns(model: Any, make_router: RouterFactory, layers: Collection[int]
         ffn.train(block.training)
         ffns.append(ffn)
     return ffns
+
+
+def replace_activation(model: Any, name: str) -> None:
+    """Put another activation into all FFNs of a dense model, and into its config."""
+    spec = family_spec(model)
+    for block in blocks_of(model):
+        block.set_submodule(spec.act, ACT2FN[name])
+    setattr(model.config, spec.config_act, name)
 
 
 def canonical_activation(name: Any) -> str:

@@ -14,7 +14,7 @@ import torch
 import yaml
 from transformers import TrainingArguments, get_scheduler
 
-from lte.config import MethodConfig, has_fixed_share, method_config, validate_model
+from lte.config import MethodConfig, method_config, sparsity_is, validate_model
 from lte.errors import ConfigError
 from lte.hub import read_config
 from lte.tasks import TaskConfig
@@ -69,7 +69,15 @@ class Recipe(pydantic.BaseModel):
         values = {"seed": self.seed, **(preset if name == preset.get("method") else {}), **self.sparsity}
         values.pop("method", None)
         target = self.training.get("target_sparsity")
-        if target is not None and has_fixed_share(name) and values.setdefault("sparsity", target) != target:
+        if target is not None and sparsity_is(name) == "its own":
+            raise ConfigError(
+                f"target_sparsity={target}: under method={name!r} a model has a sparsity of its own; leave it out"
+            )
+        if (
+            target is not None
+            and sparsity_is(name) == "fixed share"
+            and values.setdefault("sparsity", target) != target
+        ):
             raise ConfigError(f"target_sparsity={target} and sparsity.sparsity={values['sparsity']}: give one")
         return method_config(name, values)
 
@@ -86,7 +94,7 @@ class Recipe(pydantic.BaseModel):
         values = {"seed": self.seed, **defaults}
         preset = PRESETS[self.recipe]["training"] if "stages" in fields else {}
         given = {**preset, **self.training}
-        if "target_sparsity" in fields and has_fixed_share(self.method().method):
+        if "target_sparsity" in fields and self.method().sparsity_is != "threshold":
             given = {"eta": 0.0, **given, "target_sparsity": None}
         if given.get("stages") == 2 and "num_train_epochs" in given:
             raise ConfigError("training.num_train_epochs needs stages=1; give stage1_epochs and stage2_epochs")

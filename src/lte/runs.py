@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from lte.calibration import device_inputs, sample_batches
-from lte.config import MethodConfig, OperatingPoint, has_fixed_share, method_of
+from lte.config import MethodConfig, OperatingPoint, method_of
 from lte.errors import ConfigError
 from lte.evaluate import check_direction, load_for_evaluation, versions
 from lte.hub import default_device, is_sparse_config, load, load_dense, load_tokenizer, read_config
@@ -131,7 +131,8 @@ def make_sparse(recipe: Recipe, *, overwrite: bool = False) -> dict[str, Any]:
     """
     method, started = recipe.method(), time.perf_counter()
     target = recipe.training.get("target_sparsity")
-    if not isinstance(target, float) or not 0 < target < 1:
+    by_threshold = method.sparsity_is == "threshold"
+    if by_threshold and (not isinstance(target, float) or not 0 < target < 1):
         raise ConfigError(
             f"target_sparsity={target} must lie between 0 and 1; give --target-sparsity, for instance 0.3"
         )
@@ -147,10 +148,10 @@ def make_sparse(recipe: Recipe, *, overwrite: bool = False) -> dict[str, Any]:
     sparsify(model, method, calibration=seen, timings=parts)
     searched = time.perf_counter()
     batches = sample_batches(rows, collate, method_of(method).dial_tokens)
-    if has_fixed_share(method.method):
-        reached = _sparsity_on(model, batches[:1])
+    if by_threshold:
+        reached = _point_sparsity(find_thresholds(model, batches, float(target or 0.0)))
     else:
-        reached = _point_sparsity(find_thresholds(model, batches, target))
+        reached = _sparsity_on(model, batches[:1])
     parts["thresholds"] = time.perf_counter() - searched
     claim_folder(out, recipe, overwrite=overwrite)
     return _save(model, tokenizer, out, _summary(recipe, 0, started, parts) | reached)

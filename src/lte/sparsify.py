@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lte.calibration import stream_calibration
 from lte.config import MethodConfig, SparsityConfig, method_of
 from lte.errors import ConfigError
-from lte.families import install_ffns
+from lte.families import family_spec, install_ffns, replace_activation
 from lte.grouping import Calibration, check_divisible, get_grouping
 from lte.memory import trim_heap
 from lte.nn import Router, SparseFFN, sparse_ffns
@@ -66,6 +66,8 @@ def sparsify(
             "grouping='kmeans', router_init='random'"
         )
     before = [(module, dict(module._modules)) for module in model.modules()]
+    spec: Any = family_spec(model)
+    activation = getattr(model.config, spec.config_act)
     try:
         spent = _convert(model, config, batches)
     except BaseException:
@@ -73,6 +75,7 @@ def sparsify(
         for module, children in before:
             module._modules.clear()
             module._modules.update(children)
+        setattr(model.config, spec.config_act, activation)
         raise
     if timings is not None:
         timings.update(spent)
@@ -133,6 +136,8 @@ def _group(ffn: SparseFFN, config: MethodConfig, seen: Calibration | None) -> Te
 def install_sparse_ffns(model: nn.Module, config: MethodConfig) -> None:
     """Replace the FFNs, with routers that hold no values yet. Also what loading does, on the meta device."""
     method = method_of(config)
+    if config.activation is not None:
+        replace_activation(model, config.activation)
 
     def make_router(d_model: int, d_ff: int, like: nn.Parameter) -> Router:
         check_divisible(d_ff, config.expert_size)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 import lte
-from lte.config import METHODS, FixedShareConfig, has_fixed_share, method_config
+from lte.config import METHODS, method_config, sparsity_is
 from lte.errors import ConfigError
 from lte.nn import SparsityMeter, observe_routing, sparse_ffns
 from tests import models
@@ -23,7 +25,7 @@ SMALL = {
 
 def made(method: str, family: str = "llama", **settings):
     kept = {"expert_size": models.EXPERT} if METHODS[method][0].model_fields["expert_size"].default > 1 else {}
-    if has_fixed_share(method):
+    if sparsity_is(method) == "fixed share":
         kept["sparsity"] = 0.75
     config = method_config(method, {**kept, **SMALL.get(method, {}), **settings})
     batch = models.inputs(8, 16)
@@ -62,8 +64,10 @@ def first_inputs(model):
 def test_it_reaches_a_sparsity_and_comes_back_from_disk(method, tmp_path):
     family, batch = "opt" if method == "sparseinfer" else "llama", models.inputs(4, 12)
     model = made(method, family)
-    if has_fixed_share(method):
+    if sparsity_is(method) == "fixed share":
         assert routed(model, batch)[1] == pytest.approx(0.75)
+    elif sparsity_is(method) == "its own":
+        assert 0.3 < routed(model, batch)[1] < 0.7
     else:
         assert lte.calibrate(model, [batch], 0.6).sparsity == pytest.approx(0.6, abs=0.02)
     model.save_pretrained(tmp_path)
@@ -184,7 +188,33 @@ def test_pruning_keeps_what_counts_most_for_every_token(rule):
     assert rule == "flap" or set(shares) == {models.D_FF // 4}
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "gpt_neox"])
+def test_relufication_leaves_out_what_the_relu_cuts_off(family, tmp_path):
+    model = made("relufication", family)
+    ffn, x = sparse_ffns(model)[0], first_inputs(model)
+    with torch.no_grad():
+        assert torch.equal(ffn.router(x).mask, ffn.hidden(x) != 0)
+        sparse = ffn(x)
+        lte.set_mode(model, "dense")
+        torch.testing.assert_close(sparse, ffn(x))
+    model.save_pretrained(tmp_path)
+    stock = json.loads((tmp_path / "config.json").read_text())
+    assert "relu" in (stock.get("hidden_act"), stock.get("activation_function"))
+
+
+def test_any_method_may_replace_the_activation():
+    model = made("sparseinfer", "llama", activation="relu")
+    assert model.config.hidden_act == "relu"
+    plain = models.build("llama")
+    with pytest.raises(ConfigError, match="needs calibration data"):
+        lte.sparsify(plain, lte.DejaVuConfig(activation="relu"))
+    broken = [{**models.inputs(2, 8), "labels": torch.zeros(3, 8).long()}]
+    with pytest.raises(ValueError, match="batch_size"):
+        lte.sparsify(plain, lte.DejaVuConfig(activation="relu", rank=4), calibration=broken)
+    assert plain.config.hidden_act == "silu"
+    assert type(plain.model.layers[0].mlp.act_fn).__name__ == "SiLUActivation"
+
+
 def test_a_share_is_bounded():
     with pytest.raises(ConfigError, match=r"sparsity=1.0: Input should be less than 1"):
         lte.KLAConfig(sparsity=1.0)
-    assert issubclass(lte.TopKConfig, FixedShareConfig)

@@ -10,6 +10,7 @@ from lte.methods.moefication import MoEficationConfig
 from lte.methods.oracle import OracleConfig
 from lte.methods.prune import PruneFLAPConfig, PruneMagnitudeConfig, PruneWandaConfig
 from lte.methods.random_router import RandomRouterConfig
+from lte.methods.relufication import ReLUficationConfig
 from lte.methods.self_prediction import SelfPredictionConfig
 from lte.methods.sparseinfer import SparseInferConfig
 from lte.methods.svd import SVDConfig
@@ -28,6 +29,7 @@ __all__ = [
     "PruneMagnitudeConfig",
     "PruneWandaConfig",
     "RandomRouterConfig",
+    "ReLUficationConfig",
     "SVDConfig",
     "SelfPredictionConfig",
     "SparseInferConfig",

@@ -1,0 +1,64 @@
+"""ReLUfication: the activation becomes a ReLU, and what it cuts off is left out (Mirzadeh et al., ICLR 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated, ClassVar, Literal
+
+import pydantic
+import torch
+from torch import Tensor, nn
+
+from lte.config import Method, MethodConfig, register_method
+from lte.grouping import Calibration
+from lte.nn import LookingRouter, Router, RouterCost, Routing, SparseFFN
+
+
+class ReLUficationConfig(MethodConfig):
+    """Single neurons of FFNs with a ReLU in the place of their activation; how many run is up to the model."""
+
+    method = "relufication"
+    sparsity_is: ClassVar[str] = "its own"
+
+    expert_size: Annotated[int, pydantic.Field(ge=1, le=1)] = 1
+    grouping: str = "none"
+    activation: Literal["relu"] = "relu"
+
+
+class PositiveRouter(LookingRouter):
+    """Neurons whose input to the ReLU is positive: leaving out the others changes nothing."""
+
+    uses_threshold = False
+
+    def forward(self, x: Tensor) -> Routing:
+        """Decide for inputs of shape [..., D]."""
+        weights = self.ffn.weights()
+        bias = weights.up_bias if weights.gate is None else weights.gate_bias
+        mask = nn.functional.linear(x, weights.input_matrix, bias).detach() > 0
+        return Routing(mask.float(), mask)
+
+    def cost(self) -> RouterCost:
+        """All of the matrix under the ReLU is read, also the rows that are then left out."""
+        matrix = self.ffn.weights().input_matrix
+        return RouterCost(matrix.numel(), matrix.nbytes, 0)
+
+
+@register_method(ReLUficationConfig)
+class ReLUfication(Method[ReLUficationConfig]):
+    """Looks at what the ReLU lets through."""
+
+    decides = "the ReLU itself"
+
+    @property
+    def learns(self) -> bool:
+        """See :class:`Method`."""
+        return False
+
+    def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> Router:
+        """See :class:`Method`."""
+        return PositiveRouter(n_experts)
+
+    def init_routers(
+        self, ffns: Sequence[SparseFFN], calibration: Iterator[Calibration] | None, generator: torch.Generator
+    ) -> None:
+        """See :class:`Method`: there is nothing to fill."""
