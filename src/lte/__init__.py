@@ -11,6 +11,7 @@ from lte.inference import prepare_for_inference
 from lte.methods import (
     BankTopKConfig,
     CATSConfig,
+    CMoEConfig,
     CountdownConfig,
     DejaVuConfig,
     KLAConfig,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BankTopKConfig",
     "CATSConfig",
+    "CMoEConfig",
     "CountdownConfig",
     "DejaVuConfig",
     "FFNSpec",

@@ -135,6 +135,27 @@ def test_moefication_keeps_the_clusters_with_the_largest_sums(router):
     assert hits == 1 if router == "oracle" else hits > 0.25 + 0.15
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_cmoe_always_runs_what_is_active_most_often_and_asks_one_neuron_for_the_rest(family):
+    before, model = models.build(family), made("cmoe", family, sparsity=0.5, expert_size=4)
+    batch = models.inputs(8, 16)
+    with torch.no_grad():
+        lte.set_mode(model, "dense")
+        torch.testing.assert_close(model(**batch)[0], before.eval()(**batch)[0])  # neurons are in another order alone
+    ffn, x = sparse_ffns(model)[0], first_inputs(model)
+    router, hidden = ffn.router, ffn.hidden(x).abs()
+    active = torch.zeros_like(hidden, dtype=torch.bool).scatter_(1, hidden.topk(6).indices, True)  # 0.1 x 64
+    often = active.sum(0)
+    assert router.n_shared == 4
+    assert often[:16].min() >= often[16:].max()
+    mask = router(x).mask
+    assert mask[:, :4].all()
+    assert set(mask.sum(-1).tolist()) == {8}
+    assert router.representatives.long().tolist() == sorted(router.representatives.long().tolist())
+    voices = hidden[:, router.representatives.long()]
+    assert torch.equal(mask[:, 4:].nonzero(), torch.zeros_like(voices).scatter_(1, voices.topk(4).indices, 1).nonzero())
+
+
 def test_a_random_router_is_drawn_from_the_seed_and_stays():
     one, other, third = made("random-router"), made("random-router"), made("random-router", seed=1)
     weights = [sparse_ffns(model)[0].router.weight for model in (one, other, third)]

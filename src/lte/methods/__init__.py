@@ -2,6 +2,7 @@
 
 from lte.methods.bank_topk import BankTopKConfig
 from lte.methods.cats import CATSConfig
+from lte.methods.cmoe import CMoEConfig
 from lte.methods.countdown import CountdownConfig
 from lte.methods.dejavu import DejaVuConfig
 from lte.methods.kla import KLAConfig
@@ -19,6 +20,7 @@ from lte.methods.topk import TopKConfig
 __all__ = [
     "BankTopKConfig",
     "CATSConfig",
+    "CMoEConfig",
     "CountdownConfig",
     "DejaVuConfig",
     "KLAConfig",
