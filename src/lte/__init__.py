@@ -26,7 +26,9 @@ from lte.methods import (
     SelfPredictionConfig,
     SparseInferConfig,
     SVDConfig,
+    TEALConfig,
     TopKConfig,
+    WINAConfig,
 )
 from lte.nn import SparsityMeter, observe_routing, set_mode
 from lte.sparsify import sparsify
@@ -57,7 +59,9 @@ __all__ = [
     "SelfPredictionConfig",
     "SparseInferConfig",
     "SparsityMeter",
+    "TEALConfig",
     "TopKConfig",
+    "WINAConfig",
     "calibrate",
     "load",
     "load_dense",

@@ -15,7 +15,9 @@ from lte.methods.relufication import ReLUficationConfig
 from lte.methods.self_prediction import SelfPredictionConfig
 from lte.methods.sparseinfer import SparseInferConfig
 from lte.methods.svd import SVDConfig
+from lte.methods.teal import TEALConfig
 from lte.methods.topk import TopKConfig
+from lte.methods.wina import WINAConfig
 
 __all__ = [
     "BankTopKConfig",
@@ -35,5 +37,7 @@ __all__ = [
     "SVDConfig",
     "SelfPredictionConfig",
     "SparseInferConfig",
+    "TEALConfig",
     "TopKConfig",
+    "WINAConfig",
 ]

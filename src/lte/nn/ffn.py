@@ -101,7 +101,7 @@ class SparseFFN(nn.Module):
                 return self._operate(x, impl, max_density)
         elif self.training and torch.is_grad_enabled():
             self.keep_layout = True
-        hidden = self.hidden(x)
+        hidden = self.hidden(x if self.mode == Mode.DENSE else self.router.inputs(x))
         if self.mode != Mode.DENSE:
             routing = self.router(x)
             if self.observer is not None:
@@ -123,6 +123,7 @@ class SparseFFN(nn.Module):
             routing = self.router(x)
             if self.observer is not None:
                 self.observer(self.layer_index, routing)
+            x_TD = self.router.inputs(x_TD)
             out = sparse_ffn(x_TD, weights, routing.mask.flatten(0, -2), impl=impl, max_density=max_density)
         return out.view(x.shape)
 

@@ -68,9 +68,9 @@ class SparsityMeter:
         if self._token_mask is None:
             return
         counted = self._token_mask.reshape(-1).to(routing.mask.device)
-        mask_TE = routing.mask.flatten(0, -2)[counted]
-        self.active[layer] += mask_TE.sum().cpu()
-        self.seen[layer] += mask_TE.numel()
+        shares_TE = routing.shares.flatten(0, -2)[counted]
+        self.active[layer] += shares_TE.sum().cpu()
+        self.seen[layer] += shares_TE.numel()
         if self.bins:
             scores = routing.scores.flatten(0, -2)[counted].float().cpu()
             self.histogram[layer] += torch.histc(scores, self.bins, 0.0, 1.0)

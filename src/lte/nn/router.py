@@ -33,11 +33,18 @@ class Routing:
             above 0.5 belongs to an expert that runs, wherever the threshold stands.
         mask: [..., E] bool, True where the expert runs in hard mode.
         margins: [..., E] float32, the scores' logits; None where no threshold decides.
+        used: [..., E] float32, share of each expert's weights that is used; None where that is all or nothing.
     """
 
     scores: Tensor
     mask: Tensor
     margins: Tensor | None = None
+    used: Tensor | None = None
+
+    @property
+    def shares(self) -> Tensor:
+        """[..., E], of each expert's weights that are used."""
+        return self.mask if self.used is None else self.used
 
 
 @dataclass(frozen=True)
@@ -125,6 +132,10 @@ class Router(nn.Module):
     @abstractmethod
     def forward(self, x: Tensor) -> Routing:
         """Decide for inputs of shape [..., D]."""
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """What the FFN's first matrices get for an input: the input, unless parts of it are left out."""
+        return x
 
     def form(self) -> LinearForm | CopyForm | None:
         """How kernels can decide by themselves; None where they have to be given the mask."""

@@ -55,11 +55,11 @@ def total_routing(routings: Sequence[Routing], token_mask: Tensor | None, *, eps
         epsilon: see :func:`separability_loss`.
     """
     flat = [routing.scores.flatten(0, -2) for routing in routings]
-    masks = [routing.mask.flatten(0, -2) for routing in routings]
+    shares = [routing.shares.flatten(0, -2) for routing in routings]
     keep_T = torch.ones(flat[0].shape[0], device=flat[0].device)
     if token_mask is not None:
         keep_T = token_mask.reshape(-1).to(keep_T)
-    active_L = torch.stack([(mask.float().mean(-1) * keep_T).sum() for mask in masks]).detach()
+    active_L = torch.stack([(share.float().mean(-1) * keep_T).sum() for share in shares]).detach()
     if not any(scores.requires_grad for scores in flat):
         nothing = keep_T.new_zeros(())
         return RoutingTotals(nothing, nothing, nothing, active_L, keep_T.sum())

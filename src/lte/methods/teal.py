@@ -1,0 +1,123 @@
+"""TEAL: small inputs of every matrix are left out, by thresholds from quantiles (Liu et al., ICLR 2025)."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Annotated
+
+import pydantic
+import torch
+from torch import Tensor, nn
+
+from lte.config import FixedShareConfig, register_method
+from lte.grouping import Calibration
+from lte.methods.fixed_share import FixedShareMethod
+from lte.nn import ROUTER_DTYPE, LookingRouter, Router, RouterCost, Routing, SparseFFN
+
+SAMPLED = 2**22
+"""Most values from which a quantile is taken."""
+
+
+class TEALConfig(FixedShareConfig):
+    """Columns of gate and up whose input is small, and rows of down whose coefficient is, in FFNs alone.
+
+    The published method does the same to attention, and shares a block's budget out greedily; here every matrix of
+    an FFN gets the same sparsity.
+    """
+
+    method = "teal"
+
+    expert_size: Annotated[int, pydantic.Field(ge=1, le=1)] = 1
+    grouping: str = "none"
+
+
+class InputsRouter(LookingRouter):
+    """Leaves out entries of an input before the first matrices, and neurons before the last. Sub-classes say which."""
+
+    uses_threshold = False
+
+    def freeze(self) -> None:
+        """See :meth:`Router.freeze`."""
+        self.requires_grad_(False)
+
+    @abstractmethod
+    def keeps(self, x: Tensor) -> Tensor:
+        """Which entries of an input count: [..., D] bool."""
+
+    @abstractmethod
+    def keeps_hidden(self, hidden: Tensor) -> Tensor:
+        """Which neurons count, from what enters the down projection: [..., F] bool."""
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """See :meth:`Router.inputs`."""
+        return x.where(self.keeps(x), 0.0)
+
+    def forward(self, x: Tensor) -> Routing:
+        """Decide for inputs of shape [..., D]."""
+        mask = self.keeps_hidden(self.ffn.hidden(self.inputs(x)))
+        before = 1 if self.ffn.weights().gate is None else 2
+        used = (before * self.keeps(x).float().mean(-1, keepdim=True) + mask) / (before + 1)
+        return Routing(mask.float(), mask, used=used)
+
+    def cost(self) -> RouterCost:
+        """Nothing: what is looked at is there."""
+        return RouterCost(0, 0, sum(p.numel() for p in self.parameters()))
+
+
+class MagnitudeRouter(InputsRouter):
+    """``abs(x) > tau_x`` before the first matrices, ``abs(h) > tau_h`` before the last.
+
+    Args:
+        n_experts: number of neurons.
+        device: of :attr:`taus`, the two thresholds.
+    """
+
+    def __init__(self, n_experts: int, *, device: torch.device | None = None) -> None:
+        super().__init__(n_experts)
+        self.taus = nn.Parameter(torch.zeros(2, device=device, dtype=ROUTER_DTYPE), requires_grad=False)
+
+    def keeps(self, x: Tensor) -> Tensor:
+        """See :class:`InputsRouter`."""
+        return x.detach().abs() > self.taus[0]
+
+    def keeps_hidden(self, hidden: Tensor) -> Tensor:
+        """See :class:`InputsRouter`."""
+        return hidden.detach().abs() > self.taus[1]
+
+
+@register_method(TEALConfig)
+class TEAL(FixedShareMethod[TEALConfig]):
+    """Takes quantiles."""
+
+    decides = "sizes of matrices' inputs"
+    kernels = "none: columns, not neurons"
+    trains = False
+
+    @property
+    def needs_calibration(self) -> str | None:
+        """See :class:`Method`."""
+        return f"method={self.config.method!r}"
+
+    def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> Router:
+        """See :class:`Method`."""
+        return MagnitudeRouter(n_experts, device=like.device)
+
+    @torch.no_grad()
+    def init_routers(
+        self, ffns: Sequence[SparseFFN], calibration: Iterator[Calibration] | None, generator: torch.Generator
+    ) -> None:
+        """See :class:`Method`: the second quantile is of what comes of the inputs that the first leaves."""
+        assert calibration is not None
+        for ffn, seen in zip(ffns, calibration, strict=True):
+            router = ffn.router
+            assert isinstance(router, MagnitudeRouter)
+            router.taus[0] = _quantile(seen.inputs_TD.abs(), self.config.sparsity)
+            hidden = [ffn.hidden(router.inputs(x_tD)).abs() for x_tD in seen.inputs_TD.split(512)]
+            router.taus[1] = _quantile(torch.cat(hidden), self.config.sparsity)
+
+
+def _quantile(values: Tensor, share: float) -> Tensor:
+    every = values.float().flatten()
+    every = every[:: -(-len(every) // SAMPLED)]
+    return every.kthvalue(max(1, min(len(every), round(share * len(every))))).values
