@@ -5,6 +5,7 @@ from lte.methods.cats import CATSConfig
 from lte.methods.cmoe import CMoEConfig
 from lte.methods.countdown import CountdownConfig
 from lte.methods.dejavu import DejaVuConfig
+from lte.methods.dsmoe import DSMoEConfig
 from lte.methods.kla import KLAConfig
 from lte.methods.lte import LTEConfig
 from lte.methods.moefication import MoEficationConfig
@@ -24,6 +25,7 @@ __all__ = [
     "CATSConfig",
     "CMoEConfig",
     "CountdownConfig",
+    "DSMoEConfig",
     "DejaVuConfig",
     "KLAConfig",
     "LTEConfig",
