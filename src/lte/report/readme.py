@@ -107,23 +107,27 @@ COPY_SHARE = 2 / 3 * 3.25 / 16
 def _pretrained(results: Path) -> str:
     """Sparse models of a pretrained one, beside the dense model that saw as much."""
     found = _read(results / "smollm2")
-    untouched = next(record["baseline"]["value"] for record in found.values() if "baseline" in record)
-    tuned = found["dense"]["value"]
+    copies = _read(results / "ablations" / "predictors")
+    untrained = [record for _, record in sorted(copies.items()) if record["series"] == "copy of 3 bits"]
+    untouched, tuned = found["dense"]["untouched"]["value"], found["dense"]["value"]
     rows: list[list[str]] = []
-    for kind, about, dense, base in (
-        ("untrained", "neurons, no training", "dense", untouched),
-        ("trained", "neurons, trained", "dense, fine-tuned as long", tuned),
-        ("s", "experts of 32, learned routers, trained", "dense, fine-tuned as long", tuned),
+    for records, about, dense, base, decides in (
+        (untrained, "neurons, no training", "dense", untouched, COPY_SHARE),
+        (_called(found, "trained-"), "neurons, trained", "dense, fine-tuned as long", tuned, COPY_SHARE),
+        (_called(found, "s"), "experts of 32, learned routers, trained", "dense, fine-tuned as long", tuned, 0.01),
     ):
-        names = sorted(name for name in found if re.fullmatch(rf"{kind}-?\d+", name))
         first = [dense, "0%", "100%", f"{base:.2f}", "-"]
         rows += [first] if first not in rows else []
-        for name in names:
-            record = found[name]
-            read = 1 - record["sparsity"] + (COPY_SHARE if kind != "s" else 0.01)
+        for record in records:
+            read = 1 - record["sparsity"] + decides
             loss = math.log(record["value"] / base)
             rows.append([about, f"{record['sparsity']:.1%}", f"{read:.0%}", f"{record['value']:.2f}", f"{loss:+.3f}"])
     return _markdown(["SmolLM2-135M", "FFN sparsity", "FFN bytes read", "perplexity", "nats above dense"], rows)
+
+
+def _called(found: dict[str, dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """Records whose names are a word and a number, by the number."""
+    return [found[name] for name in sorted(found) if re.fullmatch(rf"{kind}\d+", name)]
 
 
 def _rows_table(found: list[Row], *, layers: bool = False) -> str:
