@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lte import LTEConfig, SelfPredictionConfig
+from lte import KLAConfig, LTEConfig, SelfPredictionConfig
 from lte.bench.decode import bench_decode
 from lte.bench.ffn import bench_ffn
 from lte.bench.limit import bench_limit, decode_bytes
@@ -90,6 +90,13 @@ def test_a_wrong_result_is_reported_as_failed_and_has_no_time(small, monkeypatch
     rows, _ = bench_ffn(dtype="fp32", sparsities=(0.5,), impl="cpu", **small)
     assert rows[0]["status"].startswith("failed: error")
     assert not {"dense_ms", "sparse_ms", "speedup"} & set(rows[0])
+
+
+def test_decode_of_a_fixed_share_needs_a_model():
+    with pytest.raises(
+        ConfigError, match="method='kla' cannot be timed on random weights.*lte sparsify, and give --model"
+    ):
+        bench_decode(dtype="fp32", method=KLAConfig())
 
 
 @pytest.mark.parametrize("method", [LTEConfig(), SelfPredictionConfig()], ids=["lte", "self-prediction"])

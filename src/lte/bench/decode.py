@@ -97,6 +97,11 @@ def bench_decode(
         raise ConfigError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     if batch < 1 or new_tokens < 2 or rounds < 1:
         raise ConfigError(f"batch={batch}, new_tokens={new_tokens}, rounds={rounds}: at least 1, 2 and 1")
+    if model_folder is None and method is not None and method.sparsity_is != "threshold":
+        raise ConfigError(
+            f"method={method.method!r} cannot be timed on random weights, which no threshold brings to a sparsity; make a "
+            "model with lte sparsify, and give --model"
+        )
     progress("building the model")
     if model_folder is None:
         model = random_model(model_config(config_name), DTYPES[dtype], device, method or LTEConfig(expert_size=32))
