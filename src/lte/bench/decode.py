@@ -99,8 +99,8 @@ def bench_decode(
         raise ConfigError(f"batch={batch}, new_tokens={new_tokens}, rounds={rounds}: at least 1, 2 and 1")
     if model_folder is None and method is not None and method.sparsity_is != "threshold":
         raise ConfigError(
-            f"method={method.method!r} cannot be timed on random weights, which no threshold brings to a sparsity; make a "
-            "model with lte sparsify, and give --model"
+            f"method={method.method!r} cannot be timed on random weights, which no threshold brings to a sparsity; "
+            "make a model with lte sparsify, and give --model"
         )
     progress("building the model")
     if model_folder is None:
