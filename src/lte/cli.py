@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -320,31 +321,33 @@ def compare(
     from lte.config import METHODS
     from lte.recipe import parse_setting, put
 
-    held = eval_data is not None
-    named = [name for name in methods.split(",") if name.strip()]
-    own = [(key.partition(".")[0], key.partition(".")[2], value) for key, value in map(parse_setting, settings)]
-    common = {**_common_flags({**locals(), "out": None, "seed": None}), "training.save_strategy": "no"}
+    own = [(*key.partition(".")[::2], value) for key, value in map(parse_setting, settings)]
+    of_methods = [each for each in own if each[0].partition(":")[0] in METHODS]
     base: dict[str, Any] = {}
+    common = {**_common_flags({**locals(), "out": None, "seed": None}), "training.save_strategy": "no"}
     for key, value in common.items():
         if value is not None:
             put(base, key, value)
     for section, key, value in own:
-        if section.partition(":")[0] not in METHODS:
+        if (section, key, value) not in of_methods:
             put(base, f"{section}.{key}" if key else section, value)
-    asked: dict[str, Any] = {
-        "methods": named,
-        "sparsities": numbers(sparsities, "sparsities"),
-        "steps": steps,
-        "seeds": seeds,
-        "out": out,
-        "settings": [each for each in own if each[0].partition(":")[0] in METHODS],
-    }
-    module.plan(base, eval_data=eval_data or "", **asked)  # before any file is written
-    if not held:
-        base["data"], eval_data = module.hold_out(data, split, out)
+    prepare = None
+    if eval_data is None:
+        base["data"], eval_data = map(str, module.held_out(out))
         base["task"].pop("split", None)
+        prepare = partial(module.hold_out, data, split, out)
     try:
-        page = module.compare(module.plan(base, eval_data=str(eval_data), **asked), out, report=console.print)
+        study = module.plan(
+            base,
+            methods=[name for name in methods.split(",") if name.strip()],
+            sparsities=numbers(sparsities, "sparsities"),
+            steps=steps,
+            seeds=seeds,
+            eval_data=eval_data,
+            out=out,
+            settings=of_methods,
+        )
+        page = module.compare(study, out, report=console.print, prepare=prepare)
     except KeyboardInterrupt:
         typer.echo("interrupted; the same command goes on with the points that are missing", err=True)
         raise typer.Exit(130) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from lte.errors import ConfigError
 from lte.recipe import read_yaml
 from lte.report.comparison import write_report
 from lte.runs import write_whole
-from lte.study import load_study, run_study
+from lte.study import parse_study, run_study
 from lte.tasks.sources import load_rows
 
 STUDY_FILE = "study.yaml"
@@ -108,34 +107,48 @@ def plan(
     }
 
 
-def hold_out(data: str, split: str | None, out: Path) -> tuple[str, str]:
-    """Divide rows into two files in ``out``: training, and every tenth row for evaluation; their paths.
+def held_out(out: Path) -> tuple[Path, Path]:
+    """Where :func:`hold_out` puts the rows for training, and those for evaluation."""
+    return out / "data" / "train.jsonl", out / "data" / "held-out.jsonl"
+
+
+def hold_out(data: str, split: str | None, out: Path) -> None:
+    """Divide rows into two files in ``out``: training, and every tenth row for evaluation; once.
 
     Raises:
         ConfigError: there are too few rows.
     """
-    kept, held = out / "data" / "train.jsonl", out / "data" / "held-out.jsonl"
-    if not held.is_file():
-        rows = load_rows(data, split)
-        if len(rows) < 2 * HELD_OUT:
-            raise ConfigError(
-                f"{data} has {len(rows)} rows, too few to hold some out for evaluation; give --eval-data FILE"
-            )
-        held.parent.mkdir(parents=True, exist_ok=True)
-        for file, chosen in ((kept, lambda i: i % HELD_OUT != 0), (held, lambda i: i % HELD_OUT == 0)):
-            partial = file.with_suffix(".partial")
-            rows.select([i for i in range(len(rows)) if chosen(i)]).to_json(partial)
-            partial.rename(file)
-    return str(kept), str(held)
+    kept, held = held_out(out)
+    if held.is_file():
+        return
+    rows = load_rows(data, split)
+    if len(rows) < 2 * HELD_OUT:
+        raise ConfigError(
+            f"{data} has {len(rows)} rows, too few to hold some out for evaluation; give --eval-data FILE"
+        )
+    held.parent.mkdir(parents=True, exist_ok=True)
+    tenth = [i for i in range(len(rows)) if i % HELD_OUT == 0]
+    rest = [i for i in range(len(rows)) if i % HELD_OUT]
+    for file, chosen in ((kept, rest), (held, tenth)):
+        partial = file.with_suffix(".partial")
+        rows.select(chosen).to_json(partial)
+        partial.rename(file)
 
 
-def compare(study: dict[str, Any], out: Path, *, report: Callable[[str], None]) -> Path:
+def compare(
+    study: dict[str, Any],
+    out: Path,
+    *,
+    report: Callable[[str], None],
+    prepare: Callable[[], None] | None = None,
+) -> Path:
     """Run what a comparison still lacks, and write its report.
 
     Args:
         study: of :func:`plan`. Methods, sparsities and seeds may have come to those of an earlier call.
         out: folder.
         report: told what is being done.
+        prepare: called before the first point, once all settings are known to be good.
 
     Returns:
         ``report.html``; ``points.csv``, ``table.md`` and the figures are beside it.
@@ -143,34 +156,30 @@ def compare(study: dict[str, Any], out: Path, *, report: Callable[[str], None]) 
     Raises:
         ConfigError: the folder holds another comparison.
     """
+    loaded = parse_study(study, "the comparison")
     file = out / STUDY_FILE
     if file.is_file():
-        before = read_yaml(file)
-        for key in ("base", "evaluate"):
-            if before.get(key) != study[key]:
-                changed = [name for name in study[key] if before.get(key, {}).get(name) != study[key][name]]
-                raise ConfigError(
-                    f"{out} holds a comparison with another {', '.join(changed) or key}; use another --out"
-                )
-        for name, series in study["series"].items():
-            old = before.get("series", {}).get(name)
-            if old is not None and {**old, "grid": None} != {**series, "grid": None}:
-                raise ConfigError(f"{out} holds {name!r} with other settings or steps; use another --out")
+        _check_same(read_yaml(file), study, out)
     elif out.is_dir() and any(path.name != "data" for path in out.iterdir()):
         raise ConfigError(f"{out} is not empty, and holds no comparison; use another --out")
-    partial = out / ".checked.yaml"
-    write_whole(partial, yaml.safe_dump(study, sort_keys=False))
-    try:
-        loaded = load_study(partial)
-    except ConfigError as error:
-        raise ConfigError(str(error).replace(f"{partial}: ", "")) from None
-    finally:
-        partial.unlink()
-        if not any(out.iterdir()):
-            shutil.rmtree(out)
+    if prepare is not None:
+        prepare()
     write_whole(file, yaml.safe_dump(study, sort_keys=False))
     try:
         run_study(loaded, only="*", part="1/1", report=report)
     finally:
         page = write_report(out)
     return page
+
+
+def _check_same(before: dict[str, Any], study: dict[str, Any], out: Path) -> None:
+    """ConfigError where what is in a folder was run with other settings; points may have come to it."""
+    for key in ("base", "evaluate"):
+        old = before.get(key, {})
+        if old != study[key]:
+            changed = [name for name in study[key] if old.get(name) != study[key][name]]
+            raise ConfigError(f"{out} holds a comparison with another {', '.join(changed) or key}; use another --out")
+    for name, series in study["series"].items():
+        earlier = before.get("series", {}).get(name)
+        if earlier is not None and {**earlier, "grid": None} != {**series, "grid": None}:
+            raise ConfigError(f"{out} holds {name!r} with other settings or steps; use another --out")

@@ -86,6 +86,9 @@ class Method(ABC, Generic[ConfigT]):
     trains: ClassVar[bool] = True
     """Whether the model is trained under it as published; if not, it is applied to a trained dense model."""
 
+    fitted: ClassVar[bool] = False
+    """Whether what decides is fitted to calibration data."""
+
     families: ClassVar[str] = "all"
     """Which FFNs it is for, in words."""
 
@@ -108,7 +111,9 @@ class Method(ABC, Generic[ConfigT]):
 
     @property
     def needs_calibration(self) -> str | None:
-        """The setting that asks for calibration data, for the grouping or for the routers; None where none does."""
+        """The setting that asks for calibration data, for the routers or for the grouping; None where none does."""
+        if self.fitted:
+            return f"method={self.config.method!r}"
         return f"grouping={self.config.grouping!r}" if needs_activations(self.config.grouping) else None
 
     @abstractmethod

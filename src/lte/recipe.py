@@ -69,15 +69,12 @@ class Recipe(pydantic.BaseModel):
         values = {"seed": self.seed, **(preset if name == preset.get("method") else {}), **self.sparsity}
         values.pop("method", None)
         target = self.training.get("target_sparsity")
-        if target is not None and sparsity_is(name) == "its own":
+        kind = None if target is None else sparsity_is(name)
+        if kind == "its own":
             raise ConfigError(
                 f"target_sparsity={target}: under method={name!r} a model has a sparsity of its own; leave it out"
             )
-        if (
-            target is not None
-            and sparsity_is(name) == "fixed share"
-            and values.setdefault("sparsity", target) != target
-        ):
+        if kind == "fixed share" and values.setdefault("sparsity", target) != target:
             raise ConfigError(f"target_sparsity={target} and sparsity.sparsity={values['sparsity']}: give one")
         return method_config(name, values)
 

@@ -103,17 +103,22 @@ class Point:
 
 
 def load_study(path: Path) -> Study:
-    """Read a study, and look at every point's settings; ConfigError where one is wrong."""
-    study = validate_model(Study, read_yaml(path), str(path))
+    """Read a study from a file; see :func:`parse_study`."""
+    return parse_study(read_yaml(path), str(path))
+
+
+def parse_study(values: dict[str, Any], name: str) -> Study:
+    """A study from a mapping, every point's settings looked at; ConfigError, with its name, where one is wrong."""
+    study = validate_model(Study, values, name)
     if "data" not in study.evaluate:
-        raise ConfigError(f"{path}: evaluate.data is missing; name the evaluation data")
+        raise ConfigError(f"{name}: evaluate.data is missing; name the evaluation data")
     names = set()
     for point in points(study):
         if point.name in names:
-            raise ConfigError(f"{path}: two points are called {point.name!r}; rename a series")
+            raise ConfigError(f"{name}: two points are called {point.name!r}; rename a series")
         names.add(point.name)
         if point.dial and point.command in DENSE:
-            raise ConfigError(f"{path}: series {point.series!r} is dense and has no dial")
+            raise ConfigError(f"{name}: series {point.series!r} is dense and has no dial")
         if point.command != "dense":
             check_recipe(point.recipe, point.command)
         _scored_task(point, study)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from lte.config import MethodConfig, register_method
-from lte.grouping import Calibration
 from lte.methods.scores import ScoreMethod
 from lte.nn import Router, RouterCost, ScoreRouter
 from lte.ops import ACTIVATIONS
@@ -46,8 +45,7 @@ class GateRouter(ScoreRouter):
         weights = self.ffn.weights()
         bias = weights.up_bias if weights.gate is None else weights.gate_bias
         gate = ACTIVATIONS[weights.activation](nn.functional.linear(x, weights.input_matrix, bias)).abs()
-        per_expert = len(weights.up) // self.n_experts
-        return gate * (self.unit_scores() if self.weighted else self.sensitivity.repeat_interleave(per_expert))
+        return gate * (self.unit_scores() if self.weighted else self.neuron_sensitivity())
 
     def cost(self) -> RouterCost:
         """All of the gate is read, also the rows that are then left out."""
@@ -62,13 +60,11 @@ class CATS(ScoreMethod[CATSConfig]):
     trains = False
     decides = "the exact gate"
 
+    @property
+    def by_direction(self) -> bool:
+        """See :class:`ScoreMethod`."""
+        return self.config.weighted
+
     def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> Router:
         """See :class:`Method`."""
         return GateRouter(n_experts, weighted=self.config.weighted, device=like.device)
-
-    def sensitivity(self, seen: Calibration) -> Tensor | None:
-        """See :class:`ScoreMethod`: what does not look at down rows has no use for their directions."""
-        along_F = super().sensitivity(seen)
-        if along_F is None or seen.sensitivity is None or self.config.weighted:
-            return along_F
-        return torch.full_like(along_F, seen.sensitivity)

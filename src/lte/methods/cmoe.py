@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lte.config import FixedShareConfig, register_method
 from lte.grouping import Calibration, balanced_kmeans
-from lte.methods.fixed_share import FixedShareMethod
-from lte.nn import ROUTER_DTYPE, FixedShareRouter, Router, RouterCost, SparseFFN
+from lte.methods.unlearned import UnlearnedMethod
+from lte.nn import ROUTER_DTYPE, FixedShareRouter, Router, RouterCost, SparseFFN, largest
 from lte.ops import ACTIVATIONS
 
 ACTIVE = 0.1
@@ -47,10 +47,6 @@ class RepresentativeRouter(FixedShareRouter):
         numbers = torch.zeros(n_experts - self.n_shared, device=device, dtype=ROUTER_DTYPE)
         self.representatives = nn.Parameter(numbers, requires_grad=False)
 
-    def freeze(self) -> None:
-        """See :meth:`Router.freeze`."""
-        self.requires_grad_(False)
-
     def scores(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., E]."""
         weights, rows = self.ffn.weights(), self.representatives.long()
@@ -72,16 +68,12 @@ class RepresentativeRouter(FixedShareRouter):
 
 
 @register_method(CMoEConfig)
-class CMoE(FixedShareMethod[CMoEConfig]):
+class CMoE(UnlearnedMethod[CMoEConfig]):
     """Groups by what is active together, and lets a member speak for each group."""
 
     decides = "one neuron for each expert"
     trains = False
-
-    @property
-    def needs_calibration(self) -> str | None:
-        """See :class:`Method`."""
-        return f"method={self.config.method!r}"
+    fitted = True
 
     def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> Router:
         """See :class:`Method`."""
@@ -111,5 +103,4 @@ class CMoE(FixedShareMethod[CMoEConfig]):
 
 def _most_active(hidden_tF: Tensor) -> Tensor:
     """[t, F] bool."""
-    chosen = hidden_tF.abs().topk(max(1, round(ACTIVE * hidden_tF.shape[1])), dim=1).indices
-    return torch.zeros_like(hidden_tF, dtype=torch.bool).scatter_(1, chosen, True)
+    return largest(hidden_tF.abs(), max(1, round(ACTIVE * hidden_tF.shape[1])))

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from lte.config import MethodConfig, register_method
 from lte.errors import ConfigError
-from lte.grouping import Calibration
 from lte.methods.scores import ScoreMethod
 from lte.nn import Router, RouterCost, ScoreRouter, SparseFFN
 
@@ -55,8 +54,7 @@ class CoefficientRouter(ScoreRouter):
         else:
             weights = self.ffn.weights()
             coefficients = nn.functional.linear(x, weights.up, weights.up_bias)
-        per_expert = coefficients.shape[-1] // self.n_experts
-        return coefficients.detach().float().abs() * self.sensitivity.repeat_interleave(per_expert)
+        return coefficients.detach().float().abs() * self.neuron_sensitivity()
 
     def cost(self) -> RouterCost:
         """All of the up projection is read, also the rows that are then left out; an oracle is not charged."""
@@ -78,11 +76,11 @@ class Countdown(ScoreMethod[CountdownConfig]):
         """See :class:`Method`."""
         return False
 
+    @property
+    def by_direction(self) -> bool:
+        """See :class:`ScoreMethod`: a coefficient has no direction."""
+        return False
+
     def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> Router:
         """See :class:`Method`."""
         return CoefficientRouter(n_experts, direct=self.config.direct, device=like.device)
-
-    def sensitivity(self, seen: Calibration) -> Tensor | None:
-        """See :class:`ScoreMethod`: a coefficient has no direction."""
-        along_F = super().sensitivity(seen)
-        return along_F if along_F is None or seen.sensitivity is None else torch.full_like(along_F, seen.sensitivity)

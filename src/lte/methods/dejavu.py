@@ -12,8 +12,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from lte.config import FixedShareConfig, register_method
 from lte.grouping import Calibration
-from lte.methods.fixed_share import FixedShareMethod
-from lte.methods.predictors import fit_predictor, largest
+from lte.methods.predictors import fit_predictor, largest_of_banks
+from lte.methods.unlearned import UnlearnedMethod
 from lte.nn import PredictorRouter, Router, SparseFFN
 
 
@@ -35,16 +35,12 @@ class DejaVuConfig(FixedShareConfig):
 
 
 @register_method(DejaVuConfig)
-class DejaVu(FixedShareMethod[DejaVuConfig]):
+class DejaVu(UnlearnedMethod[DejaVuConfig]):
     """Predicts the largest activations."""
 
     trains = False
+    fitted = True
     decides = "a predictor of low rank"
-
-    @property
-    def needs_calibration(self) -> str | None:
-        """See :class:`Method`."""
-        return f"method={self.config.method!r}"
 
     def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> Router:
         """See :class:`Method`."""
@@ -59,4 +55,6 @@ class DejaVu(FixedShareMethod[DejaVuConfig]):
         for ffn, seen in zip(ffns, calibration, strict=True):
             router = ffn.router
             assert isinstance(router, PredictorRouter)
-            fit_predictor(router, seen, largest(router.k, router.bank), binary_cross_entropy_with_logits, generator)
+            fit_predictor(
+                router, seen, largest_of_banks(router.k, router.bank), binary_cross_entropy_with_logits, generator
+            )

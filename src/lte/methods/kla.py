@@ -8,7 +8,7 @@ import pydantic
 from torch import Tensor, nn
 
 from lte.config import FixedShareConfig, register_method
-from lte.methods.fixed_share import FixedShareMethod
+from lte.methods.unlearned import UnlearnedMethod
 from lte.nn import FixedShareRouter, Router, RouterCost
 
 
@@ -34,7 +34,7 @@ class LargestActivationsRouter(FixedShareRouter):
 
 
 @register_method(KLAConfig)
-class KLA(FixedShareMethod[KLAConfig]):
+class KLA(UnlearnedMethod[KLAConfig]):
     """Looks at what it would have to compute."""
 
     trains = False

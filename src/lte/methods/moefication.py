@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lte.config import FixedShareConfig, register_method
 from lte.grouping import Calibration
-from lte.methods.fixed_share import FixedShareMethod
 from lte.methods.predictors import fit_predictor
+from lte.methods.unlearned import UnlearnedMethod
 from lte.nn import FixedShareRouter, PredictorRouter, Router, RouterCost, SparseFFN
 
 
@@ -48,7 +48,7 @@ class ActivationSumRouter(FixedShareRouter):
 
 
 @register_method(MoEficationConfig)
-class MoEfication(FixedShareMethod[MoEficationConfig]):
+class MoEfication(UnlearnedMethod[MoEficationConfig]):
     """Clusters by weights, and predicts which clusters will be active."""
 
     decides = "a predictor of experts' sums"

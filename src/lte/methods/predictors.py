@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lte.grouping import Calibration
-from lte.nn import PredictorRouter
+from lte.nn import PredictorRouter, largest
 
 EPOCHS, STEPS, BATCH, RATE = 20, 200, 256, 2e-3
 """Passes over the calibration tokens, but at least so many steps; tokens of a step, and learning rate of Adam."""
@@ -37,13 +37,10 @@ def fit_predictor(
     x_TD = seen.inputs_TD.float()
     wanted_TE = torch.cat([targets(hidden_tF) for _, (_, hidden_tF) in seen.chunks()])
     router.reduce.data /= x_TD.square().mean().sqrt().clamp_min(1e-12)
-    parameters = [router.reduce, router.weight, router.bias]
-    before = [p.requires_grad for p in parameters]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
+    router.requires_grad_(True)
     of_a_pass = -(-len(x_TD) // BATCH)
     passes = max(EPOCHS, -(-STEPS // of_a_pass))
-    optimizer = torch.optim.Adam(parameters, lr=RATE)
+    optimizer = torch.optim.Adam(router.parameters(), lr=RATE)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=passes * of_a_pass)
     with torch.enable_grad():
         for _ in range(passes):
@@ -53,17 +50,14 @@ def fit_predictor(
                 value.backward()
                 optimizer.step()
                 schedule.step()
-    for parameter, trained in zip(parameters, before, strict=True):
-        parameter.requires_grad_(trained)
-        parameter.grad = None
+    optimizer.zero_grad()
+    router.freeze()
 
 
-def largest(k: int, bank: int) -> Callable[[Tensor], Tensor]:
+def largest_of_banks(k: int, bank: int) -> Callable[[Tensor], Tensor]:
     """Targets: which of every bank of neurons are the k with the largest activations; [t, F] -> [t, F] bool."""
 
     def targets(hidden_tF: Tensor) -> Tensor:
-        banks = hidden_tF.abs().unflatten(-1, (-1, bank))
-        chosen = banks.topk(k, dim=-1).indices
-        return torch.zeros_like(banks, dtype=torch.bool).scatter_(-1, chosen, True).flatten(-2)
+        return largest(hidden_tF.abs().unflatten(-1, (-1, bank)), k).flatten(-2)
 
     return targets

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lte.config import FixedShareConfig, register_method
 from lte.grouping import Calibration
-from lte.methods.fixed_share import FixedShareMethod
-from lte.nn import ROUTER_DTYPE, Router, RouterCost, Routing, SparseFFN
+from lte.methods.unlearned import UnlearnedMethod
+from lte.nn import ROUTER_DTYPE, Router, RouterCost, Routing, SparseFFN, largest
 
 
 class PruneConfig(FixedShareConfig):
@@ -75,7 +75,7 @@ class ConstantRouter(Router):
         return RouterCost(0, 0, 0)
 
 
-class Prune(FixedShareMethod[ConfigT]):
+class Prune(UnlearnedMethod[ConfigT]):
     """Base: sub-classes say how much each neuron counts."""
 
     decides = "nothing: pruned for good"
@@ -125,10 +125,7 @@ class PruneMagnitude(Prune[PruneMagnitudeConfig]):
 class PruneWanda(Prune[PruneWandaConfig]):
     """By weights and activations."""
 
-    @property
-    def needs_calibration(self) -> str | None:
-        """See :class:`Method`."""
-        return f"method={self.config.method!r}"
+    fitted = True
 
     def importance(self, ffn: SparseFFN, seen: Calibration | None) -> Tensor:
         """See :class:`Prune`."""
@@ -141,12 +138,7 @@ class PruneWanda(Prune[PruneWandaConfig]):
 class PruneFLAP(Prune[PruneFLAPConfig]):
     """By what changes."""
 
-    over_layers = True
-
-    @property
-    def needs_calibration(self) -> str | None:
-        """See :class:`Method`."""
-        return f"method={self.config.method!r}"
+    over_layers, fitted = True, True
 
     def importance(self, ffn: SparseFFN, seen: Calibration | None) -> Tensor:
         """See :class:`Prune`."""
@@ -157,5 +149,4 @@ class PruneFLAP(Prune[PruneFLAPConfig]):
 
 def _largest(scores: Tensor, sparsity: float) -> Tensor:
     """Which of some scores are among the largest, as many as are to stay; bool."""
-    chosen = scores.topk(max(1, round(len(scores) * (1 - sparsity)))).indices
-    return torch.zeros_like(scores, dtype=torch.bool).index_fill(0, chosen, True)
+    return largest(scores, max(1, round(len(scores) * (1 - sparsity))))

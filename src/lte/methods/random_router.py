@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lte.config import FixedShareConfig, register_method
 from lte.grouping import Calibration
-from lte.methods.fixed_share import FixedShareMethod
+from lte.methods.unlearned import UnlearnedMethod
 from lte.nn import ROUTER_DTYPE, FixedShareRouter, Router, RouterCost, SparseFFN
 
 
@@ -27,21 +27,17 @@ class RandomRouter(FixedShareRouter):
         empty = torch.empty(n_experts, d_model, device=device, dtype=ROUTER_DTYPE)
         self.weight = nn.Parameter(empty, requires_grad=False)
 
-    def freeze(self) -> None:
-        """See :meth:`Router.freeze`."""
-        self.requires_grad_(False)
-
     def scores(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., E]."""
         return x.float() @ self.weight.T
 
     def cost(self) -> RouterCost:
         """Of one product."""
-        return RouterCost(self.weight.numel(), self.weight.nbytes, self.weight.numel())
+        return RouterCost.of_layers(self.parameters())
 
 
 @register_method(RandomRouterConfig)
-class RandomRouting(FixedShareMethod[RandomRouterConfig]):
+class RandomRouting(UnlearnedMethod[RandomRouterConfig]):
     """Draws, and never looks."""
 
     decides = "chance"

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import Annotated, ClassVar, Literal
 
 import pydantic
-import torch
 from torch import Tensor, nn
 
-from lte.config import Method, MethodConfig, register_method
-from lte.grouping import Calibration
-from lte.nn import LookingRouter, Router, RouterCost, Routing, SparseFFN
+from lte.config import MethodConfig, register_method
+from lte.methods.unlearned import UnlearnedMethod
+from lte.nn import LookingRouter, Router, RouterCost, Routing
 
 
 class ReLUficationConfig(MethodConfig):
@@ -44,21 +42,11 @@ class PositiveRouter(LookingRouter):
 
 
 @register_method(ReLUficationConfig)
-class ReLUfication(Method[ReLUficationConfig]):
+class ReLUfication(UnlearnedMethod[ReLUficationConfig]):
     """Looks at what the ReLU lets through."""
 
     decides = "the ReLU itself"
 
-    @property
-    def learns(self) -> bool:
-        """See :class:`Method`."""
-        return False
-
     def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> Router:
         """See :class:`Method`."""
         return PositiveRouter(n_experts)
-
-    def init_routers(
-        self, ffns: Sequence[SparseFFN], calibration: Iterator[Calibration] | None, generator: torch.Generator
-    ) -> None:
-        """See :class:`Method`: there is nothing to fill."""

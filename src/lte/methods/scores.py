@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 from lte.config import Method, MethodConfig
 from lte.grouping import Calibration
@@ -25,17 +24,15 @@ class ScoreMethod(Method[ConfigT]):
 
     calibration_tokens, dial_tokens = 1024, 4096
 
+    fitted = True
+
     @property
-    def needs_calibration(self) -> str | None:
-        """See :class:`Method`: how much the loss depends on every layer is measured."""
-        return f"method={self.config.method!r}"
+    def by_direction(self) -> bool:
+        """Whether scores count the down rows; if not, the direction in which a neuron pushes is nothing to them."""
+        return True
 
     def fit(self, router: ScoreRouter, seen: Calibration) -> None:
         """Give a router what it has besides its sensitivities."""
-
-    def sensitivity(self, seen: Calibration) -> Tensor | None:
-        """How much the loss minds an error of an FFN's output, [F], by the direction in which each neuron pushes it."""
-        return seen.neuron_sensitivity_F
 
     @torch.no_grad()
     def init_routers(
@@ -47,17 +44,19 @@ class ScoreMethod(Method[ConfigT]):
         middles: list[float] = []
         for router, seen in zip(routers, calibration, strict=True):
             self.fit(router, seen)
-            known_F = self.sensitivity(seen)
-            if known_F is None:
+            known = seen.sensitivity is not None
+            if seen.sensitivity is None:
                 router.sensitivity.fill_(1.0)
-            else:
-                squares_E = known_F.float().unflatten(0, (router.n_experts, -1)).square().mean(-1)
+            elif self.by_direction and seen.neuron_sensitivity_F is not None:
+                squares_E = seen.neuron_sensitivity_F.unflatten(0, (router.n_experts, -1)).square().mean(-1)
                 router.sensitivity.copy_(squares_E.sqrt().clamp_min(NOTHING))
+            else:
+                router.sensitivity.fill_(max(seen.sensitivity, NOTHING))
             logits = router(seen.inputs_TD[:: max(1, len(seen.inputs_TD) // SAMPLED)]).margins
             assert logits is not None
             some = logits[logits > math.log(NOTHING) + 1]
             middle = float(some.median()) if len(some) else 0.0
-            if known_F is None:
+            if not known:
                 router.sensitivity.mul_(math.exp(-middle))
                 middle = 0.0
             middles.append(middle)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import pydantic
 import torch
 from torch import Tensor, nn
 
-from lte.config import Method, MethodConfig, register_method
+from lte.config import MethodConfig, register_method
 from lte.errors import ConfigError
-from lte.grouping import Calibration
+from lte.methods.unlearned import UnlearnedMethod
 from lte.nn import LookingRouter, Router, RouterCost, Routing, SparseFFN
 
 
@@ -49,23 +48,13 @@ class SignRouter(LookingRouter):
 
 
 @register_method(SparseInferConfig)
-class SparseInfer(Method[SparseInferConfig]):
+class SparseInfer(UnlearnedMethod[SparseInferConfig]):
     """Counts signs."""
 
     trains = False
     decides = "signs of weights and inputs"
     families = "with a ReLU"
 
-    @property
-    def learns(self) -> bool:
-        """See :class:`Method`."""
-        return False
-
     def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> Router:
         """See :class:`Method`."""
         return SignRouter(n_experts)
-
-    def init_routers(
-        self, ffns: Sequence[SparseFFN], calibration: Iterator[Calibration] | None, generator: torch.Generator
-    ) -> None:
-        """See :class:`Method`: there is nothing to fill."""

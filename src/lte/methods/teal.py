@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lte.config import FixedShareConfig, register_method
 from lte.grouping import Calibration
-from lte.methods.fixed_share import FixedShareMethod
+from lte.methods.unlearned import UnlearnedMethod
 from lte.nn import ROUTER_DTYPE, LookingRouter, Router, RouterCost, Routing, SparseFFN
 
 SAMPLED = 2**22
@@ -37,10 +37,6 @@ class InputsRouter(LookingRouter):
 
     uses_threshold = False
 
-    def freeze(self) -> None:
-        """See :meth:`Router.freeze`."""
-        self.requires_grad_(False)
-
     @abstractmethod
     def keeps(self, x: Tensor) -> Tensor:
         """Which entries of an input count: [..., D] bool."""
@@ -55,9 +51,10 @@ class InputsRouter(LookingRouter):
 
     def forward(self, x: Tensor) -> Routing:
         """Decide for inputs of shape [..., D]."""
-        mask = self.keeps_hidden(self.ffn.hidden(self.inputs(x)))
+        keeps = self.keeps(x)
+        mask = self.keeps_hidden(self.ffn.hidden(x.where(keeps, 0.0)))
         before = 1 if self.ffn.weights().gate is None else 2
-        used = (before * self.keeps(x).float().mean(-1, keepdim=True) + mask) / (before + 1)
+        used = (before * keeps.float().mean(-1, keepdim=True) + mask) / (before + 1)
         return Routing(mask.float(), mask, used=used)
 
     def cost(self) -> RouterCost:
@@ -87,17 +84,13 @@ class MagnitudeRouter(InputsRouter):
 
 
 @register_method(TEALConfig)
-class TEAL(FixedShareMethod[TEALConfig]):
+class TEAL(UnlearnedMethod[TEALConfig]):
     """Takes quantiles."""
 
     decides = "sizes of matrices' inputs"
     kernels = "none: columns, not neurons"
     trains = False
-
-    @property
-    def needs_calibration(self) -> str | None:
-        """See :class:`Method`."""
-        return f"method={self.config.method!r}"
+    fitted = True
 
     def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> Router:
         """See :class:`Method`."""

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lte.config import FixedShareConfig, register_method
-from lte.methods.fixed_share import FixedShareMethod
 from lte.methods.teal import InputsRouter
-from lte.nn import Router
+from lte.methods.unlearned import UnlearnedMethod
+from lte.nn import Router, largest
 
 
 class WINAConfig(FixedShareConfig):
@@ -47,12 +47,11 @@ class WeightedRouter(InputsRouter):
         return self._largest(hidden.detach().abs().float() * self.ffn.weights().down.detach().float().norm(dim=1))
 
     def _largest(self, scores: Tensor) -> Tensor:
-        chosen = scores.topk(max(1, round(scores.shape[-1] * (1 - self.sparsity))), dim=-1).indices
-        return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True)
+        return largest(scores, max(1, round(scores.shape[-1] * (1 - self.sparsity))))
 
 
 @register_method(WINAConfig)
-class WINA(FixedShareMethod[WINAConfig]):
+class WINA(UnlearnedMethod[WINAConfig]):
     """Looks at weights and inputs."""
 
     decides = "sizes of inputs times weights"

@@ -19,6 +19,7 @@ from lte.nn.router import (
     ScoreRouter,
     ThresholdRouter,
     TopKSoftmaxRouter,
+    largest,
 )
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "SplitSparseFFN",
     "ThresholdRouter",
     "TopKSoftmaxRouter",
+    "largest",
     "observe_routing",
     "set_mode",
     "sparse_ffns",

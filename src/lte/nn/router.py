@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +88,16 @@ class RouterCost:
     multiplies: int
     bytes: int
     parameters: int
+
+    @classmethod
+    def of_layers(cls, parameters: Iterable[Tensor]) -> RouterCost:
+        """Of linear layers: every weight is read and multiplied with once."""
+        each = list(parameters)
+        return cls(
+            multiplies=sum(p.numel() for p in each if p.ndim == 2),
+            bytes=sum(p.nbytes for p in each),
+            parameters=sum(p.numel() for p in each),
+        )
 
 
 LOGIT_RANGE = 20.0
@@ -210,11 +220,7 @@ class ThresholdRouter(Router):
 
     def cost(self) -> RouterCost:
         """See :meth:`Router.cost`."""
-        return RouterCost(
-            multiplies=sum(p.numel() for p in self.parameters() if p.ndim == 2),
-            bytes=sum(p.nbytes for p in self.parameters()),
-            parameters=sum(p.numel() for p in self.parameters()),
-        )
+        return RouterCost.of_layers(self.parameters())
 
     def logits(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., E], in float32."""
@@ -265,8 +271,14 @@ class LowRankRouter(ThresholdRouter):
         return F.linear(F.linear(x.float(), self.reduce.float()).relu(), self.weight.float(), bias)
 
 
+def largest(scores: Tensor, k: int) -> Tensor:
+    """Which along the last dimension are the k largest; bool."""
+    chosen = scores.topk(k, dim=-1).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True)
+
+
 class LookingRouter(Router):
-    """A router that looks at its FFN."""
+    """A router that looks at its FFN; what else it has is fitted, never learned."""
 
     def __init__(self, n_experts: int, *, threshold: float = 0.5) -> None:
         super().__init__(n_experts, threshold=threshold)
@@ -280,6 +292,10 @@ class LookingRouter(Router):
     def ffn(self) -> SparseFFN:
         """The FFN whose experts are decided on."""
         return self._ffn[0]
+
+    def freeze(self) -> None:
+        """See :meth:`Router.freeze`."""
+        self.requires_grad_(False)
 
 
 class FixedShareRouter(LookingRouter):
@@ -313,8 +329,7 @@ class FixedShareRouter(LookingRouter):
         with torch.autocast(device_type=x.device.type, enabled=False):
             scores = expert_scores(self.scores(x).float(), self.n_experts)
             banks = scores.detach().unflatten(-1, (-1, self.bank))
-            chosen = banks.topk(self.k, dim=-1).indices
-            mask = torch.zeros_like(banks, dtype=torch.bool).scatter_(-1, chosen, True).flatten(-2)
+            mask = largest(banks, self.k).flatten(-2)
             gates = self.gates(scores)
         return Routing(mask.float() if gates is None else gates, mask)
 
@@ -360,9 +375,9 @@ class PredictorRouter(FixedShareRouter):
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Draw the weights on the CPU, so that logits have unit variance for inputs of unit variance."""
-        for parameter in (self.reduce, self.weight):
-            drawn = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(drawn * ((2 if parameter is self.reduce else 1) / parameter.shape[1]) ** 0.5)
+        rank, d_model = self.reduce.shape
+        self.reduce.copy_(torch.randn(self.reduce.shape, generator=generator) * (2 / d_model) ** 0.5)
+        self.weight.copy_(torch.randn(self.weight.shape, generator=generator) * (1 / rank) ** 0.5)
         self.bias.zero_()
 
     def scores(self, x: Tensor) -> Tensor:
@@ -375,9 +390,7 @@ class PredictorRouter(FixedShareRouter):
 
     def cost(self) -> RouterCost:
         """See :meth:`Router.cost`."""
-        parameters = [self.reduce, self.weight, self.bias]
-        size = sum(p.numel() for p in parameters)
-        return RouterCost(size - self.bias.numel(), sum(p.nbytes for p in parameters), size)
+        return RouterCost.of_layers(self.parameters())
 
 
 class TopKSoftmaxRouter(ThresholdRouter):
@@ -414,8 +427,7 @@ class TopKSoftmaxRouter(ThresholdRouter):
             if self.training and self.noise:
                 logits = logits + self.noise * torch.randn_like(logits)
             scores = logits.softmax(-1)
-            chosen = scores.topk(self.k, dim=-1).indices
-        return Routing(scores, torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True))
+        return Routing(scores, largest(scores, self.k))
 
 
 NOTHING = 1e-20
@@ -438,15 +450,14 @@ class ScoreRouter(LookingRouter):
         ones = torch.ones(n_experts, device=device, dtype=ROUTER_DTYPE)
         self.sensitivity = nn.Parameter(ones, requires_grad=False)
 
-    def freeze(self) -> None:
-        """See :meth:`Router.freeze`: what a guess is made of is fitted, never learned."""
-        self.requires_grad_(False)
-
     @torch.no_grad()
     def unit_scores(self) -> Tensor:
         """[F] float32, the score of a neuron whose activation is 1: the norm of its down row times the sensitivity."""
-        norms_F = self.ffn.weights().down.float().norm(dim=1)
-        return norms_F * self.sensitivity.repeat_interleave(len(norms_F) // self.n_experts)
+        return self.ffn.weights().down.float().norm(dim=1) * self.neuron_sensitivity()
+
+    def neuron_sensitivity(self) -> Tensor:
+        """[F], of each neuron that of its expert."""
+        return self.sensitivity.repeat_interleave(self.ffn.weights().d_ff // self.n_experts)
 
     @abstractmethod
     def scores(self, x: Tensor) -> Tensor:

@@ -5,20 +5,28 @@ from __future__ import annotations
 import base64
 import csv
 import html
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lte.report.figures import tradeoff_figure
-from lte.report.studies import Row, Spread, read_rows
+from lte.report.studies import Row, Spread, loss_of, markdown_table, read_records, rows_of
 
 AXES = {"sparsity": "FFN sparsity (%)", "gflops": "GFLOPs per token", "megabytes": "MB read per token"}
 """What quality is drawn over, and how it is called."""
 
 COLUMNS = (
-    *("method", "target_sparsity", "seed", "steps", "metric", "value", "loss", "sparsity"),
-    *("gflops_per_token", "mbytes_per_token", "seconds"),
+    "method",
+    "target_sparsity",
+    "seed",
+    "steps",
+    "metric",
+    "value",
+    "loss",
+    "sparsity",
+    "gflops_per_token",
+    "mbytes_per_token",
+    "seconds",
 )
 
 STYLE = """
@@ -37,15 +45,14 @@ def write_report(out: Path) -> Path:
 
     Where no point is done yet, the page says so.
     """
-    records = [json.loads(path.read_text()) for path in sorted((out / "points").glob("*.json"))]
-    rows = read_rows(out / "points")
+    records = read_records(out / "points")
+    rows = rows_of(records)
     with (out / "points.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         writer.writerows(_csv_row(record) for record in records)
     head, body = _table(rows)
-    lines = [head, ["---"] * len(head), *body]
-    (out / "table.md").write_text("".join("| " + " | ".join(line) + " |\n" for line in lines))
+    (out / "table.md").write_text(markdown_table(head, body))
     figures = []
     for axis, name in AXES.items() if rows else ():
         figures.append((out / f"by-{axis}.png", name))
@@ -63,7 +70,7 @@ def _csv_row(record: dict[str, Any]) -> list[Any]:
         record["training"]["steps"],
         record["metric"],
         record["value"],
-        record["extras"].get("cross_entropy", record["extras"].get("loss", "")),
+        loss_of(record),
         record["sparsity"],
         record["gflops_per_token"]["sparse"],
         record["bytes_per_token"]["sparse"] / 1e6,

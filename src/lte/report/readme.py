@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lte.report.figures import scores_figure, settings_figure, tradeoff_figure
-from lte.report.studies import Row, interpolated, read_rows
+from lte.report.studies import Row, bytes_read, interpolated, markdown_table, read_rows
 
 TITLES = {
     "stories": "A 3.1 M-parameter LLaMA trained to saturation, TinyStories",
@@ -54,7 +54,7 @@ def _quickstart(results: Path) -> str:
         ["MB read per token", *(f"{record[side]['bytes_per_token'] / 1e6:.2f}" for side in ("dense", "sparse"))],
         ["decode tokens/s", *(f"{record[side]['tokens_per_s']:.0f}" for side in ("dense", "sparse"))],
     ]
-    table = _markdown(["`make quickstart`, same data and steps", "dense", "sparse"], rows)
+    table = markdown_table(["`make quickstart`, same data and steps", "dense", "sparse"], rows)
     return f"{table}\nTook {record['seconds']:.0f} s on 2 CPU cores; read from `results/quickstart.json`.\n"
 
 
@@ -96,12 +96,12 @@ def _reached(results: Path) -> str:
                 if paper:
                     cells.append(_number(interpolated(paper, row.sparsity.mean, name), ".3f"))
             table.append(cells)
-        parts.append(_markdown([title, "seeds", "FFN sparsity %", *columns], table))
+        parts.append(markdown_table([title, "seeds", "FFN sparsity %", *columns], table))
     return "\n".join(parts)
 
 
-COPY_SHARE = 2 / 3 * 3.25 / 16
-"""Of an FFN's bytes at 16 bits a weight: a copy of two of three matrices, 3 bits and a scale for every 64 weights."""
+ROUTERS_OF_EXPERTS = 0.01
+"""Share of an FFN's bytes that linear routers on experts of 32 read; their records are older than that count."""
 
 
 def _pretrained(results: Path) -> str:
@@ -111,18 +111,18 @@ def _pretrained(results: Path) -> str:
     untrained = [record for _, record in sorted(copies.items()) if record["series"] == "copy of 3 bits"]
     untouched, tuned = found["dense"]["untouched"]["value"], found["dense"]["value"]
     rows: list[list[str]] = []
-    for records, about, dense, base, decides in (
-        (untrained, "neurons, no training", "dense", untouched, COPY_SHARE),
-        (_called(found, "trained-"), "neurons, trained", "dense, fine-tuned as long", tuned, COPY_SHARE),
-        (_called(found, "s"), "experts of 32, learned routers, trained", "dense, fine-tuned as long", tuned, 0.01),
+    for records, about, dense, base in (
+        (untrained, "neurons, no training", "dense", untouched),
+        (_called(found, "trained-"), "neurons, trained", "dense, fine-tuned as long", tuned),
+        (_called(found, "s"), "experts of 32, learned routers, trained", "dense, fine-tuned as long", tuned),
     ):
         first = [dense, "0%", "100%", f"{base:.2f}", "-"]
         rows += [first] if first not in rows else []
         for record in records:
-            read = 1 - record["sparsity"] + decides
+            read = bytes_read(record) or 1 - record["sparsity"] + ROUTERS_OF_EXPERTS
             loss = math.log(record["value"] / base)
             rows.append([about, f"{record['sparsity']:.1%}", f"{read:.0%}", f"{record['value']:.2f}", f"{loss:+.3f}"])
-    return _markdown(["SmolLM2-135M", "FFN sparsity", "FFN bytes read", "perplexity", "nats above dense"], rows)
+    return markdown_table(["SmolLM2-135M", "FFN sparsity", "FFN bytes read", "perplexity", "nats above dense"], rows)
 
 
 def _called(found: dict[str, dict[str, Any]], kind: str) -> list[dict[str, Any]]:
@@ -147,7 +147,7 @@ def _rows_table(found: list[Row], *, layers: bool = False) -> str:
         ]
         for row in found
     ]
-    return _markdown([*head, "per layer %"] if layers else head, table)
+    return markdown_table([*head, "per layer %"] if layers else head, table)
 
 
 def _by_loss(folder: Path) -> list[Row]:
@@ -173,7 +173,7 @@ def _choices(results: Path) -> str:
         ]
         for name, record in _read(results / "choices").items()
     ]
-    return _markdown(["run", "FFN sparsity", "per layer", "validation loss", "against dense"], rows)
+    return markdown_table(["run", "FFN sparsity", "per layer", "validation loss", "against dense"], rows)
 
 
 def _ffn(results: Path) -> str:
@@ -194,7 +194,7 @@ def _ffn(results: Path) -> str:
         grain = "single neurons" if first["expert_size"] == 1 else f"experts of {first['expert_size']}"
         about = f"{first['d_model']} x {first['d_ff']}, {first['dtype']}, {grain}, {first.get('router', 'linear')}"
         title = f"**{about}** against {first['baseline']}"
-        parts.append(f"{title}\n\n{_markdown(head, rows)}")
+        parts.append(f"{title}\n\n{markdown_table(head, rows)}")
     return "\n".join(parts) + _where(results)
 
 
@@ -224,7 +224,7 @@ def _decode(results: Path) -> str:
             for row in record["rows"]
         ]
         head = ["engine", "FFN sparsity", "ms/token", "vs transformers", "vs llama.cpp", "bytes allow, vs dense"]
-        parts.append(f"**{name}**\n\n{_markdown(head, rows)}")
+        parts.append(f"**{name}**\n\n{markdown_table(head, rows)}")
     return "\n".join(parts) + _where(results)
 
 
@@ -245,7 +245,7 @@ def _limit(results: Path) -> str:
         rows.setdefault(name, [name, f"{row['gbytes_per_token']:.2f}", f"{row['ffn_share']:.0%}"])
         rows[name].append(f"{row['limit_speedup']:.2f}")
     sparsities = [f"{row['sparsity']:.0%}" for row in record["rows"] if row["config"] == record["rows"][0]["config"]]
-    return _markdown(["model", "GB per token (bf16)", "FFN share", *sparsities], rows.values())
+    return markdown_table(["model", "GB per token (bf16)", "FFN share", *sparsities], rows.values())
 
 
 def _step(results: Path) -> str:
@@ -263,7 +263,7 @@ def _step(results: Path) -> str:
         for record in records
         for row in record["rows"]
     ]
-    return _markdown(["model", "training", "tokens", "ms/step", "time ratio", "MB", "memory ratio"], rows)
+    return markdown_table(["model", "training", "tokens", "ms/step", "time ratio", "MB", "memory ratio"], rows)
 
 
 def _number(value: float | None, form: str) -> str:
@@ -272,11 +272,6 @@ def _number(value: float | None, form: str) -> str:
 
 def _read(folder: Path) -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-
-
-def _markdown(head: list[str], rows: Iterable[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def main(root: Path) -> None:

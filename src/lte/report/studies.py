@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -68,11 +68,20 @@ class Row:
         return {**of_metric, "loss (nats)": self.loss}
 
 
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """The study's points, by name."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
 def read_rows(folder: Path) -> list[Row]:
     """The study's settings, by series and sparsity."""
+    return rows_of(read_records(folder))
+
+
+def rows_of(points: list[dict[str, Any]]) -> list[Row]:
+    """Settings of some points, by series and sparsity."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for path in sorted(folder.glob("*.json")):
-        record = json.loads(path.read_text())
+    for record in points:
         setting = ", ".join(
             f"{key.rpartition('.')[2]} {value}" for key, value in record["settings"].items() if key != "seed"
         )
@@ -106,13 +115,18 @@ def _row(series: str, setting: str, records: list[dict[str, Any]]) -> Row:
         metric=METRICS[records[0]["metric"]],
         sparsity=Spread.of([100 * record["sparsity"] for record in records]),
         value=Spread.of([record["value"] for record in records]),
-        loss=Spread.of([record["extras"].get("cross_entropy", record["extras"].get("loss")) for record in records]),
+        loss=Spread.of([loss_of(record) for record in records]),
         layers=[100 * mean(values) for values in layers],
-        read=_bytes_read(records),
+        read=_mean_share(records),
         target=records[0]["settings"].get("training.target_sparsity"),
         gflops=_per_token(records, "gflops_per_token", 1.0),
         megabytes=_per_token(records, "bytes_per_token", 1e-6),
     )
+
+
+def _mean_share(records: list[dict[str, Any]]) -> float | None:
+    shares = [share for record in records if (share := bytes_read(record)) is not None]
+    return 100 * mean(shares) if len(shares) == len(records) else None
 
 
 def _per_token(records: list[dict[str, Any]], key: str, unit: float) -> Spread | None:
@@ -120,13 +134,25 @@ def _per_token(records: list[dict[str, Any]], key: str, unit: float) -> Spread |
     return Spread.of(values) if len(values) == len(records) else None
 
 
-def _bytes_read(records: list[dict[str, Any]]) -> float | None:
-    """See :class:`Row`. Studies run in float32, which is twice what a model's weights take where it is used."""
-    shares: list[float] = []
-    for record in records:
-        read, sparsity = record.get("bytes_per_token"), record["sparsity"]
-        if read is None or not sparsity:
-            return None
-        at_16_bits = (read["dense"] + read["router"] - read["sparse"]) / sparsity / 2
-        shares.append(1 - sparsity + read["router"] / at_16_bits)
-    return 100 * mean(shares)
+def loss_of(record: dict[str, Any]) -> Any:
+    """The loss of a point, in nats; None where the task has none."""
+    return record["extras"].get("cross_entropy", record["extras"].get("loss"))
+
+
+def bytes_read(record: dict[str, Any]) -> float | None:
+    """Share of the FFNs' bytes at 16 bits a weight, see :class:`Row`; None where the record does not say.
+
+    Studies run in float32, which is twice what a model's weights take where it is used.
+    """
+    read, sparsity = record.get("bytes_per_token"), record["sparsity"]
+    if read is None or not sparsity:
+        return None
+    at_16_bits = (read["dense"] + read["router"] - read["sparse"]) / sparsity / 2
+    share: float = 1 - sparsity + read["router"] / at_16_bits
+    return share
+
+
+def markdown_table(head: list[str], rows: Iterable[list[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)

@@ -1,4 +1,4 @@
-"""What methods share under which every token gets the same share of a layer's experts, by a router nobody trains."""
+"""What methods share in which what decides is given, or fitted before any training, and then stays as it is."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import TypeVar
 
 import torch
 
-from lte.config import FixedShareConfig, Method
+from lte.config import Method, MethodConfig
 from lte.grouping import Calibration
 from lte.nn import SparseFFN
 
-ConfigT = TypeVar("ConfigT", bound=FixedShareConfig)
+ConfigT = TypeVar("ConfigT", bound=MethodConfig)
 
 
-class FixedShareMethod(Method[ConfigT]):
+class UnlearnedMethod(Method[ConfigT]):
     """Base of such methods."""
 
     @property
