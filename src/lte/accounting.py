@@ -60,6 +60,11 @@ class ModelCost:
         dense = sum(layer.attention + layer.ffn for layer in self.layers) * flops
         return {"dense": dense, "sparse": dense - saved * flops + router, "router": router}
 
+    def linear_sparsity(self, sparsity_per_layer: Sequence[float]) -> float:
+        """Share of the weights of all the blocks' linear layers, attention's too, that is not used."""
+        saved = sum(layer.ffn * sparsity for layer, sparsity in self._sparse(sparsity_per_layer))
+        return saved / sum(layer.attention + layer.ffn for layer in self.layers)
+
     def bytes_per_token(self, sparsity_per_layer: Sequence[float]) -> dict[str, float]:
         """Bytes of weights read for one token that comes alone, the head's and the norms' too: what decoding waits for.
 

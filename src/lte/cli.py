@@ -84,6 +84,31 @@ def methods(json_file: JsonFile = None) -> None:
 
 
 @app.command()
+def tasks(json_file: JsonFile = None) -> None:
+    """List what models are trained and measured on."""
+    from lte.tasks import PRESETS
+
+    table = Table(Column("task", no_wrap=True), "what", "metric", "settings", box=None)
+    rows = [
+        ["lm", "text, prompt -> target, or chats", "perplexity, rougeL, bleu", ""],
+        ["classify", "a text, or two", "accuracy, f1, matthews, pearson, spearman", ""],
+    ]
+    for name, preset in PRESETS.items():
+        settings = " ".join(f"{key}={value}" for key, value in preset.settings.items())
+        rows.append([name, preset.about, preset.metric, f"{preset.kind}: {settings}"])
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print(
+        "--task NAME --data FILE trains and evaluates. Whatever else lm-evaluation-harness has, LAMBADA and MMLU among "
+        "it: lte evaluate OUT --tasks NAMES, from local files with --include-path FOLDER (docs/evaluation.md)."
+    )
+    write_json(
+        json_file, {"tasks": [dict(zip(("task", "about", "metric", "settings"), row, strict=True)) for row in rows]}
+    )
+
+
+@app.command()
 def train(
     recipe: RecipeFile = None,
     model: Model = None,
@@ -295,7 +320,7 @@ def sweep(
 @app.command()
 def compare(
     model: Annotated[str, typer.Option(help="Dense model: folder, hub id or .gguf file.")],
-    task: Annotated[str, typer.Option(help="lm (text, prompt -> target, chat) or classify.")],
+    task: Annotated[str, typer.Option(help="lm (text, prompt -> target, chat), classify, or of `lte tasks`.")],
     data: Annotated[str, typer.Option(help="Training data: file, folder or hub name.")],
     out: Annotated[Path, typer.Option(help="Folder for the points, the report and the models.")],
     methods: Annotated[str, typer.Option(help="Of `lte methods`, comma-separated; NAME:trained, NAME:untrained.")],
@@ -303,6 +328,9 @@ def compare(
     steps: Annotated[int, typer.Option(help="Training steps of the dense model and of methods that train.")] = 0,
     seeds: Annotated[int, typer.Option(help="Runs of every point.")] = 1,
     eval_data: Annotated[str | None, typer.Option(help="Default: every tenth row of --data, held out.")] = None,
+    decode_tokens: Annotated[
+        int, typer.Option(min=0, help="Tokens generated, in bfloat16, to be timed; 0 for no timing.")
+    ] = 32,
     learning_rate: LearningRate = None,
     batch_size: BatchSize = None,
     context_length: ContextLength = None,
@@ -346,6 +374,7 @@ def compare(
             eval_data=eval_data,
             out=out,
             settings=of_methods,
+            decode_tokens=decode_tokens,
         )
         page = module.compare(study, out, report=console.print, prepare=prepare)
     except KeyboardInterrupt:

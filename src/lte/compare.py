@@ -60,6 +60,7 @@ def plan(
     eval_data: str,
     out: Path,
     settings: Sequence[tuple[str, str, Any]] = (),
+    decode_tokens: int = 0,
 ) -> dict[str, Any]:
     """The study of a comparison: the dense model first, fine-tuned for as many steps, then every method.
 
@@ -72,6 +73,7 @@ def plan(
         eval_data: what all are evaluated on.
         out: folder of results and models.
         settings: (method, key, value), of one method's.
+        decode_tokens: generated to be timed at every point, beside the dense model; 0 times nothing.
 
     Raises:
         ConfigError: an unknown method, one named twice, no method or sparsity, or a sparsity outside (0, 1).
@@ -102,7 +104,7 @@ def plan(
         "results": str(out / "points"),
         "work": str(out / "models"),
         "base": base,
-        "evaluate": {"data": eval_data},
+        "evaluate": {"data": eval_data, **({"decode_tokens": decode_tokens} if decode_tokens else {})},
         "series": series,
     }
 

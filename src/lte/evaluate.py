@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import platform
+import subprocess
+from functools import cache
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,7 +44,8 @@ def evaluate(
         progress: called with batches done and in all.
 
     Returns:
-        ``metric``, ``value``, ``sparsity``, ``sparsity_per_layer``, ``gflops_per_token`` and ``bytes_per_token``
+        ``metric``, ``value``, ``sparsity``, ``sparsity_per_layer``, ``linear_sparsity`` (of all linear layers of the
+        blocks, as some papers count), ``gflops_per_token`` and ``bytes_per_token``
         (``dense``, ``sparse``, ``router``), ``tokens``, ``model``, ``task``, ``data``, ``seed``, ``versions``; also
         ``extras`` (further numbers of the task) and ``samples``.
 
@@ -90,6 +94,7 @@ def accounting(cost: ModelCost, meter: SparsityMeter | None) -> dict[str, Any]:
     return {
         "sparsity": 0.0 if meter is None else meter.overall,
         "sparsity_per_layer": per_layer,
+        "linear_sparsity": cost.linear_sparsity(per_layer),
         "gflops_per_token": cost.gflops_per_token(per_layer),
         "bytes_per_token": cost.bytes_per_token(per_layer),
     }
@@ -134,9 +139,29 @@ def check_direction(config: Any, task: Task) -> None:
 
 def versions() -> dict[str, str]:
     """Versions that a result depends on."""
-    return {
+    found = {
         "lte": version("learn-to-be-efficient"),
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "python": platform.python_version(),
     }
+    return found if (at := commit()) is None else {**found, "commit": at}
+
+
+@cache
+def commit() -> str | None:
+    """What a checkout of this package is at, with a mark where files were changed since; None where it is installed."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        said = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--exclude=*"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return said.stdout.strip()

@@ -53,6 +53,9 @@ def evaluate(
     text_pair_column: TextPairColumn = None,
     label_column: LabelColumn = None,
     messages_column: MessagesColumn = None,
+    metric: Annotated[
+        str | None, typer.Option(help="The main number, of `lte tasks`; the others are beside it.")
+    ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest generated answer.")] = None,
     split: Split = None,
     limit: Limit = None,
@@ -99,6 +102,7 @@ _FOR_DATA: tuple[str, ...] = (
     "text_pair_column",
     "label_column",
     "messages_column",
+    "metric",
     "max_new_tokens",
     "split",
 )

@@ -11,7 +11,9 @@ RecipeFile = Annotated[Path | None, typer.Argument(help="YAML recipe; flags and 
 Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, e.g. training.eta=2.")]
 Model = Annotated[str | None, typer.Option(help="Dense model: folder, hub id or .gguf file.")]
 Data = Annotated[str | None, typer.Option(help="Training data: file, folder or hub name.")]
-TaskName = Annotated[str | None, typer.Option(help="lm (text, prompt -> target, chat) or classify.")]
+TaskName = Annotated[
+    str | None, typer.Option(help="lm (text, prompt -> target, chat), classify, or a name of `lte tasks`.")
+]
 Out = Annotated[str | None, typer.Option(help="Folder for the result.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint in --out.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Empty --out first.")]
@@ -23,7 +25,7 @@ LabelColumn = Annotated[str | None, typer.Option(help="Column of the label (clas
 TextPairColumn = Annotated[str | None, typer.Option(help="Column of a second text (classify).")]
 MessagesColumn = Annotated[str | None, typer.Option(help="Column of a chat's messages.")]
 Split = Annotated[str | None, typer.Option(help="Split of a folder or hub dataset.")]
-TrainedTask = Annotated[str | None, typer.Option("--task", help="lm or classify; default what it was trained for.")]
+TrainedTask = Annotated[str | None, typer.Option("--task", help="As for training; default what it was trained for.")]
 Limit = Annotated[int | None, typer.Option(help="Use only the first rows.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything that is drawn.")]
 LearningRate = Annotated[float | None, typer.Option(help="Learning rate of the model.")]

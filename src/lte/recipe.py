@@ -156,7 +156,7 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
         if needed not in values:
             raise ConfigError(f"{needed} is missing; give --{needed} or put {needed!r} into a recipe")
     if not isinstance(values["task"], dict) or "name" not in values["task"]:
-        raise ConfigError(f"task={values['task']!r} must name a task: lm or classify")
+        raise ConfigError(f"task={values['task']!r} must name a task: lm, classify, or one of lte tasks")
     values["task"] = TaskConfig(**{str(key): value for key, value in values["task"].items()})
     return validate_model(Recipe, values, "recipe")
 

@@ -25,7 +25,7 @@ from lte.memory import peak_memory
 from lte.nn import SparsityMeter, observe_routing, sparse_ffns
 from lte.recipe import Recipe, dump_recipe, load_recipe
 from lte.sparsify import sparsify
-from lte.tasks import Task, build_task
+from lte.tasks import PRESETS, Task, build_task
 from lte.thresholds import DIAL_TOKENS, calibrate, find_thresholds
 from lte.training import (
     FiniteGradients,
@@ -253,6 +253,8 @@ def trained_task(model: str, name: str | None) -> dict[str, Any]:
         settings = load_recipe(recipe, {}, []).task.model_dump(exclude_defaults=True, exclude={"split", "limit"})
         if name in (None, settings["name"]):
             return settings
+        if name in PRESETS and PRESETS[name].kind == settings["name"]:
+            return {**settings, **PRESETS[name].expand()}
     return {"name": name or "lm"}
 
 

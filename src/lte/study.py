@@ -16,14 +16,16 @@ from typing import Any, Literal
 
 import pydantic
 import torch
+from transformers import AutoModelForCausalLM
 
 from lte.calibration import sample_batches
 from lte.config import validate_model
 from lte.errors import ConfigError
 from lte.evaluate import evaluate, load_for_evaluation
+from lte.hub import load, load_dense, load_tokenizer
 from lte.recipe import Recipe, parse_recipe, put, read_yaml
 from lte.runs import RUN_FILE, check_recipe, finetune, make_sparse, train, write_whole
-from lte.tasks import TaskConfig, build_task
+from lte.tasks import Task, TaskConfig, build_task
 from lte.thresholds import DIAL_TOKENS, find_thresholds, set_thresholds, thresholds_of
 
 DENSE = ("finetune", "dense")
@@ -61,7 +63,8 @@ class Study(pydantic.BaseModel):
         results: folder the points' JSON files go to.
         work: folder of the runs themselves; a model is deleted once it is evaluated.
         base: recipe every point starts from, without ``out``.
-        evaluate: ``data`` and ``batch_size``; anything else is a task setting (``limit``, ``max_new_tokens``, ...).
+        evaluate: ``data``, ``batch_size`` and ``decode_tokens`` (so many are generated to be timed, beside the dense
+            model); anything else is a task setting (``limit``, ``max_new_tokens``, ...).
         series: name -> its points.
     """
 
@@ -149,16 +152,23 @@ def run_point(point: Point, study: Study) -> dict[str, Any]:
     dense = point.command in DENSE
     model, tokenizer = load_for_evaluation(path, task, dense=dense)
     about = {key: summary[key] for key in ("recipe", "steps", "seconds")} | {"threads": torch.get_num_threads()}
+    asked = {
+        "method": "dense" if dense else point.recipe.method().method,
+        "target_sparsity": None if dense else point.recipe.training.get("target_sparsity"),
+        "steps": summary["steps"],
+    }
 
     def score(file: Path, more: dict[str, Any]) -> dict[str, Any]:
         result = evaluate(
             model, tokenizer, task, data, dense=dense, batch_size=batch_size, seed=point.recipe.seed, bins=SCORE_BINS
         )
         result.pop("samples")
-        record = {"series": point.series, "settings": {**point.settings, **more}, **result, "training": about}
+        settings = {**point.settings, **more}
+        record = {"series": point.series, **asked, "settings": settings, **result, **more_of, "training": about}
         write_whole(file, json.dumps(record, indent=2) + "\n")
         return record
 
+    more_of: dict[str, Any] = {}
     # The file that says the point is done comes last.
     trained = thresholds_of(model)
     rows = task.prepare(point.recipe.data, tokenizer) if point.dial else None
@@ -168,15 +178,30 @@ def run_point(point: Point, study: Study) -> dict[str, Any]:
         score(point.file.with_name(f"{point.name}-dial={sparsity}.json"), {"dial": sparsity})
     if trained:
         set_thresholds(model, trained)
+    if decoded := study.evaluate.get("decode_tokens"):
+        more_of = _decoding(point, path, task, data, decoded, dense=dense)
     record = score(point.file, {})
     if not point.keep and point.command != "dense":
         shutil.rmtree(path)
     return record
 
 
+def _decoding(point: Point, path: str, task: Task, data: str, tokens: int, *, dense: bool) -> dict[str, Any]:
+    """``decode``: what :func:`lte.bench.decode.time_beside` says of a causal model; nothing of others."""
+    if task.auto_class is not AutoModelForCausalLM:
+        return {}
+    from lte.bench.decode import time_beside
+
+    tokenizer = load_tokenizer(path)
+    row = task.prepare(data, tokenizer)[0]["input_ids"]
+    stock = load_dense(path if dense else point.recipe.model, task.auto_class, dtype=torch.bfloat16)
+    model = None if dense else load(path, dtype=torch.bfloat16)
+    return {"decode": time_beside(model, stock, torch.tensor([row]), tokens)}
+
+
 def _scored_task(point: Point, study: Study) -> TaskConfig:
     trained = point.recipe.task.model_dump(exclude_defaults=True, exclude={"limit", "split"})
-    scored = {key: value for key, value in study.evaluate.items() if key not in ("data", "batch_size")}
+    scored = {key: value for key, value in study.evaluate.items() if key not in ("data", "batch_size", "decode_tokens")}
     return TaskConfig(**{**trained, **scored})
 
 

@@ -1,12 +1,14 @@
 import pytest
+import scipy.stats
+import sklearn.metrics
 import torch
 import torch.nn.functional as F
 from datasets import ClassLabel, Dataset
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from lte.errors import DataError
+from lte.errors import ConfigError, DataError
 from lte.tasks import ClassifyTask, TaskConfig
-from lte.tasks.classify import pearson, text_columns
+from lte.tasks.classify import f1, pearson, spearman, text_columns
 from tests.tasks.tiny import VOCAB, Watch, byte_tokenizer, tiny_bert
 
 TEXTS = ["a fine film", "dull", "it 's a charming and often affecting journey .", "no"]
@@ -136,6 +138,28 @@ def test_pearson_by_hand(caplog):
     assert pearson([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(0.8)
     assert pearson([1, 1, 1], [1, 2, 3]) == 0.0
     assert "not defined for constant values" in caplog.text
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_metrics_are_those_of_scikit_learn_and_scipy(seed):
+    generator = torch.Generator().manual_seed(seed)
+    predicted, wanted = (torch.randint(0, 2, (50,), generator=generator).tolist() for _ in range(2))
+    assert f1(predicted, wanted) == pytest.approx(sklearn.metrics.f1_score(wanted, predicted))
+    assert pearson(predicted, wanted) == pytest.approx(sklearn.metrics.matthews_corrcoef(wanted, predicted))
+    numbers, others = (torch.randint(0, 9, (50,), generator=generator).tolist() for _ in range(2))
+    assert spearman(numbers, others) == pytest.approx(scipy.stats.spearmanr(numbers, others).statistic)
+    assert f1([0, 0], [0, 0]) == 0.0
+
+
+def test_metrics_that_go_with_the_labels():
+    tokenizer, model = byte_tokenizer(classify=True), tiny_bert(num_labels=2)
+    wanted = rows([0, 1, 1, 0])
+    result = task(metric="matthews").evaluate(model, tokenizer, wanted, batch_size=4, set_token_mask=ignore)
+    assert result.metric == "matthews"
+    assert set(result.extras) == {"accuracy", "f1", "loss"}
+    three = tiny_bert(num_labels=3)
+    with pytest.raises(ConfigError, match="metric='f1' is not for labels that are 3 classes"):
+        task(metric="f1").evaluate(three, tokenizer, wanted, batch_size=4, set_token_mask=ignore)
 
 
 def test_string_labels_are_met_by_the_models_names():

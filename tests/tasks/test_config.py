@@ -5,7 +5,7 @@ import pytest
 from transformers import BertConfig, BloomConfig, GPT2Config, RobertaConfig
 
 from lte.errors import ConfigError
-from lte.tasks import ClassifyTask, LanguageTask, TaskConfig, build_task, fit_context, model_positions
+from lte.tasks import PRESETS, ClassifyTask, LanguageTask, TaskConfig, build_task, fit_context, model_positions
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,7 @@ from lte.tasks import ClassifyTask, LanguageTask, TaskConfig, build_task, fit_co
         ),
         ({"name": "lm", "zzz": 3}, "task: unknown key 'zzz'; known keys: name, context_length, stride"),
         ({}, "task: name is missing"),
-        ({"name": "squad"}, "task: name='squad': Input should be 'lm' or 'classify'"),
+        ({"name": "squad"}, "unknown task 'squad'; known tasks: lm, classify, cola, "),
         (
             {"name": "lm", "context_length": 1},
             "task: context_length=1: Input should be greater than or equal to 2",
@@ -52,6 +52,9 @@ from lte.tasks import ClassifyTask, LanguageTask, TaskConfig, build_task, fit_co
             {"name": "lm", "prompt_column": "q", "target_column": "a", "text_column": "t"},
             "text_column='t' is not used together with prompt_column; leave it out",
         ),
+        ({"name": "lm", "input_column": "i"}, "input_column='i' needs prompt_column and target_column; give all"),
+        ({"name": "lm", "metric": "bleu"}, "metric='bleu' is not of this task, lm: its metric is perplexity"),
+        ({"name": "cola", "metric": "bleu"}, "metric='bleu' is not of this task, classify: its metric is one of acc"),
         (
             {"name": "lm", "messages_column": "m", "text_column": "t"},
             "text_column='t' is not used together with messages_column; leave it out",
@@ -104,3 +107,10 @@ def test_build_task():
     assert isinstance(build_task(TaskConfig(name="classify")), ClassifyTask)
     task = build_task(TaskConfig(name="lm"), GPT2Config(n_positions=64))
     assert task.config.context_length == 64
+
+
+def test_a_task_by_name_is_settings_that_others_win_over():
+    cola = TaskConfig(name="cola", context_length=64)
+    assert cola == TaskConfig(name="classify", text_column="sentence", metric="matthews", context_length=64)
+    assert TaskConfig(name="e2e", metric="bleu").metric == "bleu"
+    assert {build_task(TaskConfig(name=name)).config.name for name in PRESETS} == {"lm", "classify"}

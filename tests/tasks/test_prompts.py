@@ -1,6 +1,7 @@
 import sys
 
 import pytest
+import sacrebleu
 import torch
 from datasets import Dataset
 from rouge_score.rouge_scorer import RougeScorer
@@ -123,6 +124,13 @@ def test_consecutive_rows_of_one_prompt_are_one_example():
     ]
 
 
+def test_an_input_follows_the_prompt_where_there_is_one():
+    tokenizer = byte_tokenizer()
+    data = Dataset.from_dict({"prompt": ["Add", "Sing"], "input": ["1 2", ""], "target": ["3", "la"]})
+    prepared = lm(input_column="input").prepare(data, tokenizer)
+    assert [tokenizer.decode(row["input_ids"]) for row in prepared] == ["Add\n1 2\n3</s>", "Sing\nla</s>"]
+
+
 @torch.no_grad()
 def test_result_by_hand(llama, monkeypatch):
     tokenizer = byte_tokenizer()
@@ -145,6 +153,9 @@ def test_result_by_hand(llama, monkeypatch):
     assert result.metric == "rougeL"
     assert result.value == pytest.approx(sum(expected) / 4)
     assert result.extras["examples"] == 4
+    references = [["A is.", "Bottle is in x.", "r", "A again."], ["It is A.", None, None, None]]
+    bleu = sacrebleu.corpus_bleu(["it is A", "bottles in x", "nothing", "it is A"], references).score
+    assert result.extras["bleu"] == pytest.approx(bleu / 100)
     assert result.samples[0] == {
         "prompt": "name[A]",
         "prediction": "it is A",

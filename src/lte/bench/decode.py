@@ -29,7 +29,7 @@ from lte.hub import load
 from lte.inference import Crossover, prepare_for_inference
 from lte.inference.packing import streaming_copy
 from lte.methods import LTEConfig
-from lte.nn import SparsityMeter, observe_routing, sparse_ffns
+from lte.nn import Mode, SparsityMeter, observe_routing, set_mode, sparse_ffns
 from lte.ops import sparse_ffn_reference
 from lte.thresholds import thresholds_of
 
@@ -131,6 +131,42 @@ def bench_decode(
     return _finish(engines, limits), getattr(model, "lte_crossover", None)
 
 
+TURNS = 3
+"""Of :func:`time_beside`."""
+
+
+@torch.no_grad()
+def time_beside(model: Any | None, dense: Any, ids_BS: Tensor, new_tokens: int) -> dict[str, Any]:
+    """ms per token of ``generate``, of a model made sparse and of the stock one it was, by turns; medians.
+
+    Args:
+        model: sparse, prepared for inference here; None to time the dense one alone.
+        dense: the stock model in the same dtype.
+        ids_BS: a text whose beginning is the prompt.
+        new_tokens: tokens per turn.
+
+    Returns:
+        ``dense_ms_per_token`` of transformers; ``dtype``; and of a sparse model ``ms_per_token``,
+        ``all_ms_per_token`` (the same with all its neurons, so that what is gained by sparsity alone can be told) and
+        ``path`` (what runs it).
+    """
+    turns: dict[str, tuple[Any, Mode | None]] = {"dense_ms_per_token": (dense.eval(), None)}
+    about: dict[str, Any] = {"dtype": str(dense.dtype).removeprefix("torch.")}
+    if model is not None:
+        prepare_for_inference(model)
+        turns |= {"ms_per_token": (model, Mode.HARD), "all_ms_per_token": (model, Mode.DENSE)}
+        impl, _ = sparse_ffns(model)[0].choose_path(1)
+        fused = type(model.__dict__.get("forward")).__name__ == "DecodeStep"
+        about["path"] = "fused step" if fused else "masked dense" if impl == "reference" else "FFN kernels"
+    times: dict[str, list[float]] = {name: [] for name in turns}
+    for _ in range(TURNS):
+        for name, (engine, mode) in turns.items():
+            if mode is not None:
+                set_mode(engine, mode)
+            times[name].append(1e3 * generate_seconds(engine, ids_BS[:, :PROMPT_TOKENS], new_tokens))
+    return {name: median(each) for name, each in times.items()} | about
+
+
 class _Bench:
     def __init__(self, model: Any, ids: Tensor, count: DecodeBytes, new_tokens: int) -> None:
         self.model, self.ids, self.count, self.new_tokens = model, ids, count, new_tokens
@@ -154,13 +190,13 @@ class _Bench:
         engines = [
             Engine(
                 {"engine": "transformers", **common, "backend": "torch eager"},
-                lambda n: _generate_seconds(dense, self.ids, n),
+                lambda n: generate_seconds(dense, self.ids, n),
                 self.count.dense,
             )
         ]
         if compiled:
             row = {"engine": "transformers-compiled", **common, "backend": "torch.compile, static cache"}
-            engine = Engine(row, lambda n: _generate_seconds(dense, self.ids, n, static=True), self.count.dense)
+            engine = Engine(row, lambda n: generate_seconds(dense, self.ids, n, static=True), self.count.dense)
             progress("torch.compile of the dense baseline")
             try:
                 engine.seconds(self.new_tokens)
@@ -205,7 +241,7 @@ class _Bench:
         static = model.device.type == "cuda"
         return Engine(
             row,
-            lambda n: _generate_seconds(model, self.ids, n, static=static),
+            lambda n: generate_seconds(model, self.ids, n, static=static),
             self.count.sparse(reached, router=reached > 0),
             prepare,
         )
@@ -234,7 +270,7 @@ def _dense_config(model: Any) -> Any:
     return config
 
 
-def _generate_seconds(model: Any, ids_BS: Tensor, new_tokens: int, *, static: bool = False) -> float:
+def generate_seconds(model: Any, ids_BS: Tensor, new_tokens: int, *, static: bool = False) -> float:
     """Seconds per token of ``generate``, the prompt and the first token left out."""
     options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "use_cache": True, "eos_token_id": None}
     if static:

@@ -24,9 +24,15 @@ COLUMNS = (
     "value",
     "loss",
     "sparsity",
+    "linear_sparsity",
     "gflops_per_token",
     "mbytes_per_token",
+    "decode_ms_per_token",
+    "decode_ms_all_neurons",
+    "decode_ms_transformers",
+    "decode_path",
     "seconds",
+    "version",
 )
 
 STYLE = """
@@ -63,31 +69,39 @@ def write_report(out: Path) -> Path:
 
 
 def _csv_row(record: dict[str, Any]) -> list[Any]:
+    decode = record.get("decode", {})
     return [
         record["series"],
-        record["settings"].get("training.target_sparsity", ""),
+        record["target_sparsity"],
         record["settings"].get("seed", 0),
-        record["training"]["steps"],
+        record["steps"],
         record["metric"],
         record["value"],
         loss_of(record),
         record["sparsity"],
+        record["linear_sparsity"],
         record["gflops_per_token"]["sparse"],
         record["bytes_per_token"]["sparse"] / 1e6,
+        *(decode.get(key) for key in ("ms_per_token", "all_ms_per_token", "dense_ms_per_token", "path")),
         record["training"]["seconds"],
+        record["versions"].get("commit", record["versions"]["lte"]),
     ]
 
 
 def _table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Methods by loss within each target, the dense model first."""
     dense = next((row for row in rows if row.series == "dense"), None)
-    head = ["method", "target", "seeds", "FFN sparsity %", "GFLOPs/token", "MB/token"]
+    head = ["method", "target", "seeds", "FFN sparsity %", "linear %", "GFLOPs/token", "MB/token"]
+    timed = any(row.decode_ms is not None for row in rows)
+    head += ["ms/token", "x all neurons", "kernels"] if timed else []
     qualities = list(rows[0].qualities) if rows else ["loss (nats)"]
     head += [*qualities, "loss above dense"]
     body = []
     for row in sorted(rows, key=lambda row: (row.series != "dense", row.target or 0.0, row.loss.mean)):
         above = "-" if dense is None or row is dense else f"{row.loss.mean - dense.loss.mean:+.3f}"
-        costs = [_text(row.gflops, ".4g"), _text(row.megabytes, ".4g")]
+        costs = [_text(row.linear, ".1f"), _text(row.gflops, ".4g"), _text(row.megabytes, ".4g")]
+        if timed:
+            costs += [_text(row.decode_ms, ".2f"), _text(row.decode_gain, ".2f"), row.path]
         values = [value.text(".3f") for value in row.qualities.values()]
         target = "-" if row.target is None else f"{row.target:g}"
         body.append([row.series, target, str(row.seeds), row.sparsity.text(".1f"), *costs, *values, above])
@@ -125,6 +139,9 @@ def _page(
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
         f'content="width=device-width, initial-scale=1"><title>lte compare</title><style>{STYLE}</style></head>'
         f'<body><h1>Sparsity methods compared</h1>{about}{note}<div class="wide"><table>{table}</table></div>'
-        "<p>GFLOPs (2<sup>30</sup>) and MB count what decides, too; oracles are not charged for what they look at. "
+        "<p>FFN sparsity is of the FFNs' weights, linear % of all linear layers', as some papers count. GFLOPs "
+        "(2<sup>30</sup>) and MB count what decides, too; oracles are not charged for what they look at. ms/token: "
+        "decoding alone in bfloat16, by what kernels says; of the dense model by transformers; x all neurons: how much "
+        "faster the same model is than with all its neurons. "
         f"Every point is a JSON in <code>points/</code>.</p>{drawn}</body></html>\n"
     )

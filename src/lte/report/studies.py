@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-METRICS = {"perplexity": "perplexity", "rougeL": "ROUGE-L", "accuracy": "accuracy", "pearson": "Pearson"}
+METRICS = {
+    "perplexity": "perplexity",
+    "rougeL": "ROUGE-L",
+    "bleu": "BLEU",
+    "accuracy": "accuracy",
+    "f1": "F1",
+    "matthews": "Matthews",
+    "pearson": "Pearson",
+    "spearman": "Spearman",
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,9 @@ class Row:
             None where the records do not say.
         target: sparsity asked for, where one was.
         gflops, megabytes: per token, what decides included; None where the records do not say.
+        linear: sparsity of all linear layers, in percent.
+        decode_ms: to decode one token; decode_gain: how much faster that is than with all neurons.
+        path: what decoded.
     """
 
     series: str
@@ -60,6 +72,10 @@ class Row:
     target: float | None = None
     gflops: Spread | None = None
     megabytes: Spread | None = None
+    linear: Spread | None = None
+    decode_ms: Spread | None = None
+    decode_gain: Spread | None = None
+    path: str = "-"
 
     @property
     def qualities(self) -> dict[str, Spread]:
@@ -119,19 +135,32 @@ def _row(series: str, setting: str, records: list[dict[str, Any]]) -> Row:
         layers=[100 * mean(values) for values in layers],
         read=_mean_share(records),
         target=records[0]["settings"].get("training.target_sparsity"),
-        gflops=_per_token(records, "gflops_per_token", 1.0),
-        megabytes=_per_token(records, "bytes_per_token", 1e-6),
+        gflops=_spread(records, lambda record: record["gflops_per_token"]["sparse"]),
+        megabytes=_spread(records, lambda record: record["bytes_per_token"]["sparse"] / 1e6),
+        linear=_spread(records, lambda record: 100 * record["linear_sparsity"]),
+        decode_ms=_spread(records, _decode_ms),
+        decode_gain=_spread(records, lambda record: record["decode"]["all_ms_per_token"] / _decode_ms(record)),
+        path=records[0].get("decode", {}).get("path", "-"),
     )
+
+
+def _decode_ms(record: dict[str, Any]) -> float:
+    decode = record["decode"]
+    ms: float = decode.get("ms_per_token", decode["dense_ms_per_token"])
+    return ms
+
+
+def _spread(records: list[dict[str, Any]], value: Callable[[dict[str, Any]], float]) -> Spread | None:
+    """Of a value that older records may lack; None then."""
+    try:
+        return Spread.of([value(record) for record in records])
+    except KeyError:
+        return None
 
 
 def _mean_share(records: list[dict[str, Any]]) -> float | None:
     shares = [share for record in records if (share := bytes_read(record)) is not None]
     return 100 * mean(shares) if len(shares) == len(records) else None
-
-
-def _per_token(records: list[dict[str, Any]], key: str, unit: float) -> Spread | None:
-    values = [record[key]["sparse"] * unit for record in records if key in record]
-    return Spread.of(values) if len(values) == len(records) else None
 
 
 def loss_of(record: dict[str, Any]) -> Any:

@@ -6,11 +6,14 @@ from lte.tasks.base import Progress, SetTokenMask, Task, TaskResult
 from lte.tasks.classify import ClassifyTask
 from lte.tasks.config import TaskConfig, fit_context, model_positions
 from lte.tasks.language import LanguageTask
+from lte.tasks.presets import PRESETS, Preset
 from lte.tasks.sources import Source, load_rows
 
 __all__ = [
+    "PRESETS",
     "ClassifyTask",
     "LanguageTask",
+    "Preset",
     "Progress",
     "SetTokenMask",
     "Source",

@@ -34,8 +34,8 @@ class TaskResult:
     """Outcome of an evaluation.
 
     Attributes:
-        metric: name of the main number: perplexity, rougeL, accuracy or pearson.
-        value: the main number; rougeL, accuracy and pearson as shares, not per cent.
+        metric: name of the main number: perplexity, or one of :data:`lte.tasks.config.METRICS`.
+        value: the main number; all but the perplexity as shares, not per cent.
         tokens: tokens that were announced to ``set_token_mask``.
         extras: further numbers.
         samples: up to ten ``{"prompt", "prediction", "references"}``, where text is generated.

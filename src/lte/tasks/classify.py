@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from datasets import ClassLabel, Dataset
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from lte.errors import DataError
+from lte.errors import ConfigError, DataError
 from lte.tasks.base import Run, Task, TaskResult
 from lte.tasks.collate import pad_id
 from lte.tasks.columns import check_no_nulls, find_text, require_column, require_text, string_columns
@@ -86,7 +86,7 @@ class Labels:
 
 
 class ClassifyTask(Task):
-    """Sequence classification, accuracy; or regression where the labels are floats, Pearson correlation.
+    """Sequence classification, accuracy and F1; or regression where the labels are floats, correlations.
 
     The classes are those of the first data that :meth:`model_kwargs` or :meth:`prepare` sees, the training
     data; :meth:`evaluate` takes them from the model.
@@ -131,6 +131,7 @@ class ClassifyTask(Task):
         run: Run,
     ) -> TaskResult:
         labels = _labels_of_model(model)
+        _check_metric(config.metric, labels)
         encoded = encode_rows(rows, labels, config, tokenizer).to_list()
         encoded.sort(key=lambda row: len(row["input_ids"]), reverse=True)
         run.total = run.n_batches(len(encoded))
@@ -142,7 +143,7 @@ class ClassifyTask(Task):
             run.count(batch["attention_mask"].bool())
             logits.append(model(**batch).logits.float().cpu())
         targets = torch.tensor([row["labels"] for row in encoded])
-        return _result(torch.cat(logits), targets, labels, run.tokens)
+        return _result(torch.cat(logits), targets, labels, config.metric, run.tokens)
 
 
 def text_columns(config: TaskConfig, rows: Dataset) -> list[str]:
@@ -189,14 +190,50 @@ def pearson(x: Sequence[float], y: Sequence[float]) -> float:
     return float(np.corrcoef(x, y)[0, 1])
 
 
-def _result(logits: torch.Tensor, targets: torch.Tensor, labels: Labels, tokens: int) -> TaskResult:
+def spearman(x: Sequence[float], y: Sequence[float]) -> float:
+    """Pearson's correlation of ranks, equal values sharing theirs."""
+    return pearson(_ranks(x), _ranks(y))
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: list[float] = (np.cumsum(counts) - (counts - 1) / 2)[which].tolist()
+    return ranks
+
+
+def f1(predictions: Sequence[int], targets: Sequence[int]) -> float:
+    """Harmonic mean of precision and recall of class 1; 0 where neither side has any."""
+    both = sum(p == t == 1 for p, t in zip(predictions, targets, strict=True))
+    either = sum(p == 1 for p in predictions) + sum(t == 1 for t in targets)
+    return 2 * both / either if either else 0.0
+
+
+def _result(logits: torch.Tensor, targets: torch.Tensor, labels: Labels, metric: str | None, tokens: int) -> TaskResult:
+    """The main metric, and beside it the others that go with the labels, and the loss."""
     if labels.regression:
         predictions = logits.squeeze(-1).double()
         loss = F.mse_loss(predictions, targets.double()).item()
-        return TaskResult("pearson", pearson(predictions.tolist(), targets.tolist()), tokens, {"loss": loss})
-    loss = F.cross_entropy(logits.double(), targets).item()
-    accuracy = (logits.argmax(-1) == targets).double().mean().item()
-    return TaskResult("accuracy", accuracy, tokens, {"loss": loss})
+        both = predictions.tolist(), targets.tolist()
+        metrics = {"pearson": pearson(*both), "spearman": spearman(*both)}
+    else:
+        loss = F.cross_entropy(logits.double(), targets).item()
+        chosen = logits.argmax(-1)
+        metrics = {"accuracy": (chosen == targets).double().mean().item()}
+        if len(labels.names) == 2:
+            both = chosen.tolist(), targets.tolist()
+            # Of two classes it is Pearson's.
+            metrics |= {"f1": f1(*both), "matthews": pearson(*both)}
+    metric = metric or next(iter(metrics))
+    return TaskResult(metric, metrics.pop(metric), tokens, {**metrics, "loss": loss})
+
+
+def _check_metric(metric: str | None, labels: Labels) -> None:
+    of_numbers, of_two = ("pearson", "spearman"), ("f1", "matthews")
+    if metric is None:
+        return
+    if labels.regression != (metric in of_numbers) or (metric in of_two and len(labels.names) != 2):
+        kind = "numbers" if labels.regression else f"{len(labels.names)} classes"
+        raise ConfigError(f"metric={metric!r} is not for labels that are {kind}; leave it out for the default")
 
 
 def _labels_of_model(model: PreTrainedModel) -> Labels:

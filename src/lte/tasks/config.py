@@ -10,20 +10,29 @@ from pydantic import Field
 
 from lte.config import explain
 from lte.errors import ConfigError
+from lte.tasks.presets import PRESETS
 
 logger = logging.getLogger(__name__)
 
-_LM_ONLY = ("stride", "prompt_column", "target_column", "messages_column")
+_LM_ONLY = ("stride", "prompt_column", "input_column", "target_column", "messages_column")
+
+METRICS = {
+    "classify": ("accuracy", "f1", "matthews", "pearson", "spearman"),
+    "prompt -> target": ("rougeL", "bleu"),
+}
+"""What the main number may be, by what is measured; text and chats have their perplexity."""
 
 
 class TaskConfig(pydantic.BaseModel):
     """What a model is trained and evaluated on; ConfigError for an unknown or contradicting setting.
 
     Attributes:
-        name: ``lm`` (text, prompt -> target, or chat) or ``classify``.
+        name: ``lm`` (text, prompt -> target, or chat) or ``classify``; or one of :data:`lte.tasks.PRESETS`, for its
+            settings.
         context_length: tokens per packed block, per evaluation window, and longest row.
         stride: tokens by which evaluation windows move; by default half of ``context_length``.
         prompt_column, target_column: given together, rows are prompt -> target.
+        input_column: text that follows the prompt on a line of its own, where a row has it.
         text_column: by default ``text`` or the only string column; for ``classify`` GLUE's names.
         text_pair_column: second text of ``classify``.
         label_column: of ``classify``; integers, strings, or floats (regression).
@@ -31,6 +40,9 @@ class TaskConfig(pydantic.BaseModel):
         split: of a folder or a hub dataset.
         limit: rows to use, from the first.
         max_new_tokens: longest generated answer of prompt -> target.
+        metric: the main number. Of classes ``accuracy`` (the default), ``f1`` (of class 1 of two) or ``matthews``; of
+            labels that are numbers ``pearson`` (the default) or ``spearman``; of prompt -> target ``rougeL`` (the
+            default) or ``bleu``. The others are beside it.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
@@ -39,6 +51,7 @@ class TaskConfig(pydantic.BaseModel):
     context_length: int = Field(512, ge=2)
     stride: int | None = Field(None, ge=1)
     prompt_column: str | None = None
+    input_column: str | None = None
     target_column: str | None = None
     text_column: str | None = None
     text_pair_column: str | None = None
@@ -47,8 +60,11 @@ class TaskConfig(pydantic.BaseModel):
     split: str | None = None
     limit: int | None = Field(None, ge=1)
     max_new_tokens: int = Field(100, ge=1)
+    metric: Literal["accuracy", "f1", "matthews", "pearson", "spearman", "rougeL", "bleu"] | None = None
 
     def __init__(self, **values: Any) -> None:
+        if isinstance(name := values.get("name"), str) and name not in ("lm", "classify"):
+            values = {**_preset(name), **{key: value for key, value in values.items() if key != "name"}}
         # pydantic would wrap a ConfigError of a validator in its own many-line error
         try:
             super().__init__(**values)
@@ -80,6 +96,12 @@ class TaskConfig(pydantic.BaseModel):
             self._refuse_together("name='lm'", ("text_pair_column",))
         if self.prompt_column is not None:
             self._refuse_together("prompt_column", ("text_column", "messages_column"))
+        elif self.input_column is not None:
+            raise ConfigError(f"input_column={self.input_column!r} needs prompt_column and target_column; give all")
+        kind = self.name if self.prompt_column is None else "prompt -> target"
+        if self.metric is not None and self.metric not in METRICS.get(kind, ()):
+            known = f"one of {', '.join(METRICS[kind])}" if kind in METRICS else "perplexity; leave it out"
+            raise ConfigError(f"metric={self.metric!r} is not of this task, {kind}: its metric is {known}")
         if self.messages_column is not None:
             self._refuse_together("messages_column", ("text_column",))
 
@@ -88,6 +110,13 @@ class TaskConfig(pydantic.BaseModel):
             if getattr(self, key) is not None:
                 value = getattr(self, key)
                 raise ConfigError(f"{key}={value!r} is not used together with {reason}; leave it out")
+
+
+def _preset(name: str) -> dict[str, Any]:
+    """Settings of a task by name; ConfigError lists the known ones."""
+    if name not in PRESETS:
+        raise ConfigError(f"unknown task {name!r}; known tasks: lm, classify, {', '.join(PRESETS)} (see lte tasks)")
+    return PRESETS[name].expand()
 
 
 def fit_context(config: TaskConfig, model_config: Any) -> TaskConfig:

@@ -1,10 +1,10 @@
-"""Prompt -> target rows: the loss is on the target, the metric is ROUGE-L of greedy generation."""
+"""Prompt -> target rows: the loss is on the target, the metrics are ROUGE-L and BLEU of greedy generation."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, zip_longest
 from typing import Any
 
 from datasets import Dataset
@@ -35,7 +35,7 @@ class Example:
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """Rows are a prompt and its target; consecutive rows of one prompt are one example when evaluated."""
+    """Rows are a prompt, perhaps an input to it, and a target; consecutive rows of one prompt are one example."""
 
     config: TaskConfig
     prompt_column: str
@@ -44,7 +44,10 @@ class PromptFormat:
     @classmethod
     def of(cls, config: TaskConfig, rows: Dataset, prompt_column: str, target_column: str) -> PromptFormat:
         """The format for these rows; DataError where a column is missing, has gaps or is no text."""
-        for name, setting in ((prompt_column, "prompt_column"), (target_column, "target_column")):
+        named = {"prompt_column": prompt_column, "target_column": target_column}
+        if config.input_column is not None:
+            named["input_column"] = config.input_column
+        for setting, name in named.items():
             require_text(rows, name, setting)
             check_no_nulls(rows[name][:], name)
         return cls(config, prompt_column, target_column)
@@ -53,7 +56,7 @@ class PromptFormat:
         """One row per pair, at most ``context_length`` tokens; the labels of the prompt are ignored."""
 
         def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-            encoded = self.encode(batch[self.prompt_column], batch[self.target_column], tokenizer)
+            encoded = self.encode(self.prompts(batch), batch[self.target_column], tokenizer)
             return {key: [row[key] for row in encoded] for key in FEATURES}
 
         with quiet():
@@ -64,6 +67,14 @@ class PromptFormat:
                 features=FEATURES,
                 load_from_cache_file=False,
             )
+
+    def prompts(self, rows: Mapping[str, Any]) -> list[str]:
+        """The prompts of some rows, each with its input where it has one."""
+        prompts = list(rows[self.prompt_column])
+        if self.config.input_column is None:
+            return prompts
+        inputs = rows[self.config.input_column]
+        return [SEPARATOR.join(filter(None, pair)) for pair in zip(prompts, inputs, strict=True)]
 
     def encode(
         self, prompts: Sequence[str], targets: Sequence[str], tokenizer: PreTrainedTokenizerBase
@@ -91,13 +102,15 @@ class PromptFormat:
     def evaluate(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, run: Run
     ) -> TaskResult:
-        """Mean ROUGE-L F-measure, best over an example's references, and the first reference's cross-entropy.
+        """ROUGE-L, the mean F-measure, best over an example's references; BLEU of the corpus, with all of them.
+
+        Beside these is the first reference's cross-entropy.
 
         The statistics see one forward over the prompt and the answer generated for it, EOS left out because
         the model is never run on it; they see neither the generation itself nor the reference.
         """
         scorer = _rouge_scorer()
-        examples = group_examples(rows[self.prompt_column][:], rows[self.target_column][:])
+        examples = group_examples(self.prompts(rows[:]), rows[self.target_column][:])
         run.total = 2 * run.n_batches(len(examples))
         answers = self._generate(model, tokenizer, [example.prompt for example in examples], run)
         predictions = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
@@ -112,8 +125,10 @@ class PromptFormat:
             {"prompt": example.prompt, "prediction": prediction, "references": example.references}
             for example, prediction in zip(examples[:MAX_SAMPLES], predictions, strict=False)
         ]
+        metrics = {"rougeL": sum(scores) / len(scores), "bleu": _bleu(predictions, examples)}
+        metric = self.config.metric or "rougeL"
         extras = {"cross_entropy": loss / n_scored, "examples": float(len(examples))}
-        return TaskResult("rougeL", sum(scores) / len(scores), run.tokens, extras, samples)
+        return TaskResult(metric, metrics.pop(metric), run.tokens, {**metrics, **extras}, samples)
 
     def _generate(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], run: Run
@@ -195,7 +210,16 @@ def _eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _rouge_scorer() -> Any:
     try:
+        import sacrebleu as _  # noqa: F401 - looked for before anything is generated
         from rouge_score.rouge_scorer import RougeScorer
-    except ImportError:
-        raise LTEError("ROUGE needs the package rouge-score; pip install 'learn-to-be-efficient[eval]'") from None
+    except ImportError as error:
+        raise LTEError(f"ROUGE and BLEU need {error.name}; pip install 'learn-to-be-efficient[eval]'") from None
     return RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def _bleu(predictions: list[str], examples: Sequence[Example]) -> float:
+    """BLEU of a corpus as sacrebleu has it, as a share; examples may have different numbers of references."""
+    from sacrebleu.metrics import BLEU
+
+    streams = zip_longest(*(example.references for example in examples))
+    return float(BLEU().corpus_score(predictions, [list(stream) for stream in streams]).score) / 100
