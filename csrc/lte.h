@@ -8,7 +8,7 @@
 extern "C" {
 
 enum lte_dtype : int32_t { LTE_FP32 = 0, LTE_BF16 = 1 };
-enum lte_activation : int32_t { LTE_RELU = 0, LTE_GELU = 1, LTE_GELU_TANH = 2, LTE_SILU = 3 };
+enum lte_activation : int32_t { LTE_RELU = 0, LTE_GELU = 1, LTE_GELU_TANH = 2, LTE_SILU = 3, LTE_IDENTITY = 4 };
 
 // out = W x + b. weight: [rows, cols] with row stride `stride`; bias: [rows] or null, in the dtype of the weight.
 struct lte_matrix {

@@ -105,6 +105,7 @@ INLINE vf vexp(vf x) {  // |relative error| < 3e-7; saturates, NaN stays NaN
 template <int ACT>
 INLINE vf activate(vf x) {
   if constexpr (ACT == 0) return x < 0.0f ? splat(0.0f) : x;
+  if constexpr (ACT == 4) return x;
   if constexpr (ACT == 2) {
     vf inner = 1.5957691216057308f * (x + 0.044715f * x * x * x);  // 2 sqrt(2 / pi) (...)
     return x - x / (vexp(inner) + 1.0f);
@@ -131,6 +132,7 @@ static inline void activate_all(int activation, float* values, const float* othe
     case 0: return activate_all<0>(values, other, n);
     case 1: return activate_all<1>(values, other, n);
     case 2: return activate_all<2>(values, other, n);
+    case 4: return activate_all<4>(values, other, n);
     default: return activate_all<3>(values, other, n);
   }
 }

@@ -7,6 +7,7 @@ from datasets import Dataset
 import lte
 from lte.calibration import LOSS_ROWS, sample_batches, stream_calibration
 from lte.errors import ConfigError
+from lte.methods.scores import squares_along
 from lte.nn import sparse_ffns
 from lte.tasks.collate import PaddingCollator
 from tests import models
@@ -90,7 +91,7 @@ def test_the_loss_in_parts_has_the_gradient_of_the_whole():
     batch = models.inputs(4, 50)
     assert batch["input_ids"].numel() > LOSS_ROWS
     batch["labels"] = batch["input_ids"].masked_fill(torch.arange(50) % 7 == 0, -100)
-    every = list(stream_calibration(model, [batch]))
+    every = list(stream_calibration(model, [batch], squares_along))
     found = [seen.sensitivity for seen in every]
     lte.set_mode(model, "dense")
     outputs = []
@@ -99,11 +100,10 @@ def test_the_loss_in_parts_has_the_gradient_of_the_whole():
     model.eval()(**batch).loss.backward()
     wanted = [float(output.grad.square().sum(-1).mean().sqrt()) for output in outputs]
     assert found == pytest.approx(wanted, rel=1e-4)
-    for seen, ffn, output, whole in zip(every, sparse_ffns(model), outputs, wanted, strict=True):
+    for seen, ffn, output in zip(every, sparse_ffns(model), outputs, strict=True):
         rows = ffn.weights().down.detach()
-        along = (output.grad.flatten(0, 1) @ (rows / rows.norm(dim=1, keepdim=True)).T).square().mean(0)
-        wanted_F = (0.5 * whole**2 + 0.5 * models.D_MODEL * along).sqrt()
-        torch.testing.assert_close(seen.neuron_sensitivity_F, wanted_F, rtol=1e-3, atol=0.0)
+        along_F = (output.grad.flatten(0, 1) @ (rows / rows.norm(dim=1, keepdim=True)).T).square().mean(0)
+        torch.testing.assert_close(seen.neuron_gradients_F, models.D_MODEL * along_F, rtol=1e-3, atol=0.0)
 
 
 def test_sensitivities_stay_with_their_neurons():

@@ -35,10 +35,10 @@ def test_a_recipe_survives_being_written(tmp_path):
         ("- a\n", "must hold a mapping"),
         ("model: m\ndata: d\nout: o\n", "task is missing; give --task"),
         ("model: m\ndata: d\nout: o\ntask: {name: lm, contxt_length: 3}\n", "did you mean 'context_length'"),
-        ("model: m\ndata: d\nout: o\ntask: poetry\n", "name='poetry'"),
+        ("model: m\ndata: d\nout: o\ntask: poetry\n", "unknown task .poetry."),
         ("model: m\ndata: d\nout: o\ntask: lm\ndtype: int8\n", "dtype='int8'"),
         ("model: m\ndata: d\nout: o\ntask: lm\nseed: -1\n", "seed=-1"),
-        ("model: m\ndata: d\nout: o\ntask: [lm]\n", "must name a task: lm or classify"),
+        ("model: m\ndata: d\nout: o\ntask: [lm]\n", "must name a task: lm, classify"),
     ],
 )
 def test_bad_recipes(tmp_path, text, message):

@@ -68,7 +68,12 @@ def test_parts_share_a_study(tmp_path):
         (
             {
                 "series": {
-                    "a": {"set": {"sparsity": {"method": "topk", "sparsity": 0.3}, "training.target_sparsity": 0.5}}
+                    "a": {
+                        "set": {
+                            "sparsity": {"method": "softmax-topk", "sparsity": 0.3},
+                            "training.target_sparsity": 0.5,
+                        }
+                    }
                 }
             },
             "target_sparsity=0.5 and sparsity.sparsity=0.3: give one",

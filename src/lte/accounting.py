@@ -21,7 +21,7 @@ class LayerCost:
 
     Attributes:
         attention: weights of the linear layers outside the FFN.
-        ffn: weights of the FFN's matrices.
+        ffn: weights of the FFN's matrices, those that were taken out too.
         ffn_bytes: of these, at their dtype.
         experts: number of experts; 0 for a dense layer.
         router: what deciding takes; nothing for a dense layer.
@@ -32,6 +32,14 @@ class LayerCost:
     ffn_bytes: int
     experts: int
     router: RouterCost
+
+    def saved(self, sparsity: float) -> float:
+        """Weights of the FFN not used at a sparsity, or used to decide."""
+        return self.ffn * sparsity + (self.router.multiplies * (1 - sparsity) if self.router.of_ffn else 0)
+
+    def saved_bytes(self, sparsity: float) -> float:
+        """Bytes of the FFN not read at a sparsity, or read to decide."""
+        return self.ffn_bytes * sparsity + (self.router.bytes * (1 - sparsity) if self.router.of_ffn else 0)
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ class ModelCost:
             sparsity_per_layer: share of FFN neurons not used, per sparse FFN; none for a dense model.
         """
         flops = 2 / GFLOP
-        saved = sum(layer.ffn * sparsity for layer, sparsity in self._sparse(sparsity_per_layer))
+        saved = sum(layer.saved(sparsity) for layer, sparsity in self._sparse(sparsity_per_layer))
         router = sum(layer.router.multiplies for layer in self.layers) * flops
         dense = sum(layer.attention + layer.ffn for layer in self.layers) * flops
         return {"dense": dense, "sparse": dense - saved * flops + router, "router": router}
@@ -70,7 +78,7 @@ class ModelCost:
 
         The keys and ``sparsity_per_layer`` are those of :meth:`gflops_per_token`. The KV cache is not counted.
         """
-        saved = sum(layer.ffn_bytes * sparsity for layer, sparsity in self._sparse(sparsity_per_layer))
+        saved = sum(layer.saved_bytes(sparsity) for layer, sparsity in self._sparse(sparsity_per_layer))
         router = sum(layer.router.bytes for layer in self.layers)
         return {"dense": self.dense_bytes, "sparse": self.dense_bytes - saved + router, "router": router}
 
@@ -85,7 +93,9 @@ def model_cost(model: Any) -> ModelCost:
     head = model.get_output_embeddings()
     tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     skipped = routers | ({id(table) for table in tables} - ({id(head.weight)} if head is not None else set()))
-    return ModelCost(layers, sum(p.nbytes for p in model.parameters() if id(p) not in skipped))
+    read = sum(p.nbytes for p in model.parameters() if id(p) not in skipped)
+    removed = sum(ffn.removed_weights * ffn.weights().up.element_size() for ffn in sparse_ffns(model))
+    return ModelCost(layers, read + removed)
 
 
 def _layer_cost(model: Any, block: nn.Module) -> LayerCost:
@@ -100,8 +110,10 @@ def _layer_cost(model: Any, block: nn.Module) -> LayerCost:
         matrices = [matrix for matrix in (weights.gate, weights.up, weights.down) if matrix is not None]
         router, experts, of_router = ffn.router.cost(), ffn.router.n_experts, {id(p) for p in ffn.router.parameters()}
     ffn_weights = sum(matrix.numel() for matrix in matrices)
+    removed = 0 if ffn is None else ffn.removed_weights
+    ffn_bytes = sum(matrix.nbytes for matrix in matrices) + removed * matrices[0].element_size()
     every = sum(p.numel() for p in block.parameters() if p.ndim == 2 and id(p) not in of_router)
-    return LayerCost(every - ffn_weights, ffn_weights, sum(matrix.nbytes for matrix in matrices), experts, router)
+    return LayerCost(every - ffn_weights, ffn_weights + removed, ffn_bytes, experts, router)
 
 
 def parameter_counts(model: Any) -> dict[str, int]:

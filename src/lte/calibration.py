@@ -15,7 +15,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lte.errors import ConfigError
-from lte.grouping import Calibration
+from lte.grouping import Calibration, NeuronGradients
 from lte.memory import trim_heap
 from lte.nn import Mode, SparseFFN, set_mode, sparse_ffns
 
@@ -81,7 +81,9 @@ def device_inputs(batch: Mapping[str, Tensor], device: torch.device) -> tuple[di
     return inputs, None if mask is None else mask.flatten().bool()
 
 
-def stream_calibration(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> Iterator[Calibration]:
+def stream_calibration(
+    model: nn.Module, batches: Sequence[Mapping[str, Tensor]], neuron_gradients: NeuronGradients | None = None
+) -> Iterator[Calibration]:
     """Run the dense function of a sparsified model over some batches; one :class:`Calibration` per FFN, in order.
 
     What is held at a time are the inputs of as many FFNs as fit :data:`INPUTS_BYTES`; the model runs once for each such
@@ -90,6 +92,7 @@ def stream_calibration(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]
     Args:
         model: with sparse FFNs, on any device. Between two calibrations its neurons may be permuted.
         batches: model inputs. Where all have ``labels``, the sensitivity of the loss is measured too.
+        neuron_gradients: what is measured for every neuron, besides.
 
     Raises:
         ConfigError: there are labels, and none of them counts.
@@ -98,7 +101,7 @@ def stream_calibration(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]
     first = next(model.parameters())
     layer_bytes = max(1, token_count(batches) * ffns[0].weights().d_model * first.element_size())
     at_once = max(1, INPUTS_BYTES // layer_bytes)
-    gradients = _Gradients(len(ffns)) if all("labels" in batch for batch in batches) else None
+    gradients = _Gradients(len(ffns), neuron_gradients) if all("labels" in batch for batch in batches) else None
     for start in range(0, len(ffns), at_once):
         watched = ffns[start : start + at_once]
         inputs = _watch(model, watched, batches, gradients if start == 0 else None)
@@ -153,9 +156,10 @@ def _watch(
 class _Gradients:
     """Of the loss, with respect to every FFN's output; only sums of their squares are kept."""
 
-    def __init__(self, n_layers: int) -> None:
+    def __init__(self, n_layers: int, of_neurons: NeuronGradients | None) -> None:
         self.backward = False
-        self.outputs: dict[int, tuple[Tensor, SparseFFN]] = {}
+        self.measure_neurons = of_neurons
+        self.outputs: dict[int, tuple[Tensor, Tensor, SparseFFN]] = {}
         self.squares: list[list[float]] = [[] for _ in range(n_layers)]
         self.of_tokens: list[list[Tensor]] = [[] for _ in range(n_layers)]
         self.of_neurons: list[list[Tensor]] = [[] for _ in range(n_layers)]
@@ -164,24 +168,25 @@ class _Gradients:
         """Forward hook."""
         output.requires_grad_(True)
         if not self.backward:
-            self.outputs[ffn.layer_index] = output, ffn
+            self.outputs[ffn.layer_index] = args[0], output, ffn
 
     def take(self, loss: Tensor, labels: Tensor, token_mask: Tensor | None) -> None:
         """Backward through what the last forward left."""
 
-        def measure(ffn: SparseFFN, gradient: Tensor) -> None:
+        def measure(ffn: SparseFFN, x: Tensor, gradient: Tensor) -> None:
             layer = ffn.layer_index
             squares = gradient.float().square().sum(-1).flatten()
             mean = float(squares.mean())
             if math.isfinite(mean):
                 self.squares[layer].append(mean)
-                self.of_neurons[layer].append(_squares_along(gradient.flatten(0, -2), ffn.weights().down.detach()))
+                if self.measure_neurons is not None:
+                    self.of_neurons[layer].append(self._of_neurons(ffn, x.flatten(0, -2), gradient.flatten(0, -2)))
             if labels.dim() == 1:  # one per row, and the loss is a mean over them
                 norms = len(labels) * squares.sqrt()
                 self.of_tokens[layer].append(norms if token_mask is None else norms[token_mask])
 
-        for output, ffn in self.outputs.values():
-            output.register_hook(partial(measure, ffn))
+        for x, output, ffn in self.outputs.values():
+            output.register_hook(partial(measure, ffn, x))
         self.outputs.clear()
         self.backward = True
         try:
@@ -189,26 +194,26 @@ class _Gradients:
         finally:
             self.backward = False
 
+    @torch.no_grad()
+    def _of_neurons(self, ffn: SparseFFN, x_TD: Tensor, gradients_TD: Tensor) -> Tensor:
+        """[F] float32, the mean over the tokens; some are taken at a time."""
+        assert self.measure_neurons is not None
+        weights, parts = ffn.weights(), zip(x_TD.split(LOSS_ROWS), gradients_TD.split(LOSS_ROWS), strict=True)
+        sums = [self.measure_neurons(weights, partial(ffn.hidden, x_tD), g_tD) for x_tD, g_tD in parts]
+        return torch.stack(sums).sum(0).float() / len(x_TD)
+
     def all_zero(self) -> bool:
         """Whether the loss depends on no FFN."""
         return not any(any(squares) for squares in self.squares)
 
     def of(self, layer: int) -> tuple[float, Tensor | None, Tensor | None]:
-        """Root mean square over tokens; the norm of every token where labels belong to rows; the former by neuron."""
+        """Root mean square over tokens; the norm of every token where labels belong to rows; what neurons have."""
         squares, of_tokens, of_neurons = self.squares[layer], self.of_tokens[layer], self.of_neurons[layer]
         if not squares:
             return 0.0, torch.cat(of_tokens) if of_tokens else None, None
         mean = sum(squares) / len(squares)
-        neurons_F = ((torch.stack(of_neurons).mean(0) + mean) / 2).sqrt()
+        neurons_F = torch.stack(of_neurons).mean(0) if of_neurons else None
         return mean**0.5, torch.cat(of_tokens) if of_tokens else None, neurons_F
-
-
-def _squares_along(gradients_TD: Tensor, down_FD: Tensor) -> Tensor:
-    """[F] float32: mean squares of gradients along every row, in units of whole gradients that point anywhere."""
-    squares_F = torch.zeros(len(down_FD), device=down_FD.device)
-    for part_tD in gradients_TD.split(LOSS_ROWS):
-        squares_F += (part_tD.to(down_FD.dtype) @ down_FD.T).float().square().sum(0)
-    return squares_F * down_FD.shape[1] / len(gradients_TD) / down_FD.float().square().sum(1).clamp_min(1e-30)
 
 
 @contextmanager

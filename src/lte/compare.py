@@ -45,6 +45,8 @@ class Entry:
         settings_of(method)
         if how not in ("", "trained", "untrained"):
             raise ConfigError(f"{text!r}: after a method's name comes :trained or :untrained, or nothing")
+        if how == "trained" and not METHODS[method][1].trainable:
+            raise ConfigError(f"{text!r}: a model cannot be trained under {method!r}")
         if how == "trained" and not steps:
             raise ConfigError(f"{text!r} needs steps to train for; give --steps")
         return cls(text.strip(), method, bool(steps) and (how == "trained" or (not how and METHODS[method][1].trains)))
@@ -88,7 +90,7 @@ def plan(
     if steps < 0 or seeds < 1:
         raise ConfigError(f"steps={steps}, seeds={seeds}: steps must not be negative, and there must be a seed")
     grid = {"seed": list(range(seeds)), "training.target_sparsity": list(sparsities)}
-    long = {"training.max_steps": steps}
+    long: dict[str, Any] = {"training.max_steps": steps}
     tuned = str(out / "models" / "dense-seed={seed}") if steps else base["model"]
     series: dict[str, Any] = {
         "dense": {"command": "finetune", "set": long, "grid": {"seed": grid["seed"]}, "keep": True}
@@ -97,7 +99,13 @@ def plan(
         series["dense"] = {"command": "dense", "grid": {"seed": [0]}}
     for entry in entries:
         own = {f"sparsity.{key}": value for method, key, value in settings if method == entry.name}
-        own = {"sparsity.method": entry.method, **own, **(long if entry.trained else {"model": tuned})}
+        if not entry.trained:
+            own = {"model": tuned, **own}
+        elif METHODS[entry.method][1].recipe == "paper":
+            own = {"training.stage1_steps": steps // 2, "training.stage2_steps": steps - steps // 2, **own}
+        else:
+            own = {**long, **own}
+        own = {"sparsity.method": entry.method, **own}
         shown = {"seed": grid["seed"]} if METHODS[entry.method][0].sparsity_is == "its own" else grid
         series[entry.name] = {"command": "train" if entry.trained else "sparsify", "set": own, "grid": shown}
     return {

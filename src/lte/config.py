@@ -13,7 +13,7 @@ from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lte.errors import CheckpointError, ConfigError
-from lte.grouping import Calibration, needs_activations
+from lte.grouping import Calibration, NeuronGradients, needs_activations
 from lte.nn import Router, SparseFFN
 
 ModelT = TypeVar("ModelT", bound=pydantic.BaseModel)
@@ -86,6 +86,9 @@ class Method(ABC, Generic[ConfigT]):
     trains: ClassVar[bool] = True
     """Whether the model is trained under it as published; if not, it is applied to a trained dense model."""
 
+    recipe: ClassVar[str] = "single-stage"
+    """How a model is trained under it unless a recipe says otherwise, of :data:`lte.recipe.PRESETS`."""
+
     fitted: ClassVar[bool] = False
     """Whether what decides is fitted to calibration data."""
 
@@ -101,6 +104,9 @@ class Method(ABC, Generic[ConfigT]):
     dial_tokens: ClassVar[int] = 16384
     """Tokens on which thresholds are found where nothing is trained."""
 
+    trainable: ClassVar[bool] = True
+    """Whether a model can be trained under it."""
+
     def __init__(self, config: ConfigT) -> None:
         self.config = config
 
@@ -108,6 +114,11 @@ class Method(ABC, Generic[ConfigT]):
     def learns(self) -> bool:
         """Whether losses on the scores change any weight."""
         return True
+
+    @property
+    def neuron_gradients(self) -> NeuronGradients | None:
+        """What is measured of the loss's gradients for every neuron, see :attr:`Calibration.neuron_gradients_F`."""
+        return None
 
     @property
     def needs_calibration(self) -> str | None:
@@ -132,6 +143,13 @@ class Method(ABC, Generic[ConfigT]):
                 where there is no calibration data.
             generator: on the CPU, for what is drawn.
         """
+
+    def shape(self, ffns: Sequence[SparseFFN]) -> None:
+        """Give new FFNs the shapes that the settings say their matrices have; their weights are loaded after that."""
+
+    def settled(self, ffns: Sequence[SparseFFN]) -> ConfigT:
+        """The settings to be saved, once routers are filled."""
+        return self.config
 
 
 METHODS: dict[str, tuple[type[MethodConfig], type[Method[Any]]]] = {}

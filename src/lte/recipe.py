@@ -14,7 +14,7 @@ import torch
 import yaml
 from transformers import TrainingArguments, get_scheduler
 
-from lte.config import MethodConfig, method_config, sparsity_is, validate_model
+from lte.config import MethodConfig, method_config, method_of, sparsity_is, validate_model
 from lte.errors import ConfigError
 from lte.hub import read_config
 from lte.tasks import TaskConfig
@@ -89,7 +89,10 @@ class Recipe(pydantic.BaseModel):
         """The training arguments, of class ``cls``; ``defaults`` yield to the recipe."""
         fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
         values = {"seed": self.seed, **defaults}
-        preset = PRESETS[self.recipe]["training"] if "stages" in fields else {}
+        name = self.recipe
+        if "stages" in fields and name == "single-stage":
+            name = method_of(self.method()).recipe
+        preset = PRESETS[name]["training"] if "stages" in fields else {}
         given = {**preset, **self.training}
         if "target_sparsity" in fields and self.method().sparsity_is != "threshold":
             given = {"eta": 0.0, **given, "target_sparsity": None}

@@ -305,6 +305,11 @@ def _dtype(recipe: Recipe) -> Any:
 
 
 def _check_losses(method: MethodConfig, args: LTETrainingArguments) -> None:
+    if not method_of(method).trainable:
+        raise ConfigError(
+            f"method={method.method!r} puts zeros into the weights, which training would fill again; train the dense "
+            "model, then lte sparsify"
+        )
     if not method_of(method).learns:
         refuse_idle_losses(args)
 

@@ -80,7 +80,8 @@ def sparsify(
     if timings is not None:
         timings.update(spent)
     enable_dial(model)
-    model.config.quantization_config = SparsityConfig(config, version("learn-to-be-efficient"))  # type: ignore[union-attr]
+    settled = method_of(config).settled(sparse_ffns(model))
+    model.config.quantization_config = SparsityConfig(settled, version("learn-to-be-efficient"))  # type: ignore[union-attr]
     return model
 
 
@@ -96,7 +97,7 @@ def _convert(model: nn.Module, config: MethodConfig, batches: list[Mapping[str, 
         spent["grouping"] = time.perf_counter() - started
         method.init_routers(ffns, None, generator)
     else:
-        grouped = _group_each(ffns, config, stream_calibration(model, batches), spent)
+        grouped = _group_each(ffns, config, stream_calibration(model, batches, method.neuron_gradients), spent)
         method.init_routers(ffns, grouped, generator)
         for _ in grouped:  # what a method did not ask to see is grouped all the same
             pass
@@ -113,8 +114,8 @@ def _group_each(
         seen = next(calibration)
         times.append(time.perf_counter())
         permutation = _group(ffn, config, seen)
-        if seen.neuron_sensitivity_F is not None:
-            seen = replace(seen, neuron_sensitivity_F=seen.neuron_sensitivity_F[permutation])
+        if seen.neuron_gradients_F is not None:
+            seen = replace(seen, neuron_gradients_F=seen.neuron_gradients_F[permutation])
         spent["calibration"] += times[1] - times[0]
         spent["grouping"] += time.perf_counter() - times[1]
         yield seen
@@ -143,4 +144,4 @@ def install_sparse_ffns(model: nn.Module, config: MethodConfig) -> None:
         check_divisible(d_ff, config.expert_size)
         return method.make_router(d_model, d_ff // config.expert_size, like)
 
-    install_ffns(model, make_router, config.layers)
+    method.shape(install_ffns(model, make_router, config.layers))

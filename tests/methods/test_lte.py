@@ -81,7 +81,7 @@ def test_a_router_without_bias_cannot_start_elsewhere_than_at_a_half():
     assert lte.LTEConfig(router_bias=False).router_init == "random"  # also what older checkpoints mean
 
 
-@pytest.mark.parametrize("settings", [{"router_rank": 4}, {"method": "topk", "sparsity": 0.75}])
+@pytest.mark.parametrize("settings", [{"router_rank": 4}, {"method": "softmax-topk", "sparsity": 0.75}])
 def test_other_routers_save_and_load(tmp_path, settings):
     settings = {"expert_size": models.EXPERT, "grouping": "random", **settings}
     if settings.pop("method", None):

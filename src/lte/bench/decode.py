@@ -108,6 +108,8 @@ def bench_decode(
     else:
         model = load(model_folder, dtype=DTYPES[dtype]).to(device).eval()
         sparsities = (-1.0,)
+        if any(ffn.removed for ffn in sparse_ffns(model)):
+            raise ConfigError(f"{model_folder} is a pruned model, whose dense twin is another; use lte compare")
     progress("measuring where dense wins")
     prepare_for_inference(model)
     generator = torch.Generator().manual_seed(0)

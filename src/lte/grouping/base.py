@@ -55,6 +55,11 @@ PROFILE_VALUES = 2**26
 """Most numbers that the profiles of one FFN's neurons over tokens may hold."""
 
 
+NeuronGradients = Callable[[FFNWeights, Callable[[], Tensor], Tensor], Tensor]
+"""Of some tokens: (weights, what computes the hidden values [t, F], gradients of the loss with respect to the FFN's
+output [t, D]) -> [F], summed over the tokens. Padding has gradients of zero."""
+
+
 @dataclass(frozen=True)
 class Calibration:
     """What one FFN of the dense model saw on T calibration tokens, padding left out.
@@ -71,16 +76,15 @@ class Calibration:
             the label differs between tokens then (most passes through the first, in an encoder), and their inputs
             tell. None for a label per token, where it differs by how surprising the next token is, which no router
             could know.
-        neuron_sensitivity_F: the same as ``sensitivity`` for what each neuron adds to the output. It counts half what
-            the gradient is along the neuron's row of the down projection, half what it is along any; gradients of
-            some thousand tokens tell no more. None where the calibration data had no labels.
+        neuron_gradients_F: mean over the tokens of what the method measures of the loss's gradients for every neuron,
+            see :attr:`lte.config.Method.neuron_gradients`. None where it measures nothing, or there were no labels.
     """
 
     inputs_TD: Tensor
     hidden_of: Callable[[Tensor], Tensor]
     sensitivity: float | None = None
     token_sensitivity_T: Tensor | None = None
-    neuron_sensitivity_F: Tensor | None = None
+    neuron_gradients_F: Tensor | None = None
 
     @torch.no_grad()
     def chunks(self, step: int = 1) -> Iterator[tuple[slice, Chunk]]:

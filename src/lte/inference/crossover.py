@@ -96,7 +96,7 @@ def shape_name(ffn: SparseFFN) -> str:
     """``4096x11008/344 bfloat16``."""
     weights = ffn.weights()
     dtype = str(weights.up.dtype).removeprefix("torch.")
-    return f"{weights.d_model}x{weights.d_ff}/{ffn.router.n_experts} {dtype}"
+    return f"{weights.d_model}x{weights.d_ff}/{ffn.n_experts} {dtype}"
 
 
 @torch.no_grad()
@@ -110,7 +110,7 @@ def measure(ffn: SparseFFN, backend: str, *, expected_density: float = 0.5, budg
         budget_seconds: larger numbers of tokens are not measured, and taken to be as the last, once this is spent.
     """
     weights = ffn.weights()
-    device, n_experts = weights.up.device, ffn.router.n_experts
+    device, n_experts = weights.up.device, ffn.n_experts
     generator = torch.Generator().manual_seed(0)
     table: dict[int, float] = {}
     started = time.perf_counter()

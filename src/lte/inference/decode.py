@@ -21,7 +21,18 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lte.families import DECODERS, blocks_of
-from lte.nn import ROUTER_DTYPE, CopyForm, CopyRouter, FastLinear, LinearForm, Mode, SparseFFN, sparse_ffns
+from lte.nn import (
+    ROUTER_DTYPE,
+    ConstantForm,
+    CopyForm,
+    CopyRouter,
+    FastLinear,
+    Form,
+    HalfForm,
+    Mode,
+    SparseFFN,
+    sparse_ffns,
+)
 from lte.ops.cpu import DTYPES, kernels
 from lte.ops.cpu.calls import describe_copied_ffn, describe_ffn
 from lte.ops.cpu.library import Cache, Decoder, Layer, Matrix, Step, matrix
@@ -87,7 +98,8 @@ class DecodeStep:
         for name, module in _decoder_linears(model):
             if type(module) not in (nn.Linear, FastLinear) or type(module.weight) is not nn.Parameter:
                 return f"{name} is a {type(module).__name__}, not a plain linear layer"
-        if any(ffn.router.form() is None for ffn in sparse_ffns(model)):
+        forms = [ffn.router.form() for ffn in sparse_ffns(model)]
+        if any(form is None or isinstance(form, HalfForm) for form in forms):
             return f"the kernels have no form of a {type(sparse_ffns(model)[0].router).__name__}"
         return ""
 
@@ -226,18 +238,20 @@ class _Built:
             return True
         return any(ffn.observer is not None or ffn.mode == Mode.SOFT for ffn in self.ffns)
 
-    def _layer(self, block: nn.Module, ffn: SparseFFN, form: LinearForm | CopyForm | None, spec: Any) -> Layer:
+    def _layer(self, block: nn.Module, ffn: SparseFFN, form: Form | None, spec: Any) -> Layer:
         def weight(path: str) -> int:
             return block.get_submodule(path).get_parameter("weight").data_ptr()
 
         projections = [block.get_submodule(path) for path in spec.qkv]
         qkv = [matrix(p.weight, p.bias) for p in projections]  # type: ignore[arg-type]
         output = block.get_submodule(spec.output)
-        weights, experts = ffn.packed_weights(), ffn.router.n_experts
+        weights, experts = ffn.packed_weights(), ffn.n_experts
         if isinstance(form, CopyForm):
             described = describe_copied_ffn(weights, experts, form.copy, form.cut)
+        elif isinstance(form, ConstantForm):
+            described = describe_ffn(weights, experts)
         else:
-            assert form is not None
+            assert isinstance(form, LinearForm)
             described = describe_ffn(weights, experts, form.weight, form.bias, form.threshold)
         return Layer(
             attention_norm=weight(spec.attention_norm),
@@ -247,7 +261,7 @@ class _Built:
             qkv=(Matrix * 3)(*qkv, *(Matrix() for _ in range(3 - len(qkv)))),
             output=matrix(output.weight, output.bias),  # type: ignore[arg-type]
             ffn=described,
-            all_experts=int(ffn.mode == Mode.DENSE),
+            all_experts=int(ffn.mode == Mode.DENSE or isinstance(form, ConstantForm)),
         )
 
     def caches(self, cache: DynamicCache, batch: int, position: int) -> Any:

@@ -7,17 +7,18 @@ from lte.methods.countdown import CountdownConfig
 from lte.methods.dejavu import DejaVuConfig
 from lte.methods.dsmoe import DSMoEConfig
 from lte.methods.kla import KLAConfig
-from lte.methods.lte import LTEConfig
+from lte.methods.lte import LTEConfig, LTEPaperConfig
 from lte.methods.moefication import MoEficationConfig
 from lte.methods.oracle import OracleConfig
-from lte.methods.prune import PruneFLAPConfig, PruneMagnitudeConfig, PruneWandaConfig
+from lte.methods.prune import PruneFLAPConfig, PruneMagnitudeConfig, PruneTaylorConfig, PruneWandaConfig
 from lte.methods.random_router import RandomRouterConfig
 from lte.methods.relufication import ReLUficationConfig
 from lte.methods.self_prediction import SelfPredictionConfig
+from lte.methods.softmax_topk import TopKConfig
 from lte.methods.sparseinfer import SparseInferConfig
 from lte.methods.svd import SVDConfig
 from lte.methods.teal import TEALConfig
-from lte.methods.topk import TopKConfig
+from lte.methods.wanda import WandaConfig
 from lte.methods.wina import WINAConfig
 
 __all__ = [
@@ -29,10 +30,12 @@ __all__ = [
     "DejaVuConfig",
     "KLAConfig",
     "LTEConfig",
+    "LTEPaperConfig",
     "MoEficationConfig",
     "OracleConfig",
     "PruneFLAPConfig",
     "PruneMagnitudeConfig",
+    "PruneTaylorConfig",
     "PruneWandaConfig",
     "RandomRouterConfig",
     "ReLUficationConfig",
@@ -42,4 +45,5 @@ __all__ = [
     "TEALConfig",
     "TopKConfig",
     "WINAConfig",
+    "WandaConfig",
 ]

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from lte.config import MethodConfig, register_method
 from lte.methods.scores import ScoreMethod
-from lte.nn import Router, RouterCost, ScoreRouter
-from lte.ops import ACTIVATIONS
+from lte.nn import HalfForm, Router, RouterCost, ScoreRouter, SparseFFN
+from lte.nn.router import NOTHING
+from lte.ops import ACTIVATIONS, fast_linear
 
 
 class CATSConfig(MethodConfig):
@@ -28,6 +29,19 @@ class CATSConfig(MethodConfig):
     weighted: bool = False
 
 
+def activated_inputs(ffn: SparseFFN, x: Tensor) -> Tensor:
+    """The gate's activations, or of a plain FFN all it computes before the down projection: [..., D] -> [..., F]."""
+    weights = ffn.weights()
+    bias = weights.up_bias if weights.gate is None else weights.gate_bias
+    return ACTIVATIONS[weights.activation](fast_linear(x, weights.input_matrix, bias))
+
+
+def cost_of_inputs(ffn: SparseFFN, parameters: int, *, half: bool) -> RouterCost:
+    """Of :func:`activated_inputs`; ``half``: kernels go on from there."""
+    matrix = ffn.weights().input_matrix
+    return RouterCost(matrix.numel(), matrix.nbytes, parameters, of_ffn=half)
+
+
 class GateRouter(ScoreRouter):
     """Guesses a neuron's output by the size of its gate's activation.
 
@@ -42,15 +56,26 @@ class GateRouter(ScoreRouter):
 
     def scores(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., F]."""
-        weights = self.ffn.weights()
-        bias = weights.up_bias if weights.gate is None else weights.gate_bias
-        gate = ACTIVATIONS[weights.activation](nn.functional.linear(x, weights.input_matrix, bias)).abs()
-        return gate * (self.unit_scores() if self.weighted else self.neuron_sensitivity())
+        return self.scores_of(activated_inputs(self.ffn, x))
+
+    def scores_of(self, gate: Tensor) -> Tensor:
+        """The same from the gate's activations."""
+        return gate.abs() * (self.unit_scores() if self.weighted else self.neuron_sensitivity())
+
+    def form(self) -> HalfForm | None:
+        """See :meth:`Router.form`; of a plain FFN all but the down projection is computed."""
+        if self.ffn.weights().gate is None or self.n_experts < self.ffn.weights().d_ff:
+            return None
+        return HalfForm("gate", self._decide)
+
+    def _decide(self, x_TD: Tensor) -> Tensor:
+        gate_TF = activated_inputs(self.ffn, x_TD)
+        logits_TF = self.scores_of(gate_TF).float().clamp_min(NOTHING).log()
+        return gate_TF.where(self.decide(logits_TF).mask, 0.0)
 
     def cost(self) -> RouterCost:
-        """All of the gate is read, also the rows that are then left out."""
-        matrix = self.ffn.weights().input_matrix
-        return RouterCost(matrix.numel(), matrix.nbytes, self.sensitivity.numel())
+        """All of the gate is read, also the rows of neurons that do not run."""
+        return cost_of_inputs(self.ffn, self.sensitivity.numel(), half=self.form() is not None)
 
 
 @register_method(CATSConfig)

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from lte.config import MethodConfig, register_method
 from lte.errors import ConfigError
 from lte.methods.scores import ScoreMethod
-from lte.nn import Router, RouterCost, ScoreRouter, SparseFFN
+from lte.nn import HalfForm, Router, RouterCost, ScoreRouter, SparseFFN
+from lte.nn.router import NOTHING
+from lte.ops import fast_linear
 
 
 class CountdownConfig(MethodConfig):
@@ -49,18 +51,32 @@ class CoefficientRouter(ScoreRouter):
 
     def scores(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., F]."""
-        if self.direct:
-            coefficients = self.ffn.hidden(x)
-        else:
-            weights = self.ffn.weights()
-            coefficients = nn.functional.linear(x, weights.up, weights.up_bias)
+        return self._scores_of(self.ffn.hidden(x) if self.direct else self._ups(x))
+
+    def _ups(self, x: Tensor) -> Tensor:
+        weights = self.ffn.weights()
+        return fast_linear(x, weights.up, weights.up_bias)
+
+    def _scores_of(self, coefficients: Tensor) -> Tensor:
         return coefficients.detach().float().abs() * self.neuron_sensitivity()
 
+    def form(self) -> HalfForm | None:
+        """See :meth:`Router.form`."""
+        if self.direct or self.n_experts < self.ffn.weights().d_ff:
+            return None
+        return HalfForm("up", self._decide)
+
+    def _decide(self, x_TD: Tensor) -> Tensor:
+        ups_TF = self._ups(x_TD)
+        return ups_TF.where(self.decide(self._scores_of(ups_TF).clamp_min(NOTHING).log()).mask, 0.0)
+
     def cost(self) -> RouterCost:
-        """All of the up projection is read, also the rows that are then left out; an oracle is not charged."""
+        """All of the up projection is read, also the rows of neurons that do not run; an oracle is not charged."""
         up = self.ffn.weights().up
         size = self.sensitivity.numel()
-        return RouterCost(0, 0, size) if self.direct else RouterCost(up.numel(), up.nbytes, size)
+        if self.direct:
+            return RouterCost(0, 0, size)
+        return RouterCost(up.numel(), up.nbytes, size, of_ffn=self.form() is not None)
 
 
 @register_method(CountdownConfig)

@@ -61,6 +61,15 @@ class LTEConfig(MethodConfig):
         )
 
 
+class LTEPaperConfig(LTEConfig):
+    """LTE as published: experts by k-means, routers from chance, two stages of training (see ``--recipe paper``)."""
+
+    method = "lte-paper"
+
+    grouping: str = "kmeans"
+    router_init: Literal["energy", "random"] = "random"
+
+
 @register_method(LTEConfig)
 class LTE(Method[LTEConfig]):
     """Linear routers on experts, or routers with a hidden layer."""
@@ -93,6 +102,14 @@ class LTE(Method[LTEConfig]):
         if self.config.router_init == "energy":
             assert calibration is not None
             _fit_routers(ffns, routers, calibration, std, score)
+
+
+@register_method(LTEPaperConfig)
+class LTEPaper(LTE):
+    """The same, trained in two stages."""
+
+    decides = "a linear router, two stages"
+    recipe = "paper"
 
 
 SAMPLED = 65536

@@ -1,9 +1,9 @@
-"""Structured pruning: the same neurons are left out for every token, those that count least."""
+"""Structured pruning: the neurons that count least are taken out of the weights, the same ones for every token."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, TypeVar
 
 import pydantic
@@ -11,16 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from lte.config import FixedShareConfig, register_method
-from lte.grouping import Calibration
+from lte.errors import ConfigError
+from lte.grouping import Calibration, NeuronGradients
 from lte.methods.unlearned import UnlearnedMethod
-from lte.nn import ROUTER_DTYPE, Router, RouterCost, Routing, SparseFFN, largest
+from lte.nn import ROUTER_DTYPE, ConstantForm, Router, RouterCost, Routing, SparseFFN, largest
+from lte.ops import FFNWeights
 
 
 class PruneConfig(FixedShareConfig):
-    """Settings of them all."""
+    """Settings of them all.
+
+    Attributes:
+        kept: neurons that are left of every sparse FFN; what pruning found, and what the saved matrices have.
+    """
 
     expert_size: Annotated[int, pydantic.Field(ge=1)] = 1
     grouping: str = "none"
+    kept: tuple[Annotated[int, pydantic.Field(ge=1)], ...] | None = None
 
 
 class PruneMagnitudeConfig(PruneConfig):
@@ -35,24 +42,36 @@ class PruneWandaConfig(PruneConfig):
     method = "prune-wanda"
 
 
+class PruneTaylorConfig(PruneConfig):
+    """Of every layer, those whose loss would change least, to the first order (Molchanov et al., 2019).
+
+    The importance is the mean over the tokens of ``(h_i * dL/dh_i) ** 2``.
+    """
+
+    method = "prune-taylor"
+
+
 class PruneFLAPConfig(PruneConfig):
     """Those whose outputs hardly change, ``var(h_i) * norm(d_i) ** 2``, compared over all layers (An et al., 2024).
 
-    FLAP also puts the mean of what is left out into a bias. Most FFNs have none, and none is added here.
+    Attributes:
+        compensate: the mean of what is left out goes into the bias of the down projection, made where there is none.
     """
 
     method = "prune-flap"
+
+    compensate: bool = True
 
 
 ConfigT = TypeVar("ConfigT", bound=PruneConfig)
 
 
 class ConstantRouter(Router):
-    """The same experts for every token.
+    """The same experts for every token; the others' weights are gone.
 
     Args:
-        n_experts: number of experts E.
-        device: of :attr:`keeps`, [E], 1 for experts that run and 0 for others.
+        n_experts: number of experts E there were.
+        device: of :attr:`keeps`, [E], 1 for experts that are left and 0 for others.
     """
 
     uses_threshold = False
@@ -70,6 +89,10 @@ class ConstantRouter(Router):
         keeps = self.keeps.expand(*x.shape[:-1], self.n_experts)
         return Routing(keeps, keeps > 0.5)
 
+    def form(self) -> ConstantForm:
+        """See :meth:`Router.form`."""
+        return ConstantForm()
+
     def cost(self) -> RouterCost:
         """Nothing is decided."""
         return RouterCost(0, 0, 0)
@@ -79,6 +102,7 @@ class Prune(UnlearnedMethod[ConfigT]):
     """Base: sub-classes say how much each neuron counts."""
 
     decides = "nothing: pruned for good"
+    kernels = "run what is left"
     calibration_tokens = 4096
     over_layers = False
     """Whether neurons of different layers are compared."""
@@ -102,12 +126,34 @@ class Prune(UnlearnedMethod[ConfigT]):
             every.append(importance_F.unflatten(0, (ffn.router.n_experts, -1)).sum(1))
         if self.over_layers:
             every = [(scores - scores.mean()) / scores.std().clamp_min(1e-30) for scores in every]
-            kept = _largest(torch.cat(every), self.config.sparsity).split([len(scores) for scores in every])
+            kept = list(_largest(torch.cat(every), self.config.sparsity).split([len(scores) for scores in every]))
+            # No layer is left without any.
+            kept = [mask | (scores == scores.max()) for mask, scores in zip(kept, every, strict=True)]
         else:
             kept = [_largest(scores, self.config.sparsity) for scores in every]
         for ffn, mask in zip(ffns, kept, strict=True):
             assert isinstance(ffn.router, ConstantRouter)
             ffn.router.keeps.copy_(mask)
+            neurons = mask.repeat_interleave(ffn.weights().d_ff // len(mask))
+            self.before_removal(ffn, ~neurons)
+            ffn.keep(neurons.nonzero().flatten())
+
+    def before_removal(self, ffn: SparseFFN, removed: Tensor) -> None:
+        """Called with the neurons that go, [F] bool, while they are still there."""
+
+    def settled(self, ffns: Sequence[SparseFFN]) -> ConfigT:
+        """See :class:`Method`."""
+        return self.config.model_copy(update={"kept": tuple(ffn.weights().d_ff for ffn in ffns)})
+
+    def shape(self, ffns: Sequence[SparseFFN]) -> None:
+        """See :class:`Method`."""
+        if self.config.kept is None:
+            return
+        if len(self.config.kept) != len(ffns):
+            raise ConfigError(f"kept={list(self.config.kept)} is for {len(self.config.kept)} FFNs, not {len(ffns)}")
+        for ffn, count in zip(ffns, self.config.kept, strict=True):
+            device = ffn.weights().up.device
+            ffn.keep(torch.arange(min(count, ffn.weights().d_ff), device=device))
 
 
 @register_method(PruneMagnitudeConfig)
@@ -134,17 +180,60 @@ class PruneWanda(Prune[PruneWandaConfig]):
         return squares_F.sqrt() * ffn.weights().down.float().abs().sum(1)
 
 
+def taylor(weights: FFNWeights, hidden: Callable[[], Tensor], gradients_tD: Tensor) -> Tensor:
+    """[F]: squares of what the loss changes by, to the first order, without the neuron."""
+    of_hidden_tF = gradients_tD.to(weights.down.dtype) @ weights.down.detach().T
+    return (hidden().float() * of_hidden_tF.float()).square().sum(0)
+
+
+@register_method(PruneTaylorConfig)
+class PruneTaylor(Prune[PruneTaylorConfig]):
+    """By gradients."""
+
+    fitted = True
+
+    @property
+    def neuron_gradients(self) -> NeuronGradients:
+        """See :class:`Method`."""
+        return taylor
+
+    def importance(self, ffn: SparseFFN, seen: Calibration | None) -> Tensor:
+        """See :class:`Prune`."""
+        assert seen is not None
+        if seen.neuron_gradients_F is None:
+            raise ConfigError("method='prune-taylor' needs calibration batches with labels: it looks at the loss")
+        return seen.neuron_gradients_F
+
+
 @register_method(PruneFLAPConfig)
 class PruneFLAP(Prune[PruneFLAPConfig]):
     """By what changes."""
 
     over_layers, fitted = True, True
 
+    def __init__(self, config: PruneFLAPConfig) -> None:
+        super().__init__(config)
+        self._means: dict[int, Tensor] = {}
+
     def importance(self, ffn: SparseFFN, seen: Calibration | None) -> Tensor:
         """See :class:`Prune`."""
         assert seen is not None
         hidden_TF = torch.cat([hidden_tF for _, (_, hidden_tF) in seen.chunks()])
+        self._means[ffn.layer_index] = hidden_TF.mean(0)
         return hidden_TF.var(0) * ffn.weights().down.float().square().sum(1)
+
+    def before_removal(self, ffn: SparseFFN, removed: Tensor) -> None:
+        """See :class:`Prune`."""
+        if self.config.compensate:
+            lost_D = (self._means[ffn.layer_index] * removed) @ ffn.weights().down.float()
+            ffn.down_bias().data += lost_D
+
+    def shape(self, ffns: Sequence[SparseFFN]) -> None:
+        """See :class:`Method`."""
+        super().shape(ffns)
+        if self.config.compensate and self.config.kept is not None:
+            for ffn in ffns:
+                ffn.down_bias()
 
 
 def _largest(scores: Tensor, sparsity: float) -> Tensor:

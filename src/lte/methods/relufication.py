@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import pydantic
 from torch import Tensor, nn
 
 from lte.config import MethodConfig, register_method
+from lte.methods.cats import activated_inputs, cost_of_inputs
 from lte.methods.unlearned import UnlearnedMethod
-from lte.nn import LookingRouter, Router, RouterCost, Routing
+from lte.nn import HalfForm, LookingRouter, Router, RouterCost, Routing
 
 
 class ReLUficationConfig(MethodConfig):
@@ -30,15 +32,16 @@ class PositiveRouter(LookingRouter):
 
     def forward(self, x: Tensor) -> Routing:
         """Decide for inputs of shape [..., D]."""
-        weights = self.ffn.weights()
-        bias = weights.up_bias if weights.gate is None else weights.gate_bias
-        mask = nn.functional.linear(x, weights.input_matrix, bias).detach() > 0
+        mask = activated_inputs(self.ffn, x).detach() > 0
         return Routing(mask.float(), mask)
 
+    def form(self) -> HalfForm | None:
+        """See :meth:`Router.form`."""
+        return None if self.ffn.weights().gate is None else HalfForm("gate", partial(activated_inputs, self.ffn))
+
     def cost(self) -> RouterCost:
-        """All of the matrix under the ReLU is read, also the rows that are then left out."""
-        matrix = self.ffn.weights().input_matrix
-        return RouterCost(matrix.numel(), matrix.nbytes, 0)
+        """All of the matrix under the ReLU is read, also the rows of neurons that do not run."""
+        return cost_of_inputs(self.ffn, 0, half=self.form() is not None)
 
 
 @register_method(ReLUficationConfig)

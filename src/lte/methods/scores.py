@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from lte.config import Method, MethodConfig
-from lte.grouping import Calibration
+from lte.grouping import Calibration, NeuronGradients
 from lte.nn import ScoreRouter, SparseFFN
 from lte.nn.router import NOTHING
+from lte.ops import FFNWeights
 
 ConfigT = TypeVar("ConfigT", bound=MethodConfig)
 
 SAMPLED = 256
 """Tokens from which the middle of a layer's scores is taken."""
+
+
+def squares_along(weights: FFNWeights, hidden: Callable[[], Tensor], gradients_tD: Tensor) -> Tensor:
+    """[F]: squares of gradients along every row of the down projection, in units of whole gradients anywhere."""
+    down_FD = weights.down.detach()
+    along_F = (gradients_tD.to(down_FD.dtype) @ down_FD.T).float().square().sum(0)
+    return along_F * down_FD.shape[1] / down_FD.float().square().sum(1).clamp_min(1e-30)
 
 
 class ScoreMethod(Method[ConfigT]):
@@ -25,6 +34,11 @@ class ScoreMethod(Method[ConfigT]):
     calibration_tokens, dial_tokens = 1024, 4096
 
     fitted = True
+
+    @property
+    def neuron_gradients(self) -> NeuronGradients | None:
+        """See :class:`Method`."""
+        return squares_along if self.by_direction else None
 
     @property
     def by_direction(self) -> bool:
@@ -47,8 +61,11 @@ class ScoreMethod(Method[ConfigT]):
             known = seen.sensitivity is not None
             if seen.sensitivity is None:
                 router.sensitivity.fill_(1.0)
-            elif self.by_direction and seen.neuron_sensitivity_F is not None:
-                squares_E = seen.neuron_sensitivity_F.unflatten(0, (router.n_experts, -1)).square().mean(-1)
+            elif self.by_direction and seen.neuron_gradients_F is not None:
+                # Half what the gradient is along the neuron's row, half what it is along any: gradients of some
+                # thousand tokens tell no more.
+                squares_F = (seen.neuron_gradients_F + seen.sensitivity**2) / 2
+                squares_E = squares_F.unflatten(0, (router.n_experts, -1)).mean(-1)
                 router.sensitivity.copy_(squares_E.sqrt().clamp_min(NOTHING))
             else:
                 router.sensitivity.fill_(max(seen.sensitivity, NOTHING))

@@ -22,14 +22,26 @@ SAMPLED = 2**22
 class TEALConfig(FixedShareConfig):
     """Columns of gate and up whose input is small, and rows of down whose coefficient is, in FFNs alone.
 
-    The published method does the same to attention, and shares a block's budget out greedily; here every matrix of
-    an FFN gets the same sparsity.
+    The published method does the same to attention, and finds the shares of a block's matrices step by step. Here an
+    FFN's budget is divided between the inputs of gate and up, who share theirs, and those of down: of
+    :data:`DIVISIONS` the one that changes the FFN's output least.
+
+    Attributes:
+        divide: False gives every matrix the same sparsity.
     """
 
     method = "teal"
 
     expert_size: Annotated[int, pydantic.Field(ge=1, le=1)] = 1
     grouping: str = "none"
+    divide: bool = True
+
+
+DIVISIONS = (-0.3, -0.2, -0.15, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15, 0.2, 0.3)
+"""How much sparser down may be than the whole FFN."""
+
+SEARCHED = 1024
+"""Tokens on which divisions are compared."""
 
 
 class InputsRouter(LookingRouter):
@@ -100,14 +112,31 @@ class TEAL(UnlearnedMethod[TEALConfig]):
     def init_routers(
         self, ffns: Sequence[SparseFFN], calibration: Iterator[Calibration] | None, generator: torch.Generator
     ) -> None:
-        """See :class:`Method`: the second quantile is of what comes of the inputs that the first leaves."""
+        """See :class:`Method`."""
         assert calibration is not None
         for ffn, seen in zip(ffns, calibration, strict=True):
             router = ffn.router
             assert isinstance(router, MagnitudeRouter)
-            router.taus[0] = _quantile(seen.inputs_TD.abs(), self.config.sparsity)
-            hidden = [ffn.hidden(router.inputs(x_tD)).abs() for x_tD in seen.inputs_TD.split(512)]
-            router.taus[1] = _quantile(torch.cat(hidden), self.config.sparsity)
+            x_TD, target = seen.inputs_TD, self.config.sparsity
+            some_tD = x_TD[:: -(-len(x_TD) // SEARCHED)]
+            wanted_tD = ffn.project_down(ffn.hidden(some_tD)).float()
+            before = 1 if ffn.weights().gate is None else 2
+            best = (float("inf"), (target, target))
+            for more in DIVISIONS if self.config.divide else (0.0,):
+                of_down, of_inputs = target + more, target - more / before
+                if 0 <= of_inputs < 1 and 0 <= of_down < 1:
+                    self._set(router, ffn, some_tD, of_inputs, of_down)
+                    hidden_tF = ffn.hidden(router.inputs(some_tD))
+                    got_tD = ffn.project_down(hidden_tF * router.keeps_hidden(hidden_tF)).float()
+                    best = min(best, (float((got_tD - wanted_tD).square().mean()), (of_inputs, of_down)))
+            self._set(router, ffn, x_TD, *best[1])
+
+    @staticmethod
+    def _set(router: MagnitudeRouter, ffn: SparseFFN, x_TD: Tensor, of_inputs: float, of_down: float) -> None:
+        """Thresholds; the second is of what comes of the inputs that the first leaves."""
+        router.taus[0] = _quantile(x_TD.abs(), of_inputs)
+        hidden = [ffn.hidden(router.inputs(x_tD)).abs() for x_tD in x_TD.split(512)]
+        router.taus[1] = _quantile(torch.cat(hidden), of_down)
 
 
 def _quantile(values: Tensor, share: float) -> Tensor:

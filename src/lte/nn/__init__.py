@@ -6,29 +6,29 @@ from lte.nn.linear import FastLinear
 from lte.nn.observe import SparsityMeter, observe_routing, set_mode, sparse_ffns
 from lte.nn.router import (
     ROUTER_DTYPE,
-    CopyForm,
     FixedShareRouter,
     KeepLargestRouter,
-    LinearForm,
     LookingRouter,
     LowRankRouter,
     PredictorRouter,
     Router,
-    RouterCost,
-    Routing,
     ScoreRouter,
     ThresholdRouter,
     TopKSoftmaxRouter,
     largest,
 )
+from lte.nn.routing import ConstantForm, CopyForm, Form, HalfForm, LinearForm, RouterCost, Routing
 
 __all__ = [
     "ROUTER_DTYPE",
+    "ConstantForm",
     "CopyForm",
     "CopyRouter",
     "DeferredLinear",
     "FastLinear",
     "FixedShareRouter",
+    "Form",
+    "HalfForm",
     "KeepLargestRouter",
     "LinearForm",
     "LookingRouter",

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lte.nn.router import LOGIT_RANGE, ROUTER_DTYPE, CopyForm, RouterCost, ScoreRouter
+from lte.nn.router import LOGIT_RANGE, ROUTER_DTYPE, ScoreRouter
+from lte.nn.routing import CopyForm, RouterCost
 from lte.ops import FFNCopy, FFNWeights, copy_scores, copy_scores_run
 from lte.ops.lowbit import quantize, round_inputs, round_like
 from lte.ops.reference import neuron_scores

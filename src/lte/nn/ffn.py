@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from lte.errors import ConfigError
 from lte.nn.gates import straight_through
 from lte.nn.linear import FastLinear
-from lte.nn.router import CopyForm, LinearForm, Router, Routing
+from lte.nn.router import Router
+from lte.nn.routing import ConstantForm, CopyForm, HalfForm, LinearForm, Routing
 from lte.ops import (
     SMALL_BATCH,
     FFNWeights,
@@ -75,6 +76,8 @@ class SparseFFN(nn.Module):
         self.activation = activation
         self.router = router
         self.layer_index = layer_index
+        self.removed = 0
+        """Neurons that were taken out of the matrices, see :meth:`keep`."""
         self.mode = Mode.HARD
         self.hardness = 1.0
         """Of straight-through mode, see :func:`lte.nn.gates.straight_through`."""
@@ -106,7 +109,9 @@ class SparseFFN(nn.Module):
             routing = self.router(x)
             if self.observer is not None:
                 self.observer(self.layer_index, routing)
-            if self.mode == Mode.STRAIGHT_THROUGH:
+            if self.removed:
+                pass  # all that are there run
+            elif self.mode == Mode.STRAIGHT_THROUGH:
                 hidden = straight_through(hidden, routing, self.hardness)
             else:
                 hidden = scale_experts(hidden, routing.scores if self.mode == Mode.SOFT else routing.mask)
@@ -119,13 +124,66 @@ class SparseFFN(nn.Module):
         elif self.observer is None and isinstance(form, CopyForm) and copies_run(x_TD, weights, impl):
             of, experts = (form.copy, form.cut), self.router.n_experts
             out = copied_ffn(x_TD, *of, experts, weights, impl=impl, max_density=max_density)
+        elif self.observer is None and isinstance(form, HalfForm):
+            left = weights.without(form.known)
+            out = sparse_ffn(x_TD, left, form.decide(x_TD), impl=impl, max_density=max_density)
+        elif self.observer is None and isinstance(form, ConstantForm):
+            out = self._run_all(x_TD, weights, impl, max_density)
         else:
             routing = self.router(x)
             if self.observer is not None:
                 self.observer(self.layer_index, routing)
+            if self.removed:
+                return self._run_all(x_TD, weights, impl, max_density).view(x.shape)
             x_TD = self.router.inputs(x_TD)
             out = sparse_ffn(x_TD, weights, routing.mask.flatten(0, -2), impl=impl, max_density=max_density)
         return out.view(x.shape)
+
+    @staticmethod
+    def _run_all(x_TD: Tensor, weights: FFNWeights, impl: str, max_density: float) -> Tensor:
+        every = x_TD.new_ones(len(x_TD), 1, dtype=torch.bool)
+        return sparse_ffn(x_TD, weights, every, impl=impl, max_density=max_density)
+
+    @property
+    def removed_weights(self) -> int:
+        """Of the neurons that were taken out."""
+        weights = self.weights()
+        return self.removed * weights.d_model * (2 if weights.gate is None else 3)
+
+    @property
+    def n_experts(self) -> int:
+        """Number of experts that kernels tell apart: those of the router; one where all neurons left always run."""
+        return 1 if self.removed else self.router.n_experts
+
+    @torch.no_grad()
+    def keep(self, neurons: Tensor) -> None:
+        """Take all other neurons out of the matrices, for good.
+
+        Args:
+            neurons: [k] long, positions, of those that stay.
+        """
+        every = self.weights().d_ff
+        for role in self.roles:
+            if role in PROJECTIONS:
+                rows = torch.cat([neurons, neurons + every]) if role == "gate_up" else neurons
+                _keep_rows(self._part(role), rows, of_inputs=role == "down")
+        self._keep_more(neurons)
+        self.removed += every - len(neurons)
+        self._packed = None
+
+    def _keep_more(self, neurons: Tensor) -> None:
+        """Of matrices that are in no part."""
+
+    @torch.no_grad()
+    def down_bias(self) -> nn.Parameter:
+        """The bias of the down projection, [D], made of zeros where there is none."""
+        module = self._part("down") if "down" in self.roles else self
+        if module._parameters.get("bias") is None:
+            module.bias = nn.Parameter(self.weights().down.new_zeros(self.weights().d_model))
+        self._packed = None
+        bias = module.bias
+        assert isinstance(bias, nn.Parameter)
+        return bias
 
     def _is_inference(self, x: Tensor) -> bool:
         if torch.is_grad_enabled() or self.training or torch.is_autocast_enabled(x.device.type):
@@ -262,6 +320,21 @@ def _pack_rows(module: nn.Module, copy: Callable[[Tensor], Tensor], *, transpose
     weight.data = rows.T if transpose else rows
 
 
+def _keep_rows(module: Any, rows: Tensor, *, of_inputs: bool) -> None:
+    """Cut a projection, ``nn.Linear`` or ``Conv1D``, down to some of its inputs, or of its outputs."""
+    stored_as_inputs_first = hasattr(module, "nf")
+    module.weight = _kept(module.weight, rows, int(of_inputs != stored_as_inputs_first))
+    if not of_inputs and module.bias is not None:
+        module.bias = _kept(module.bias, rows, 0)
+    name = ("nx" if of_inputs else "nf") if stored_as_inputs_first else ("in_features" if of_inputs else "out_features")
+    setattr(module, name, len(rows))
+
+
+def _kept(parameter: Tensor, rows: Tensor, dim: int) -> nn.Parameter:
+    chosen = parameter.data.index_select(dim, rows.to(parameter.device))
+    return nn.Parameter(chosen, requires_grad=parameter.requires_grad)
+
+
 class SplitSparseFFN(SparseFFN):
     """A sparse FFN for families that keep the two projections apart (OPT in the block, BERT in two modules).
 
@@ -307,6 +380,10 @@ class SplitSparseFFN(SparseFFN):
         """See :meth:`SparseFFN.pack`."""
         _pack_rows(self._up[0], copy, transpose=False)
         _pack_rows(self, copy, transpose=True)
+
+    def _keep_more(self, neurons: Tensor) -> None:
+        _keep_rows(self._up[0], neurons, of_inputs=False)
+        self.weight = _kept(self.weight, neurons, 1)
 
     def project_down(self, hidden: Tensor) -> Tensor:
         """[..., F] -> [..., D]."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lte.nn.router import Routing
+from lte.nn.routing import Routing
 from lte.ops import scale_experts
 
 

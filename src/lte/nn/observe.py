@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lte.nn.ffn import Mode, RoutingObserver, SparseFFN
-from lte.nn.router import Routing
+from lte.nn.routing import Routing
 
 
 def sparse_ffns(model: nn.Module) -> list[SparseFFN]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lte.errors import ConfigError
-from lte.ops.lowbit import FFNCopy
+from lte.nn.routing import Form, LinearForm, RouterCost, Routing
 from lte.ops.reference import expert_scores
 
 if TYPE_CHECKING:
@@ -22,82 +21,6 @@ if TYPE_CHECKING:
 ROUTER_DTYPE = torch.float32
 """Of every router's parameters, whatever the model's. A router's learning rate falls with its width: at 4096 a step is
 below half a unit in the last place of a typical bf16 weight, and most steps would round to nothing."""
-
-
-@dataclass(frozen=True)
-class Routing:
-    """What a router decided.
-
-    Attributes:
-        scores: [..., E] float32, in (0, 1); of a threshold router they are measured from its threshold, so that one
-            above 0.5 belongs to an expert that runs, wherever the threshold stands.
-        mask: [..., E] bool, True where the expert runs in hard mode.
-        margins: [..., E] float32, the scores' logits; None where no threshold decides.
-        used: [..., E] float32, share of each expert's weights that is used; None where that is all or nothing.
-    """
-
-    scores: Tensor
-    mask: Tensor
-    margins: Tensor | None = None
-    used: Tensor | None = None
-
-    @property
-    def shares(self) -> Tensor:
-        """[..., E], of each expert's weights that are used."""
-        return self.mask if self.used is None else self.used
-
-
-@dataclass(frozen=True)
-class LinearForm:
-    """Experts whose ``x @ weight.T + bias`` is above ``logit(threshold)`` run: what kernels decide by themselves.
-
-    Attributes:
-        weight: [E, D].
-        bias: [E], or None.
-        threshold: in (0, 1).
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    threshold: float
-
-
-@dataclass(frozen=True)
-class CopyForm:
-    """Experts run whose output, as a coarse copy of the FFN has it, is above a norm: the kernels run the copy.
-
-    Attributes:
-        copy: of the FFN.
-        cut: the norm; negative where all run, and nobody need ask.
-    """
-
-    copy: FFNCopy
-    cut: float
-
-
-@dataclass(frozen=True)
-class RouterCost:
-    """What deciding takes, beyond the FFN.
-
-    Attributes:
-        multiplies: multiply-adds per token; two FLOPs each.
-        bytes: read per token when tokens come one at a time.
-        parameters: held beside the dense model's.
-    """
-
-    multiplies: int
-    bytes: int
-    parameters: int
-
-    @classmethod
-    def of_layers(cls, parameters: Iterable[Tensor]) -> RouterCost:
-        """Of linear layers: every weight is read and multiplied with once."""
-        each = list(parameters)
-        return cls(
-            multiplies=sum(p.numel() for p in each if p.ndim == 2),
-            bytes=sum(p.nbytes for p in each),
-            parameters=sum(p.numel() for p in each),
-        )
 
 
 LOGIT_RANGE = 20.0
@@ -147,7 +70,7 @@ class Router(nn.Module):
         """What the FFN's first matrices get for an input: the input, unless parts of it are left out."""
         return x
 
-    def form(self) -> LinearForm | CopyForm | None:
+    def form(self) -> Form | None:
         """How kernels can decide by themselves; None where they have to be given the mask."""
         return None
 

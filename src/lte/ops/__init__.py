@@ -5,7 +5,17 @@ from lte.ops.backends import obstacle as backend_obstacle
 from lte.ops.backends import requested as requested_backend
 from lte.ops.cpu import instruction_set as cpu_instruction_set
 from lte.ops.lowbit import FFNCopy, LowBitMatrix
-from lte.ops.operator import copied_ffn, copies_run, copy_scores, copy_scores_run, linear, route, routed_ffn, sparse_ffn
+from lte.ops.operator import (
+    copied_ffn,
+    copies_run,
+    copy_scores,
+    copy_scores_run,
+    fast_linear,
+    linear,
+    route,
+    routed_ffn,
+    sparse_ffn,
+)
 from lte.ops.reference import ACTIVATIONS, copy_scores_reference, project_down, scale_experts, sparse_ffn_reference
 from lte.ops.weights import FFNWeights
 
@@ -22,6 +32,7 @@ __all__ = [
     "copy_scores_reference",
     "copy_scores_run",
     "cpu_instruction_set",
+    "fast_linear",
     "linear",
     "project_down",
     "requested_backend",

@@ -170,6 +170,14 @@ def linear(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Ten
     return torch.ops.lte.linear(x_TD, weight_ND, bias_N)
 
 
+def fast_linear(x: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """``x W^T + b``, [..., D] to [..., N]; of few tokens at inference by :func:`linear`."""
+    few = x.device.type == "cpu" and x.numel() <= backends.SMALL_BATCH * x.shape[-1]
+    if not few or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return torch.nn.functional.linear(x, weight_ND, bias_N)
+    return linear(x.reshape(-1, x.shape[-1]), weight_ND, bias_N).view(*x.shape[:-1], len(weight_ND))
+
+
 def _flat(weights: FFNWeights) -> tuple[Tensor | str | None, ...]:
     return (
         weights.up,

@@ -16,7 +16,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
+    "identity": lambda x: x,
 }
+"""Of hidden values. ``identity`` is left of a gated FFN whose gate is known: the gate's values weight its neurons."""
 
 
 def sparse_ffn_reference(x_TD: Tensor, weights: FFNWeights, expert_weights_TE: Tensor | None = None) -> Tensor:

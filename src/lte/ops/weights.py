@@ -20,7 +20,7 @@ class FFNWeights:
         down: [F, D], the *transposed* output projection.
         gate: [F, D], or None for a plain FFN.
         up_bias, gate_bias: [F] or None.  down_bias: [D] or None.
-        activation: one of ``relu``, ``gelu``, ``gelu_tanh``, ``silu``.
+        activation: one of :data:`lte.ops.ACTIVATIONS`.
         format: how the matrices are stored; ``plain`` is one floating-point number per weight, and the only one so far.
     """
 
@@ -53,6 +53,16 @@ class FFNWeights:
     def input_matrix(self) -> Tensor:
         """The matrix under the activation function: the gate of a gated FFN, ``W_1`` of a plain one; [F, D]."""
         return self.up if self.gate is None else self.gate
+
+    def without(self, known: str) -> FFNWeights:
+        """What is left to compute where the ``gate``'s activations, or the ``up`` projection's values, are known.
+
+        A plain FFN: what is known weights its neurons.
+        """
+        if known == "gate":
+            return replace(self, gate=None, gate_bias=None, activation="identity")
+        assert self.gate is not None
+        return replace(self, up=self.gate, up_bias=self.gate_bias, gate=None, gate_bias=None)
 
     def float(self) -> FFNWeights:
         """The same in float32, for the oracle."""

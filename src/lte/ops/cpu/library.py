@@ -13,7 +13,7 @@ from torch import Tensor
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """What the kernels compute with, and the numbers ``lte.h`` gives them."""
 
-ACTIVATION_CODES = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}
+ACTIVATION_CODES = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "identity": 4}
 
 
 class Matrix(ctypes.Structure):

@@ -32,6 +32,8 @@ def activate(z, ACT: tl.constexpr):
     elif ACT == "gelu_tanh":
         # (1 + tanh(u)) / 2 is sigmoid(2 u).
         y = z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+    elif ACT == "identity":
+        y = z
     else:
         y = z * tl.sigmoid(z)
     return y

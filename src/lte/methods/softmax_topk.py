@@ -22,7 +22,7 @@ class TopKConfig(FixedShareConfig):
         router_init_std: standard deviation of the initial router logits, for inputs of unit variance.
     """
 
-    method = "topk"
+    method = "softmax-topk"
 
     noise: Annotated[float, pydantic.Field(ge=0)] = 1.0
     router_init_std: Annotated[float, pydantic.Field(ge=0)] = 0.3

@@ -1,0 +1,110 @@
+"""Wanda: single weights are left out, by their size times that of their inputs (Sun et al., ICLR 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Literal
+
+import pydantic
+import torch
+from torch import Tensor, nn
+
+from lte.config import FixedShareConfig, register_method
+from lte.errors import ConfigError
+from lte.grouping import Calibration
+from lte.methods.unlearned import UnlearnedMethod
+from lte.nn import ROUTER_DTYPE, LookingRouter, Router, RouterCost, Routing, SparseFFN, largest
+
+
+class WandaConfig(FixedShareConfig):
+    """Weights of the FFNs alone that count least for their output, ``abs(w_ij) * norm(x_j)``, become zeros.
+
+    Norms are over calibration tokens of the dense model, which the published method takes layer by layer from the model
+    as pruned so far.
+
+    Attributes:
+        pattern: ``unstructured``: the same share of every output's weights; ``2:4`` and ``4:8``: half of every 4 or 8
+            neighbouring inputs' weights.
+    """
+
+    method = "wanda"
+
+    expert_size: Annotated[int, pydantic.Field(ge=1, le=1)] = 1
+    grouping: str = "none"
+    pattern: Literal["unstructured", "2:4", "4:8"] = "unstructured"
+
+    @pydantic.model_validator(mode="after")
+    def _half(self) -> WandaConfig:
+        if self.pattern != "unstructured" and self.sparsity != 0.5:
+            raise ValueError(f"pattern={self.pattern} leaves out half, not sparsity={self.sparsity}; give 0.5")
+        return self
+
+
+class ZerosRouter(LookingRouter):
+    """All neurons run; of their weights the share :attr:`used` is not zero.
+
+    Args:
+        n_experts: number of neurons.
+        device: of :attr:`used`, [F].
+    """
+
+    uses_threshold = False
+
+    def __init__(self, n_experts: int, *, device: torch.device | None = None) -> None:
+        super().__init__(n_experts)
+        self.used = nn.Parameter(torch.ones(n_experts, device=device, dtype=ROUTER_DTYPE), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Routing:
+        """For inputs of shape [..., D]."""
+        used = self.used.expand(*x.shape[:-1], self.n_experts)
+        every = torch.ones_like(used)
+        return Routing(every, every > 0, used=used)
+
+    def cost(self) -> RouterCost:
+        """Nothing is decided."""
+        return RouterCost(0, 0, 0)
+
+
+@register_method(WandaConfig)
+class Wanda(UnlearnedMethod[WandaConfig]):
+    """Puts zeros into the weights."""
+
+    decides = "nothing: zeros for good"
+    kernels = "none: single weights"
+    calibration_tokens = 4096
+    trains, trainable, fitted = False, False, True
+
+    def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> Router:
+        """See :class:`Method`."""
+        return ZerosRouter(n_experts, device=like.device)
+
+    @torch.no_grad()
+    def init_routers(
+        self, ffns: Sequence[SparseFFN], calibration: Iterator[Calibration] | None, generator: torch.Generator
+    ) -> None:
+        """See :class:`Method`."""
+        assert calibration is not None
+        found = []
+        for ffn, seen in zip(ffns, calibration, strict=True):
+            parts = [(x_tD.square().sum(0), h_tF.square().sum(0)) for _, (x_tD, h_tF) in seen.chunks()]
+            norms_D, norms_F = (torch.stack(each).sum(0).sqrt() for each in zip(*parts, strict=True))
+            weights = ffn.weights()
+            kept = [self.keeps(w.abs() * norms_D) for w in (weights.gate, weights.up) if w is not None]
+            found.append([*kept, self.keeps(weights.down.T.abs() * norms_F).T])
+        for ffn, keeps in zip(ffns, found, strict=True):
+            weights = ffn.weights()
+            matrices = [w for w in (weights.gate, weights.up, weights.down) if w is not None]
+            for matrix, mask in zip(matrices, keeps, strict=True):
+                matrix.data.mul_(mask)
+            assert isinstance(ffn.router, ZerosRouter)
+            ffn.router.used.copy_(torch.stack([mask.float().mean(1) for mask in keeps]).mean(0))
+
+    def keeps(self, scores: Tensor) -> Tensor:
+        """Which weights stay: [outputs, inputs] -> the same, bool."""
+        inputs = scores.shape[1]
+        if self.config.pattern == "unstructured":
+            return largest(scores, max(1, round(inputs * (1 - self.config.sparsity))))
+        kept, of = map(int, self.config.pattern.split(":"))
+        if inputs % of:
+            raise ConfigError(f"pattern={self.config.pattern} needs inputs that {of} divides, not {inputs}")
+        return largest(scores.unflatten(1, (-1, of)), kept).flatten(1)
