@@ -29,6 +29,7 @@ from lte.nn import (
     FastLinear,
     Form,
     HalfForm,
+    LinearForm,
     Mode,
     SparseFFN,
     sparse_ffns,
