@@ -8,6 +8,7 @@ import yaml
 
 from lte import study
 from lte.compare import Entry, plan
+from lte.config import METHODS
 from tests.test_cli import fails, folder, run  # noqa: F401 - a fixture
 
 
@@ -55,7 +56,14 @@ def test_it_compares_goes_on_and_takes_more(words, tmp_path, monkeypatch):
     assert set(rows) == {("dense", ""), *((name, s) for name in ("self-prediction", "kla") for s in ("0.5", "0.75"))}
     assert float(rows["kla", "0.75"]["sparsity"]) == pytest.approx(0.75)
     assert [rows[name, "0.5"]["steps"] for name in ("self-prediction", "kla")] == ["2", "0"]
+    assert float(rows["self-prediction", "0.5"]["decode_ms_per_token"]) > 0
+    assert rows["self-prediction", "0.5"]["decode_path"] in ("fused step", "masked dense")
+    assert rows["dense", ""]["decode_ms_per_token"] == ""
+    assert float(rows["dense", ""]["decode_ms_transformers"]) > 0
+    assert 0 < float(rows["kla", "0.75"]["linear_sparsity"]) < 0.75
+    assert rows["kla", "0.75"]["version"]
     point = json.loads((tmp_path / "c" / "points" / "kla-seed=0-target_sparsity=0.5.json").read_text())
+    assert (point["method"], point["target_sparsity"], point["steps"]) == ("kla", 0.5, 0)
     assert point["training"]["recipe"]["model"].endswith("dense-seed=0")  # what is not trained is applied to the tuned
     page = (tmp_path / "c" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3
@@ -133,3 +141,61 @@ def test_its_study_can_be_swept(tmp_path):
         "dense-seed=1",
         "lte-seed=1-target_sparsity=0.5",
     ]
+
+
+PLUGIN = """
+import torch
+from lte.config import Method, MethodConfig, register_method
+from lte.nn import Router, RouterCost
+
+
+class FirstConfig(MethodConfig):
+    method = "first"
+    expert_size: int = 1
+    grouping: str = "none"
+
+
+class FirstRouter(Router):
+    def __init__(self, n_experts, device):
+        super().__init__(n_experts)
+        self.gain = torch.nn.Parameter(torch.empty(n_experts, device=device, dtype=torch.float32))
+
+    def cost(self):
+        return RouterCost(self.n_experts, self.gain.nbytes, self.n_experts)
+
+    def forward(self, x):
+        return self.decide(x[..., :1].float().abs() * self.gain)
+
+
+@register_method(FirstConfig)
+class First(Method):
+    decides = "the first number of an input"
+
+    def make_router(self, d_model, n_experts, like):
+        return FirstRouter(n_experts, like.device)
+
+    def init_routers(self, ffns, calibration, generator):
+        for ffn in ffns:
+            ffn.router.gain.data = torch.randn(ffn.router.n_experts, generator=generator)
+"""
+
+
+def test_a_method_of_one_file_outside_is_trained_saved_loaded_and_compared(words, folder, tmp_path):  # noqa: F811
+    (tmp_path / "first_plugin.py").write_text(PLUGIN)
+    plugin = ("--plugin", tmp_path / "first_plugin.py")
+    try:
+        result = run(*plugin, *words, "--methods", "first,first:untrained", "--sparsities", "0.5", "--steps", 2)
+        assert result.exit_code == 0, result.output + repr(result.exception)
+        table = (tmp_path / "c" / "table.md").read_text()
+        assert "| first | 0.5 |" in table
+        assert "| first:untrained | 0.5 |" in table
+        out = ("--data", folder / "text.txt", "--task", "lm", "--context-length", 16, "--out", tmp_path / "m")
+        made = run(
+            "sparsify", "--model", folder / "dense", *out, "--set", "sparsity.method=first", "--target-sparsity", 0.5
+        )
+        assert made.exit_code == 0, made.output + repr(made.exception)
+        again = run(*plugin, "evaluate", tmp_path / "m", "--data", folder / "text.txt")
+        assert again.exit_code == 0, again.output + repr(again.exception)
+    finally:
+        METHODS.pop("first", None)
+    assert "--plugin nowhere.py cannot be imported: FileNotFoundError" in fails("--plugin", "nowhere.py", "methods")

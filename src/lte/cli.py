@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -53,11 +54,32 @@ app.add_typer(bench_app, name="bench")
 
 
 @app.callback()
-def lte() -> None:
+def lte(
+    plugin: Annotated[
+        list[str], typer.Option(envvar="LTE_PLUGIN", help="Python file or module to import first: your own methods.")
+    ] = [],  # noqa: B006
+) -> None:
     """Turn a dense Hugging Face transformer into a contextually sparse one, and run it."""
+    for name in plugin:
+        _import_plugin(name)
     # Progress is shown by the commands, not by each library on its own.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers_logging.disable_progress_bar()
+
+
+def _import_plugin(name: str) -> None:
+    """Import a file or a module; ConfigError where that fails."""
+    try:
+        if not name.endswith(".py"):
+            importlib.import_module(name)
+        elif (stem := Path(name).stem) not in sys.modules:
+            spec = importlib.util.spec_from_file_location(stem, name)
+            assert spec is not None
+            assert spec.loader is not None
+            sys.modules[stem] = module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(f"--plugin {name} cannot be imported: {type(error).__name__}: {error}") from error
 
 
 OFF_TARGET = 3
