@@ -199,3 +199,30 @@ def test_a_method_of_one_file_outside_is_trained_saved_loaded_and_compared(words
     finally:
         METHODS.pop("first", None)
     assert "--plugin nowhere.py cannot be imported: FileNotFoundError" in fails("--plugin", "nowhere.py", "methods")
+
+
+def test_tasks_of_the_harness_stand_beside(words, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": f"one two three {i}"}) for i in range(20)))
+    task = {
+        "task": "last",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "output_type": "loglikelihood",
+        "test_split": "test",
+        "doc_to_text": "{{text}}",
+        "doc_to_target": " four",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "last.yaml").write_text(yaml.safe_dump(task))
+    more = ("--methods", "kla", "--sparsities", "0.5", "--decode-tokens", 0, "--include-path", tmp_path / "tasks")
+    assert "--tasks: unknown task 'nothing'" in fails(*words, *more, "--tasks", "nothing")
+    assert "evaluate.tasks: limit='few'" in fails(*words, *more, "--tasks", "last:limit=few")
+    result = run(*words, *more, "--tasks", "last:limit=3")
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    point = json.loads((tmp_path / "c" / "points" / "kla-seed=0-target_sparsity=0.5.json").read_text())
+    assert point["tasks"]["last"]["limit"] == 3
+    assert 0 <= point["tasks"]["last"]["value"] <= 1
+    assert point["tasks"]["last"]["sparsity"] == pytest.approx(0.5)
+    assert "| last acc |" in (tmp_path / "c" / "table.md").read_text()
+    assert "decode" not in point

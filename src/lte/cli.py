@@ -353,6 +353,10 @@ def compare(
     decode_tokens: Annotated[
         int, typer.Option(min=0, help="Tokens generated, in bfloat16, to be timed; 0 for no timing.")
     ] = 32,
+    tasks: Annotated[
+        str, typer.Option(help="Also of lm-evaluation-harness, e.g. lambada_openai:limit=200,mmlu:num_fewshot=5.")
+    ] = "",
+    include_path: Annotated[Path | None, typer.Option(help="Folder of more task files for --tasks.")] = None,
     learning_rate: LearningRate = None,
     batch_size: BatchSize = None,
     context_length: ContextLength = None,
@@ -397,6 +401,8 @@ def compare(
             out=out,
             settings=of_methods,
             decode_tokens=decode_tokens,
+            tasks=[name for name in tasks.split(",") if name.strip()],
+            include_path=include_path,
         )
         page = module.compare(study, out, report=console.print, prepare=prepare)
     except KeyboardInterrupt:

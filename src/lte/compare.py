@@ -11,7 +11,7 @@ import yaml
 
 from lte.config import METHODS, settings_of
 from lte.errors import ConfigError
-from lte.recipe import read_yaml
+from lte.recipe import parse_setting, read_yaml
 from lte.report.comparison import write_report
 from lte.runs import write_whole
 from lte.study import parse_study, run_study
@@ -63,6 +63,8 @@ def plan(
     out: Path,
     settings: Sequence[tuple[str, str, Any]] = (),
     decode_tokens: int = 0,
+    tasks: Sequence[str] = (),
+    include_path: Path | None = None,
 ) -> dict[str, Any]:
     """The study of a comparison: the dense model first, fine-tuned for as many steps, then every method.
 
@@ -76,6 +78,8 @@ def plan(
         out: folder of results and models.
         settings: (method, key, value), of one method's.
         decode_tokens: generated to be timed at every point, beside the dense model; 0 times nothing.
+        tasks: of lm-evaluation-harness, ``NAME``, or ``NAME:limit=200:num_fewshot=5``.
+        include_path: folder of more task files.
 
     Raises:
         ConfigError: an unknown method, one named twice, no method or sparsity, or a sparsity outside (0, 1).
@@ -108,13 +112,26 @@ def plan(
         own = {"sparsity.method": entry.method, **own}
         shown = {"seed": grid["seed"]} if METHODS[entry.method][0].sparsity_is == "its own" else grid
         series[entry.name] = {"command": "train" if entry.trained else "sparsify", "set": own, "grid": shown}
+    evaluation: dict[str, Any] = {"data": eval_data}
+    if decode_tokens:
+        evaluation["decode_tokens"] = decode_tokens
+    if tasks:
+        evaluation["tasks"] = [_harness_task(text) for text in tasks]
+    if include_path is not None:
+        evaluation["include_path"] = str(include_path)
     return {
         "results": str(out / "points"),
         "work": str(out / "models"),
         "base": base,
-        "evaluate": {"data": eval_data, **({"decode_tokens": decode_tokens} if decode_tokens else {})},
+        "evaluate": evaluation,
         "series": series,
     }
+
+
+def _harness_task(text: str) -> dict[str, Any]:
+    """``NAME:key=value:...`` as the study has it."""
+    name, *settings = text.strip().split(":")
+    return {"name": name, **dict(parse_setting(setting) for setting in settings)}
 
 
 def held_out(out: Path) -> tuple[Path, Path]:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 import torch
@@ -63,8 +63,9 @@ class Study(pydantic.BaseModel):
         results: folder the points' JSON files go to.
         work: folder of the runs themselves; a model is deleted once it is evaluated.
         base: recipe every point starts from, without ``out``.
-        evaluate: ``data``, ``batch_size`` and ``decode_tokens`` (so many are generated to be timed, beside the dense
-            model); anything else is a task setting (``limit``, ``max_new_tokens``, ...).
+        evaluate: ``data``, ``batch_size``, ``decode_tokens`` (so many are generated to be timed, beside the dense
+            model), ``tasks`` (of lm-evaluation-harness, see :class:`HarnessTask`) and ``include_path`` (a folder of
+            task files); anything else is a task setting (``limit``, ``max_new_tokens``, ...).
         series: name -> its points.
     """
 
@@ -75,6 +76,26 @@ class Study(pydantic.BaseModel):
     base: dict[str, Any]
     evaluate: dict[str, Any]
     series: dict[str, Series]
+
+
+class HarnessTask(pydantic.BaseModel):
+    """A task of lm-evaluation-harness that every model is measured on as well.
+
+    Attributes:
+        name: of a task or group.
+        limit: rows of every task in it, from the first.
+        num_fewshot: examples in a prompt; the task's own number if None.
+    """
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    name: str
+    limit: Annotated[int | None, pydantic.Field(ge=1)] = None
+    num_fewshot: Annotated[int | None, pydantic.Field(ge=0)] = None
+
+
+OF_EVALUATION = ("data", "batch_size", "decode_tokens", "tasks", "include_path")
+"""What is no setting of the task in a study's ``evaluate``."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +136,8 @@ def parse_study(values: dict[str, Any], name: str) -> Study:
     study = validate_model(Study, values, name)
     if "data" not in study.evaluate:
         raise ConfigError(f"{name}: evaluate.data is missing; name the evaluation data")
+    if wanted := _harness_tasks(study):
+        _task_set([task.name for task in wanted], study)
     names = set()
     for point in points(study):
         if point.name in names:
@@ -180,6 +203,8 @@ def run_point(point: Point, study: Study) -> dict[str, Any]:
         set_thresholds(model, trained)
     if decoded := study.evaluate.get("decode_tokens"):
         more_of = _decoding(point, path, task, data, decoded, dense=dense)
+    for each in _harness_tasks(study):
+        more_of.setdefault("tasks", {})[each.name] = _on_harness(each, path, study, batch_size, dense=dense)
     record = score(point.file, {})
     if not point.keep and point.command != "dense":
         shutil.rmtree(path)
@@ -199,9 +224,28 @@ def _decoding(point: Point, path: str, task: Task, data: str, tokens: int, *, de
     return {"decode": time_beside(model, stock, torch.tensor([row]), tokens)}
 
 
+def _harness_tasks(study: Study) -> list[HarnessTask]:
+    return [validate_model(HarnessTask, values, "evaluate.tasks") for values in study.evaluate.get("tasks", [])]
+
+
+def _task_set(names: list[str], study: Study) -> Any:
+    from lte.lm_eval import TaskSet
+
+    return TaskSet(names, study.evaluate.get("include_path"))
+
+
+def _on_harness(task: HarnessTask, path: str, study: Study, batch_size: int, *, dense: bool) -> dict[str, Any]:
+    """What a task says of a model: its main number, the others, and the sparsity on it."""
+    from lte.lm_eval import LTEModel, evaluate_tasks
+
+    model = LTEModel(path, dense=dense, batch_size=batch_size)
+    result = evaluate_tasks(model, _task_set([task.name], study), num_fewshot=task.num_fewshot, limit=task.limit)
+    return {key: result[key] for key in ("metric", "value", "sparsity", "extras")} | task.model_dump(exclude={"name"})
+
+
 def _scored_task(point: Point, study: Study) -> TaskConfig:
     trained = point.recipe.task.model_dump(exclude_defaults=True, exclude={"limit", "split"})
-    scored = {key: value for key, value in study.evaluate.items() if key not in ("data", "batch_size", "decode_tokens")}
+    scored = {key: value for key, value in study.evaluate.items() if key not in OF_EVALUATION}
     return TaskConfig(**{**trained, **scored})
 
 

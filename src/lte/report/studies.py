@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -58,6 +58,7 @@ class Row:
         linear: sparsity of all linear layers, in percent.
         decode_ms: to decode one token; decode_gain: how much faster that is than with all neurons.
         path: what decoded.
+        tasks: of lm-evaluation-harness: name and metric -> value.
     """
 
     series: str
@@ -76,12 +77,13 @@ class Row:
     decode_ms: Spread | None = None
     decode_gain: Spread | None = None
     path: str = "-"
+    tasks: dict[str, Spread] = field(default_factory=dict)
 
     @property
     def qualities(self) -> dict[str, Spread]:
         """What is compared, by name: the metric and the loss, which are one where the metric is its exponential."""
         of_metric = {} if self.metric == METRICS["perplexity"] else {self.metric: self.value}
-        return {**of_metric, "loss (nats)": self.loss}
+        return {**of_metric, "loss (nats)": self.loss, **self.tasks}
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
@@ -141,6 +143,10 @@ def _row(series: str, setting: str, records: list[dict[str, Any]]) -> Row:
         decode_ms=_spread(records, _decode_ms),
         decode_gain=_spread(records, lambda record: record["decode"]["all_ms_per_token"] / _decode_ms(record)),
         path=records[0].get("decode", {}).get("path", "-"),
+        tasks={
+            f"{name} {task['metric']}": Spread.of([record["tasks"][name]["value"] for record in records])
+            for name, task in records[0].get("tasks", {}).items()
+        },
     )
 
 
