@@ -33,13 +33,13 @@ class LayerCost:
     experts: int
     router: RouterCost
 
-    def saved(self, sparsity: float) -> float:
-        """Weights of the FFN not used at a sparsity, or used to decide."""
-        return self.ffn * sparsity + (self.router.multiplies * (1 - sparsity) if self.router.of_ffn else 0)
+    def deciding(self, sparsity: float) -> tuple[float, float]:
+        """Multiply-adds and bytes that deciding takes beyond the neurons that run.
 
-    def saved_bytes(self, sparsity: float) -> float:
-        """Bytes of the FFN not read at a sparsity, or read to decide."""
-        return self.ffn_bytes * sparsity + (self.router.bytes * (1 - sparsity) if self.router.of_ffn else 0)
+        Where it is a part of the FFN itself, that is the part of the neurons that do not run.
+        """
+        share = sparsity if self.router.of_ffn else 1.0
+        return self.router.multiplies * share, self.router.bytes * share
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class ModelCost:
             sparsity_per_layer: share of FFN neurons not used, per sparse FFN; none for a dense model.
         """
         flops = 2 / GFLOP
-        saved = sum(layer.saved(sparsity) for layer, sparsity in self._sparse(sparsity_per_layer))
-        router = sum(layer.router.multiplies for layer in self.layers) * flops
+        saved = sum(layer.ffn * sparsity for layer, sparsity in self._sparse(sparsity_per_layer))
+        router = sum(layer.deciding(sparsity)[0] for layer, sparsity in self._sparse(sparsity_per_layer)) * flops
         dense = sum(layer.attention + layer.ffn for layer in self.layers) * flops
         return {"dense": dense, "sparse": dense - saved * flops + router, "router": router}
 
@@ -78,8 +78,8 @@ class ModelCost:
 
         The keys and ``sparsity_per_layer`` are those of :meth:`gflops_per_token`. The KV cache is not counted.
         """
-        saved = sum(layer.saved_bytes(sparsity) for layer, sparsity in self._sparse(sparsity_per_layer))
-        router = sum(layer.router.bytes for layer in self.layers)
+        saved = sum(layer.ffn_bytes * sparsity for layer, sparsity in self._sparse(sparsity_per_layer))
+        router = sum(layer.deciding(sparsity)[1] for layer, sparsity in self._sparse(sparsity_per_layer))
         return {"dense": self.dense_bytes, "sparse": self.dense_bytes - saved + router, "router": router}
 
     def _sparse(self, sparsity_per_layer: Sequence[float]) -> Iterator[tuple[LayerCost, float]]:

@@ -1,7 +1,9 @@
 import json
+from dataclasses import replace
 
 import pytest
 
+from lte.report.comparison import fewest
 from lte.report.studies import Row, Spread, interpolated, read_rows
 
 LOSS = "loss (nats)"
@@ -45,3 +47,24 @@ def test_bytes_read_are_those_at_16_bits(tmp_path):
     del record["bytes_per_token"]
     (tmp_path / "one.json").write_text(json.dumps(record))
     assert read_rows(tmp_path)[0].read is None
+
+
+def spread(value):
+    return Spread(value, 0.0)
+
+
+def costed(series, loss, gflops):
+    return replace(row(50, 9.0, loss), series=series, gflops=spread(gflops), megabytes=spread(10 * gflops))
+
+
+def test_fewest_flops_lie_on_the_line_between_points():
+    dense = costed("dense", 2.0, 8.0)
+    mine = [costed("a", 2.1, 6.0), costed("a", 2.5, 4.0)]
+    assert fewest(mine, dense, 0.05, "gflops") == pytest.approx(7.0)
+    assert fewest(mine, dense, 0.1, "gflops") == pytest.approx(6.0)
+    assert fewest(mine, dense, 0.3, "megabytes") == pytest.approx(50.0)
+    assert fewest(mine, dense, 9.0, "gflops") == pytest.approx(4.0)
+    better = [costed("b", 1.9, 7.0)]
+    assert fewest(better, dense, 0.02, "gflops") == pytest.approx(7.0)
+    larger = [costed("c", 2.01, 9.0)]  # a router that costs more than it saves
+    assert fewest(larger, dense, 0.05, "gflops") is None

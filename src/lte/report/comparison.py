@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import html
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,11 @@ COLUMNS = (
     "version",
 )
 
+FEWEST = (
+    "Fewest GFLOPs and MB per token within a loss (nats) above the dense model's, on straight lines between points; - "
+    "where a method loses more, or takes more than the dense model."
+)
+
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; font-size: .9rem; } .wide { overflow-x: auto; }
@@ -58,13 +64,16 @@ def write_report(out: Path) -> Path:
         writer.writerow(COLUMNS)
         writer.writerows(_csv_row(record) for record in records)
     head, body = _table(rows)
-    (out / "table.md").write_text(markdown_table(head, body))
+    less = _fewest_table(rows)
+    (out / "table.md").write_text(
+        markdown_table(head, body) + (f"\n{FEWEST}\n\n{markdown_table(*less)}" if less[1] else "")
+    )
     figures = []
     for axis, name in AXES.items() if rows else ():
         figures.append((out / f"by-{axis}.png", name))
         tradeoff_figure(rows, "", figures[-1][0], over=axis, name=name)
     page = out / "report.html"
-    page.write_text(_page(out, head, body, figures, records))
+    page.write_text(_page(out, (head, body), less, figures, records))
     return page
 
 
@@ -108,17 +117,69 @@ def _table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return head, body
 
 
+WITHIN = (0.02, 0.05, 0.1, 0.2, 0.5)
+"""Losses above the dense model's, in nats, within which the fewest GFLOPs are asked for."""
+
+
+def fewest(rows: Sequence[Row], dense: Row, allowed: float, cost: str) -> float | None:
+    """The least a method takes while it loses no more than is allowed; None where none of its points is as good.
+
+    Between points, the dense model among them, losses are taken to lie on a straight line.
+
+    Args:
+        rows: of one method.
+        dense: of the dense model.
+        allowed: nats above it.
+        cost: ``gflops`` or ``megabytes`` of the rows.
+    """
+    of_dense = getattr(dense, cost).mean
+    points = [(0.0, of_dense)]
+    points += [(row.loss.mean - dense.loss.mean, getattr(row, cost).mean) for row in rows]
+    points.sort(key=lambda point: -point[1])
+    best = None
+    for (above, size), (next_above, next_size) in itertools.pairwise(points):
+        if next_above <= allowed:
+            best = next_size
+        elif above <= allowed:
+            best = min(size, size + (allowed - above) / (next_above - above) * (next_size - size))
+    return best if best is None or best < of_dense else None
+
+
+def _fewest_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Methods by GFLOPs at the middle loss; empty where there is no dense model beside them."""
+    dense = next((row for row in rows if row.series == "dense"), None)
+    head = ["method", *(f"GFLOPs, +{allowed:g}" for allowed in WITHIN), *(f"MB, +{allowed:g}" for allowed in WITHIN)]
+    if dense is None or dense.gflops is None or dense.megabytes is None:
+        return head, []
+    found = []
+    for name in dict.fromkeys(row.series for row in rows if row is not dense):
+        mine = [row for row in rows if row.series == name]
+        costs = [fewest(mine, dense, allowed, kind) for kind in ("gflops", "megabytes") for allowed in WITHIN]
+        found.append((costs[len(WITHIN) // 2] or float("inf"), name, costs))
+    body = [[name, *("-" if cost is None else f"{cost:.4g}" for cost in costs)] for _, name, costs in sorted(found)]
+    of_dense = [[f"{getattr(dense, kind).mean:.4g}"] * len(WITHIN) for kind in ("gflops", "megabytes")]
+    return head, [["dense", *of_dense[0], *of_dense[1]], *body]
+
+
 def _text(spread: Spread | None, form: str) -> str:
     return "-" if spread is None else format(spread.mean, form)
 
 
 def _page(
-    out: Path, head: list[str], body: list[list[str]], figures: list[tuple[Path, str]], records: list[dict[str, Any]]
+    out: Path,
+    table: tuple[list[str], list[list[str]]],
+    less: tuple[list[str], list[list[str]]],
+    figures: list[tuple[Path, str]],
+    records: list[dict[str, Any]],
 ) -> str:
     def line(cells: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
-    table = "".join([line(head, "th"), *(line(cells, "td") for cells in body)])
+    def drawn_table(head: list[str], body: list[list[str]]) -> str:
+        rows = "".join([line(head, "th"), *(line(cells, "td") for cells in body)])
+        return f'<div class="wide"><table>{rows}</table></div>'
+
+    cheapest = f"<h2>Least cost within a loss</h2><p>{html.escape(FEWEST)}</p>{drawn_table(*less)}" if less[1] else ""
     drawn = "".join(
         f'<h2>By {html.escape(name)}</h2><img alt="quality over {html.escape(name)}" '
         f'src="data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}">'
@@ -138,10 +199,10 @@ def _page(
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
         f'content="width=device-width, initial-scale=1"><title>lte compare</title><style>{STYLE}</style></head>'
-        f'<body><h1>Sparsity methods compared</h1>{about}{note}<div class="wide"><table>{table}</table></div>'
+        f"<body><h1>Sparsity methods compared</h1>{about}{note}{drawn_table(*table)}"
         "<p>FFN sparsity is of the FFNs' weights, linear % of all linear layers', as some papers count. GFLOPs "
         "(2<sup>30</sup>) and MB count what decides, too; oracles are not charged for what they look at. ms/token: "
         "decoding alone in bfloat16, by what kernels says; of the dense model by transformers; x all neurons: how much "
         "faster the same model is than with all its neurons. "
-        f"Every point is a JSON in <code>points/</code>.</p>{drawn}</body></html>\n"
+        f"Every point is a JSON in <code>points/</code>.</p>{cheapest}{drawn}</body></html>\n"
     )

@@ -5,11 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from cycler import cycler
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from lte.report.studies import Row
+
+COLOURS = colormaps["tab10"].colors  # type: ignore[attr-defined]
+"""Of series; markers tell those of one colour apart."""
+
+SHOWN = 1.5
+"""Nats above the dense model's loss from which a figure does not show it: others could not be told apart."""
+
+MANY = 8
+"""More series than this have their legend below the panels."""
 
 
 def sparsity_figure(
@@ -66,12 +77,17 @@ def tradeoff_figure(
     for quality, axes in zip(names, panels, strict=True):
         _tradeoff(axes, rows, quality, over)
         axes.set_xlabel(name)
-    panels[0].legend(fontsize=8)
+    lines, labels = panels[0].get_legend_handles_labels()
+    if len(labels) > MANY:
+        figure.legend(lines, labels, fontsize=8, loc="outside lower center", ncols=2 + len(names))
+    else:
+        panels[0].legend(fontsize=8)
     figure.suptitle(title)
     figure.savefig(file, dpi=130)
 
 
 def _tradeoff(axes: Axes, rows: Sequence[Row], name: str, over: str) -> None:
+    axes.set_prop_cycle(cycler(marker=["o", "s", "^"]) * cycler(color=COLOURS))
     for series in dict.fromkeys(row.series for row in rows):
         mine = [row for row in rows if row.series == series]
         values = [row.qualities[name] for row in mine]
@@ -85,7 +101,6 @@ def _tradeoff(axes: Axes, rows: Sequence[Row], name: str, over: str) -> None:
             [value.mean for value in values],
             xerr=[getattr(row, over).deviation for row in mine],
             yerr=[value.deviation for value in values],
-            marker="o",
             markersize=4,
             capsize=2,
             linewidth=1.2,
@@ -93,6 +108,11 @@ def _tradeoff(axes: Axes, rows: Sequence[Row], name: str, over: str) -> None:
         )
     axes.set(ylabel=name)
     axes.grid(alpha=0.3)
+    dense = next((row for row in rows if row.series == "dense"), None)
+    if name == "loss (nats)" and dense is not None and max(row.loss.mean for row in rows) > dense.loss.mean + SHOWN:
+        low = min(row.loss.mean for row in rows)
+        axes.set_ylim(low - 0.05 * SHOWN, dense.loss.mean + SHOWN)
+        axes.set_ylabel(f"{name}, up to {SHOWN:g} above dense")
 
 
 def settings_figure(rows: Sequence[Row], title: str, file: Path) -> None:

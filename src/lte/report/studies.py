@@ -22,6 +22,10 @@ METRICS = {
 }
 
 
+HALF = ("cats", "countdown", "relufication")
+"""Methods that decide by a matrix of the FFN itself, which takes 16 bits a weight where the FFN does."""
+
+
 @dataclass(frozen=True)
 class Spread:
     """Mean of some runs, and their standard deviation; 0 for a single one."""
@@ -183,7 +187,8 @@ def bytes_read(record: dict[str, Any]) -> float | None:
     if read is None or not sparsity:
         return None
     at_16_bits = (read["dense"] + read["router"] - read["sparse"]) / sparsity / 2
-    share: float = 1 - sparsity + read["router"] / at_16_bits
+    router = read["router"] / 2 if record.get("method") in HALF else read["router"]
+    share: float = 1 - sparsity + router / at_16_bits
     return share
 
 
