@@ -33,6 +33,10 @@ class LayerCost:
     experts: int
     router: RouterCost
 
+    def multiplies(self, sparsity: float) -> float:
+        """Multiply-adds of the FFN and of deciding."""
+        return self.ffn * (1 - sparsity) + self.deciding(sparsity)[0]
+
     def deciding(self, sparsity: float) -> tuple[float, float]:
         """Multiply-adds and bytes that deciding takes beyond the neurons that run.
 

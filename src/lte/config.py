@@ -98,6 +98,9 @@ class Method(ABC, Generic[ConfigT]):
     kernels: ClassVar[str] = "run its mask"
     """What kernels of ours do with it, in words."""
 
+    looks_at_loss: ClassVar[bool] = True
+    """Whether calibration runs the loss too, forward and backward, where there are labels: sensitivities come of it."""
+
     calibration_tokens: ClassVar[int] = 8192
     """Tokens that grouping and initialisation should see."""
 

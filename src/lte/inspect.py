@@ -40,9 +40,7 @@ def inspect_checkpoint(path: str) -> dict[str, Any]:
             "sparsity": None if known is None else known[index],
             "mflops": {
                 "dense": layer.ffn * unit,
-                "sparse": None
-                if known is None
-                else (layer.ffn * (1 - known[index]) + layer.deciding(known[index])[0]) * unit,
+                "sparse": None if known is None else layer.multiplies(known[index]) * unit,
                 "router": layer.router.multiplies * unit,
             },
             "parameters": {"ffn": layer.ffn, "router": layer.router.parameters},

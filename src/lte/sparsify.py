@@ -59,6 +59,8 @@ def sparsify(
     get_grouping(config.grouping)
     needed = method_of(config).needs_calibration
     batches = list(calibration or ()) if needed else []
+    if not method_of(config).looks_at_loss:
+        batches = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
     if needed and not batches:
         raise ConfigError(
             f"{needed} needs calibration data: lte.sparsify(model, config, "

@@ -190,7 +190,7 @@ def taylor(weights: FFNWeights, hidden: Callable[[], Tensor], gradients_tD: Tens
 class PruneTaylor(Prune[PruneTaylorConfig]):
     """By gradients."""
 
-    fitted = True
+    fitted, looks_at_loss = True, True
 
     @property
     def neuron_gradients(self) -> NeuronGradients:

@@ -101,8 +101,8 @@ class TEAL(UnlearnedMethod[TEALConfig]):
 
     decides = "sizes of matrices' inputs"
     kernels = "none: columns, not neurons"
-    trains = False
-    fitted = True
+    trains, fitted = False, True
+    calibration_tokens = 4096
 
     def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> Router:
         """See :class:`Method`."""

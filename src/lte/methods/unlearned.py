@@ -17,6 +17,8 @@ ConfigT = TypeVar("ConfigT", bound=MethodConfig)
 class UnlearnedMethod(Method[ConfigT]):
     """Base of such methods."""
 
+    looks_at_loss = False
+
     @property
     def learns(self) -> bool:
         """See :class:`Method`."""

