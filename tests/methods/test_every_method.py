@@ -388,7 +388,7 @@ def test_any_method_may_replace_the_activation():
         lte.sparsify(plain, lte.DejaVuConfig(activation="relu"))
     broken = [{**models.inputs(2, 8), "labels": torch.zeros(3, 8).long()}]
     with pytest.raises(ValueError, match="batch_size"):
-        lte.sparsify(plain, lte.DejaVuConfig(activation="relu", rank=4), calibration=broken)
+        lte.sparsify(plain, lte.SelfPredictionConfig(activation="relu", group=32), calibration=broken)
     assert plain.config.hidden_act == "silu"
     assert type(plain.model.layers[0].mlp.act_fn).__name__ == "SiLUActivation"
 
