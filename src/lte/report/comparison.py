@@ -42,13 +42,14 @@ FEWEST = (
 )
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; font-size: .9rem; } .wide { overflow-x: auto; }
 th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } img { max-width: 100%; height: auto; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
+img { max-width: 100%; height: auto; }
 code { background: #f3f3f3; padding: .1rem .3rem; overflow-wrap: anywhere; }
 @media (prefers-color-scheme: dark) { body { background: #181818; color: #ddd; } code { background: #2a2a2a; }
-th, td { border-color: #444; } img { background: #fff; } }
+th, td { border-color: #444; } th:first-child, td:first-child { background: #181818; } img { background: #fff; } }
 """
 
 
@@ -63,8 +64,8 @@ def write_report(out: Path) -> Path:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         writer.writerows(_csv_row(record) for record in records)
-    head, body = _table(rows)
-    less = _fewest_table(rows)
+    head, body = points_table(rows)
+    less = _fewestpoints_table(rows)
     (out / "table.md").write_text(
         markdown_table(head, body) + (f"\n{FEWEST}\n\n{markdown_table(*less)}" if less[1] else "")
     )
@@ -97,23 +98,24 @@ def _csv_row(record: dict[str, Any]) -> list[Any]:
     ]
 
 
-def _table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+def points_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Methods by loss within each target, the dense model first."""
     dense = next((row for row in rows if row.series == "dense"), None)
-    head = ["method", "target", "seeds", "FFN sparsity %", "linear %", "GFLOPs/token", "MB/token"]
     timed = any(row.decode_ms is not None for row in rows)
-    head += ["ms/token", "x all neurons", "kernels"] if timed else []
     qualities = list(rows[0].qualities) if rows else ["loss (nats)"]
-    head += [*qualities, "loss above dense"]
+    head = ["method", "target", *qualities, "above dense", "FFN sparsity %", "linear %", "GFLOPs/token", "MB/token"]
+    head += ["ms/token", "x all neurons", "kernels"] if timed else []
+    head += ["seeds"]
     body = []
     for row in sorted(rows, key=lambda row: (row.series != "dense", row.target or 0.0, row.loss.mean)):
         above = "-" if dense is None or row is dense else f"{row.loss.mean - dense.loss.mean:+.3f}"
-        costs = [_text(row.linear, ".1f"), _text(row.gflops, ".4g"), _text(row.megabytes, ".4g")]
+        values = [value.text(".3f") for value in row.qualities.values()]
+        costs = [row.sparsity.text(".1f"), _text(row.linear, ".1f"), _text(row.gflops, ".4g")]
+        costs += [_text(row.megabytes, ".4g")]
         if timed:
             costs += [_text(row.decode_ms, ".2f"), _text(row.decode_gain, ".2f"), row.path]
-        values = [value.text(".3f") for value in row.qualities.values()]
         target = "-" if row.target is None else f"{row.target:g}"
-        body.append([row.series, target, str(row.seeds), row.sparsity.text(".1f"), *costs, *values, above])
+        body.append([row.series, target, *values, above, *costs, str(row.seeds)])
     return head, body
 
 
@@ -145,7 +147,7 @@ def fewest(rows: Sequence[Row], dense: Row, allowed: float, cost: str) -> float 
     return best if best is None or best < of_dense else None
 
 
-def _fewest_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+def fewest_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Methods by GFLOPs at the middle loss; empty where there is no dense model beside them."""
     dense = next((row for row in rows if row.series == "dense"), None)
     head = ["method", *(f"GFLOPs, +{allowed:g}" for allowed in WITHIN), *(f"MB, +{allowed:g}" for allowed in WITHIN)]

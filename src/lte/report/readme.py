@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from lte.report.comparison import FEWEST, fewest_table, points_table
 from lte.report.figures import scores_figure, settings_figure, tradeoff_figure
 from lte.report.studies import Row, bytes_read, interpolated, markdown_table, read_rows
 
@@ -41,8 +42,17 @@ def fill(text: str, results: Path) -> str:
         if pattern.search(text):
             body = make(results)
             text = pattern.sub(lambda match, body=body: f"{match[1]}{body}{match[2]}", text)  # type: ignore[misc]
-    ablation = re.compile(r"(<!-- results:ablation ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-    return ablation.sub(lambda match: f"{match[1]}{_ablation(results, match[2])}{match[3]}", text)
+    for name, named in {"ablation": _ablation, "study": _study}.items():
+        pattern = re.compile(rf"(<!-- results:{name} ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+        text = pattern.sub(lambda match, named=named: f"{match[1]}{named(results, match[2])}{match[3]}", text)  # type: ignore[misc]
+    return text
+
+
+def _study(results: Path, name: str) -> str:
+    """The tables of a part of the study of recipes/study."""
+    rows = read_rows(results / "study" / name)
+    table, less = markdown_table(*points_table(rows)), fewest_table(rows)
+    return table + (f"\n{FEWEST}\n\n{markdown_table(*less)}" if less[1] else "")
 
 
 def _quickstart(results: Path) -> str:
