@@ -65,7 +65,7 @@ def write_report(out: Path) -> Path:
         writer.writerow(COLUMNS)
         writer.writerows(_csv_row(record) for record in records)
     head, body = points_table(rows)
-    less = _fewestpoints_table(rows)
+    less = fewest_table(rows)
     (out / "table.md").write_text(
         markdown_table(head, body) + (f"\n{FEWEST}\n\n{markdown_table(*less)}" if less[1] else "")
     )
