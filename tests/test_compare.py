@@ -201,6 +201,21 @@ def test_a_method_of_one_file_outside_is_trained_saved_loaded_and_compared(words
     assert "--plugin nowhere.py cannot be imported: FileNotFoundError" in fails("--plugin", "nowhere.py", "methods")
 
 
+def test_one_method_with_two_settings(words, tmp_path):
+    result = run(
+        *words,
+        *("--methods", "moefication,known=moefication:untrained", "--sparsities", "0.5", "--decode-tokens", 0),
+        *("--set", "known.router=oracle", "--set", "known.expert_size=8", "--set", "moefication.expert_size=8"),
+    )
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    point = json.loads((tmp_path / "c" / "points" / "known-seed=0-target_sparsity=0.5.json").read_text())
+    assert point["method"] == "moefication"
+    assert point["training"]["recipe"]["sparsity"] == {"method": "moefication", "router": "oracle", "expert_size": 8}
+    assert "a name must not be empty, 'dense' or have dots" in fails(
+        *words, "--methods", "dense=kla", "--sparsities", "0.5"
+    )
+
+
 def test_tasks_of_the_harness_stand_beside(words, tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": f"one two three {i}"}) for i in range(20)))
     task = {

