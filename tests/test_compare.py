@@ -201,6 +201,14 @@ def test_a_method_of_one_file_outside_is_trained_saved_loaded_and_compared(words
     assert "--plugin nowhere.py cannot be imported: FileNotFoundError" in fails("--plugin", "nowhere.py", "methods")
 
 
+def test_a_method_that_cannot_serve_the_model_is_refused_before_anything_runs(words, tmp_path):
+    said = fails(*words, "--methods", "kla,sparseinfer", "--sparsities", "0.5", "--steps", 2)
+    assert "sparseinfer: method='sparseinfer' is for FFNs with a ReLU, and this model's have 'silu'" in said
+    assert not (tmp_path / "c" / "points").exists()
+    said = fails(*words, "--methods", "lte", "--sparsities", "0.5", "--set", "lte.expert_size=7")
+    assert "lte: d_ff=" in said
+
+
 def test_one_method_with_two_settings(words, tmp_path):
     result = run(
         *words,

@@ -91,17 +91,20 @@ def methods(json_file: JsonFile = None) -> None:
     """List what can make a model sparse."""
     from lte.config import METHODS
 
-    table = Table(Column("method", no_wrap=True), "what decides", "sparsity", "neurons", "FFNs", "kernels", box=None)
+    columns = ("what decides", "sparsity", "neurons", "trained", "FFNs", "kernels")
+    table = Table(Column("method", no_wrap=True), *columns, box=None)
     rows = []
     for name, (settings, method) in sorted(METHODS.items()):
         unit = settings.model_fields["expert_size"].default
-        rows.append([name, method.decides, settings.sparsity_is, str(unit), method.families, method.kernels])
+        trained = "yes" if method.trains else "may be" if method.trainable else "no"
+        rows.append([name, method.decides, settings.sparsity_is, str(unit), trained, method.families, method.kernels])
         table.add_row(*rows[-1])
     console.print(table)
     console.print(
-        "neurons: switched together by default. Settings: --set sparsity.method=NAME, --set sparsity.KEY=VALUE."
+        "neurons: switched together by default. trained: whether the model is, as published. Settings: --set "
+        "sparsity.method=NAME, --set sparsity.KEY=VALUE."
     )
-    keys = ("method", "decides", "sparsity", "neurons", "ffns", "kernels")
+    keys = ("method", "decides", "sparsity", "neurons", "trained", "ffns", "kernels")
     write_json(json_file, {"methods": [dict(zip(keys, row, strict=True)) for row in rows]})
 
 

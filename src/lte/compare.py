@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from transformers import AutoModel
 
 from lte.config import METHODS, settings_of
 from lte.errors import ConfigError
+from lte.hub import read_config
 from lte.recipe import parse_setting, read_yaml
 from lte.report.comparison import write_report
 from lte.runs import write_whole
-from lte.study import parse_study, run_study
+from lte.sparsify import install_sparse_ffns
+from lte.study import DENSE, Study, parse_study, points, run_study
 from lte.tasks.sources import load_rows
 
 STUDY_FILE = "study.yaml"
@@ -187,9 +192,10 @@ def compare(
         ``report.html``; ``points.csv``, ``table.md`` and the figures are beside it.
 
     Raises:
-        ConfigError: the folder holds another comparison.
+        ConfigError: the folder holds another comparison, or a method cannot serve the model.
     """
     loaded = parse_study(study, "the comparison")
+    _check_fits(loaded)
     file = out / STUDY_FILE
     if file.is_file():
         _check_same(read_yaml(file), study, out)
@@ -203,6 +209,21 @@ def compare(
     finally:
         page = write_report(out)
     return page
+
+
+def _check_fits(study: Study) -> None:
+    """ConfigError where a method cannot serve the model: found without its weights, before anything is run."""
+    config, done = read_config(study.base["model"]), set()
+    for point in points(study):
+        if point.command in DENSE or point.series in done:
+            continue
+        done.add(point.series)
+        with torch.device("meta"):
+            model = AutoModel.from_config(copy.deepcopy(config))
+        try:
+            install_sparse_ffns(model, point.recipe.method())
+        except ConfigError as error:
+            raise ConfigError(f"{point.series}: {error}") from error
 
 
 def _check_same(before: dict[str, Any], study: dict[str, Any], out: Path) -> None:

@@ -84,6 +84,7 @@ class CATS(ScoreMethod[CATSConfig]):
 
     trains = False
     decides = "the exact gate"
+    kernels = "go on from there"
 
     @property
     def by_direction(self) -> bool:

@@ -85,6 +85,7 @@ class Countdown(ScoreMethod[CountdownConfig]):
 
     trains = False
     decides = "the up projection"
+    kernels = "go on from there"
     families = "gated"
 
     @property
