@@ -22,7 +22,7 @@ from lte.calibration import sample_batches
 from lte.config import validate_model
 from lte.errors import ConfigError
 from lte.evaluate import evaluate, load_for_evaluation
-from lte.hub import load, load_dense, load_tokenizer
+from lte.hub import default_device, load, load_dense, load_tokenizer
 from lte.recipe import Recipe, parse_recipe, put, read_yaml
 from lte.runs import RUN_FILE, check_recipe, finetune, make_sparse, train, write_whole
 from lte.tasks import Task, TaskConfig, build_task
@@ -219,9 +219,10 @@ def _decoding(point: Point, path: str, task: Task, data: str, tokens: int, *, de
 
     tokenizer = load_tokenizer(path)
     row = task.prepare(data, tokenizer)[0]["input_ids"]
-    stock = load_dense(path if dense else point.recipe.model, task.auto_class, dtype=torch.bfloat16)
-    model = None if dense else load(path, dtype=torch.bfloat16)
-    return {"decode": time_beside(model, stock, torch.tensor([row]), tokens)}
+    device = default_device()
+    stock = load_dense(path if dense else point.recipe.model, task.auto_class, dtype=torch.bfloat16).to(device)
+    model = None if dense else load(path, dtype=torch.bfloat16).to(device)
+    return {"decode": time_beside(model, stock, torch.tensor([row], device=device), tokens)}
 
 
 def _harness_tasks(study: Study) -> list[HarnessTask]:

@@ -109,13 +109,13 @@ class SparseFFN(nn.Module):
             routing = self.router(x)
             if self.observer is not None:
                 self.observer(self.layer_index, routing)
-            if self.removed:
-                pass  # all that are there run
-            elif self.mode == Mode.STRAIGHT_THROUGH:
-                hidden = straight_through(hidden, routing, self.hardness)
-            else:
-                hidden = scale_experts(hidden, routing.scores if self.mode == Mode.SOFT else routing.mask)
+            hidden = hidden if self.removed else self._switched(hidden, routing)
         return self.project_down(hidden)
+
+    def _switched(self, hidden: Tensor, routing: Routing) -> Tensor:
+        if self.mode == Mode.STRAIGHT_THROUGH:
+            return straight_through(hidden, routing, self.hardness)
+        return scale_experts(hidden, routing.scores if self.mode == Mode.SOFT else routing.mask)
 
     def _operate(self, x: Tensor, impl: str, max_density: float) -> Tensor:
         weights, form, x_TD = self.packed_weights(), self.router.form(), x.reshape(-1, x.shape[-1])
