@@ -60,7 +60,7 @@ decode() { # the same models' speed; nothing else should run. Quality is that of
   smollm2
   part smollm2-decode --model "$SMOLLM2" --task lm --context-length 512 --limit 200 \
     --data $DATA/text/wikitext2/train_part.txt --eval-data "$(beginning $DATA/text/wikitext2/test.txt 8000)" \
-    --methods $FREE,lte --sparsities 0.5 --decode-tokens 64
+    --methods self-prediction,lte,cats,prune-wanda,teal,countdown,cmoe,moefication,dejavu --sparsities 0.5 --decode-tokens 64
 }
 
 stories() { # every method, trained as long as the dense model

@@ -8,8 +8,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import lte
 from lte import KLAConfig, LTEConfig, SelfPredictionConfig
-from lte.bench.decode import bench_decode
+from lte.bench.decode import bench_decode, time_beside
 from lte.bench.ffn import bench_ffn
 from lte.bench.limit import bench_limit, decode_bytes
 from lte.bench.shapes import SHAPES, model_config, random_model, set_sparsity
@@ -17,6 +18,7 @@ from lte.cli import app
 from lte.errors import ConfigError
 from lte.nn import SparsityMeter, observe_routing, sparse_ffns
 from lte.ops import cpu
+from tests import models
 
 KEYS = {
     "d_model",
@@ -197,3 +199,19 @@ def test_the_command_line(tmp_path):
     assert "llama-1.2b" in str(result.exception)
     result = runner.invoke(app, ["bench", "ffn", "--sparsity", "half"])
     assert "is no list of numbers" in str(result.exception)
+
+
+def test_a_dense_model_is_timed_through_the_kernels_beside_its_sparse_one():
+    stock = models.build("llama").to(torch.bfloat16)
+    ids = models.inputs(1, 20)["input_ids"]
+    with torch.no_grad():
+        wanted = stock(ids).logits
+        times = time_beside(None, stock, ids, 2)
+        assert times.keys() == {"dense_ms_per_token", "kernels_dense_ms_per_token", "dtype"}
+        torch.testing.assert_close(stock(ids).logits, wanted)  # it is left as it was
+    sparse = lte.sparsify(models.build("llama"), lte.KLAConfig(sparsity=0.5)).to(torch.bfloat16)
+    times = time_beside(sparse, stock, ids, 2)
+    assert times["ms_per_token"] > 0
+    assert times["path"] in ("FFN kernels", "masked dense")
+    pruned = lte.sparsify(models.build("llama"), lte.PruneMagnitudeConfig(sparsity=0.5)).to(torch.bfloat16)
+    assert time_beside(pruned, stock, ids, 2)["path"] in ("fused step", "masked dense")

@@ -28,9 +28,10 @@ from lte.evaluate import versions
 from lte.hub import load
 from lte.inference import Crossover, prepare_for_inference
 from lte.inference.packing import streaming_copy
-from lte.methods import LTEConfig
-from lte.nn import Mode, SparsityMeter, observe_routing, set_mode, sparse_ffns
+from lte.methods import LTEConfig, PruneMagnitudeConfig
+from lte.nn import SparsityMeter, observe_routing, sparse_ffns
 from lte.ops import sparse_ffn_reference
+from lte.sparsify import sparsify
 from lte.thresholds import thresholds_of
 
 PROMPT_TOKENS = 16
@@ -143,28 +144,25 @@ def time_beside(model: Any | None, dense: Any, ids_BS: Tensor, new_tokens: int) 
 
     Args:
         model: sparse, prepared for inference here; None to time the dense one alone.
-        dense: the stock model in the same dtype.
+        dense: the stock model in the same dtype; given to the kernels here.
         ids_BS: a text whose beginning is the prompt.
         new_tokens: tokens per turn.
 
     Returns:
-        ``dense_ms_per_token`` of transformers; ``dtype``; and of a sparse model ``ms_per_token``,
-        ``all_ms_per_token`` (the same with all its neurons, so that what is gained by sparsity alone can be told) and
-        ``path`` (what runs it).
+        ``dense_ms_per_token``, of transformers; ``kernels_dense_ms_per_token``, of the dense model through the kernels
+        of this package; of a sparse model ``ms_per_token`` and ``path`` (what runs it); and ``dtype``.
     """
-    turns: dict[str, tuple[Any, Mode | None]] = {"dense_ms_per_token": (dense.eval(), None)}
+    fast = sparsify(copy.deepcopy(dense), PruneMagnitudeConfig(sparsity=1e-9))  # none of its neurons
+    engines = {"dense_ms_per_token": dense.eval(), "kernels_dense_ms_per_token": prepare_for_inference(fast)}
     about: dict[str, Any] = {"dtype": str(dense.dtype).removeprefix("torch.")}
     if model is not None:
-        prepare_for_inference(model)
-        turns |= {"ms_per_token": (model, Mode.HARD), "all_ms_per_token": (model, Mode.DENSE)}
+        engines["ms_per_token"] = prepare_for_inference(model)
         impl, _ = sparse_ffns(model)[0].choose_path(1)
         fused = type(model.__dict__.get("forward")).__name__ == "DecodeStep"
         about["path"] = "fused step" if fused else "masked dense" if impl == "reference" else "FFN kernels"
-    times: dict[str, list[float]] = {name: [] for name in turns}
+    times: dict[str, list[float]] = {name: [] for name in engines}
     for _ in range(TURNS):
-        for name, (engine, mode) in turns.items():
-            if mode is not None:
-                set_mode(engine, mode)
+        for name, engine in engines.items():
             times[name].append(1e3 * generate_seconds(engine, ids_BS[:, :PROMPT_TOKENS], new_tokens))
     return {name: median(each) for name, each in times.items()} | about
 

@@ -29,7 +29,7 @@ COLUMNS = (
     "gflops_per_token",
     "mbytes_per_token",
     "decode_ms_per_token",
-    "decode_ms_all_neurons",
+    "decode_ms_dense",
     "decode_ms_transformers",
     "decode_path",
     "seconds",
@@ -92,7 +92,7 @@ def _csv_row(record: dict[str, Any]) -> list[Any]:
         record["linear_sparsity"],
         record["gflops_per_token"]["sparse"],
         record["bytes_per_token"]["sparse"] / 1e6,
-        *(decode.get(key) for key in ("ms_per_token", "all_ms_per_token", "dense_ms_per_token", "path")),
+        *(decode.get(key) for key in ("ms_per_token", "kernels_dense_ms_per_token", "dense_ms_per_token", "path")),
         record["training"]["seconds"],
         record["versions"].get("commit", record["versions"]["lte"]),
     ]
@@ -104,7 +104,7 @@ def points_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     timed = any(row.decode_ms is not None for row in rows)
     qualities = list(rows[0].qualities) if rows else ["loss (nats)"]
     head = ["method", "target", *qualities, "above dense", "FFN sparsity %", "linear %", "GFLOPs/token", "MB/token"]
-    head += ["ms/token", "x all neurons", "kernels"] if timed else []
+    head += ["ms/token", "x dense", "path"] if timed else []
     head += ["seeds"]
     body = []
     for row in sorted(rows, key=lambda row: (row.series != "dense", row.target or 0.0, row.loss.mean)):
@@ -204,7 +204,7 @@ def _page(
         f"<body><h1>Sparsity methods compared</h1>{about}{note}{drawn_table(*table)}"
         "<p>FFN sparsity is of the FFNs' weights, linear % of all linear layers', as some papers count. GFLOPs "
         "(2<sup>30</sup>) and MB count what decides, too; oracles are not charged for what they look at. ms/token: "
-        "decoding alone in bfloat16, by what kernels says; of the dense model by transformers; x all neurons: how much "
-        "faster the same model is than with all its neurons. "
+        "decoding alone in bfloat16; x dense: how much faster than the dense model through the same kernels, measured "
+        "beside it, whose own line says what those bring over transformers. "
         f"Every point is a JSON in <code>points/</code>.</p>{cheapest}{drawn}</body></html>\n"
     )

@@ -60,7 +60,8 @@ class Row:
         target: sparsity asked for, where one was.
         gflops, megabytes: per token, what decides included; None where the records do not say.
         linear: sparsity of all linear layers, in percent.
-        decode_ms: to decode one token; decode_gain: how much faster that is than with all neurons.
+        decode_ms: to decode one token; decode_gain: how much faster that is than the dense model through the same
+            kernels, or those than transformers.
         path: what decoded.
         tasks: of lm-evaluation-harness: name and metric -> value.
     """
@@ -145,7 +146,7 @@ def _row(series: str, setting: str, records: list[dict[str, Any]]) -> Row:
         megabytes=_spread(records, lambda record: record["bytes_per_token"]["sparse"] / 1e6),
         linear=_spread(records, lambda record: 100 * record["linear_sparsity"]),
         decode_ms=_spread(records, _decode_ms),
-        decode_gain=_spread(records, lambda record: record["decode"]["all_ms_per_token"] / _decode_ms(record)),
+        decode_gain=_spread(records, _decode_gain),
         path=records[0].get("decode", {}).get("path", "-"),
         tasks={
             f"{name} {task['metric']}": Spread.of([record["tasks"][name]["value"] for record in records])
@@ -156,8 +157,15 @@ def _row(series: str, setting: str, records: list[dict[str, Any]]) -> Row:
 
 def _decode_ms(record: dict[str, Any]) -> float:
     decode = record["decode"]
-    ms: float = decode.get("ms_per_token", decode["dense_ms_per_token"])
+    ms: float = decode.get("ms_per_token", decode["kernels_dense_ms_per_token"])
     return ms
+
+
+def _decode_gain(record: dict[str, Any]) -> float:
+    decode = record["decode"]
+    against = "kernels_dense_ms_per_token" if "ms_per_token" in decode else "dense_ms_per_token"
+    gain: float = decode[against] / _decode_ms(record)
+    return gain
 
 
 def _spread(records: list[dict[str, Any]], value: Callable[[dict[str, Any]], float]) -> Spread | None:
