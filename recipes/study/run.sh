@@ -39,10 +39,10 @@ lte.load_tokenizer(str(file)).save_pretrained(sys.argv[2])
 END
 }
 
-beginning() { # file, bytes: a file with its first bytes
+beginning() { # file, -c bytes or -n lines: a file with its first ones
   mkdir -p "$OUT/data"
-  local file=$OUT/data/$(basename "$(dirname "$1")")-$(basename "$1")
-  [ -f "$file" ] || head -c "$2" "$1" > "$file"
+  local file=$OUT/data/$3-of-$(basename "$(dirname "$1")")-$(basename "$1")
+  [ -f "$file" ] || head "$2" "$3" "$1" > "$file"
   echo "$file"
 }
 
@@ -52,20 +52,20 @@ HARNESS=lambada_openai:limit=200,mmlu:limit=4:num_fewshot=5
 untrained() { # what needs no training, on the real language model: 17 thousand tokens of WikiText-2's validation text
   smollm2
   part smollm2-untrained --model "$SMOLLM2" --task lm --context-length 512 --set task.stride=511 \
-    --data $DATA/text/wikitext2/train_part.txt --eval-data "$(beginning $DATA/text/wikitext2/validation.txt 64000)" \
+    --data $DATA/text/wikitext2/train_part.txt --eval-data "$(beginning $DATA/text/wikitext2/validation.txt -c 64000)" \
     --methods $FREE --sparsities 0.5,0.7,0.3 --decode-tokens 0
 }
 
 decode() { # the same models' speed; nothing else should run. Quality is that of a few tokens only
   smollm2
   part smollm2-decode --model "$SMOLLM2" --task lm --context-length 512 --limit 200 \
-    --data $DATA/text/wikitext2/train_part.txt --eval-data "$(beginning $DATA/text/wikitext2/test.txt 8000)" \
+    --data $DATA/text/wikitext2/train_part.txt --eval-data "$(beginning $DATA/text/wikitext2/test.txt -c 8000)" \
     --methods self-prediction,lte,cats,prune-wanda,teal,countdown,cmoe,moefication,dejavu --sparsities 0.5 --decode-tokens 64
 }
 
 stories() { # every method, trained as long as the dense model
   part stories --model $DATA/models/stories-3m --task lm --context-length 256 --batch-size 4 --steps 100 \
-    --data $DATA/text/tinystories/train.txt --eval-data "$(beginning $DATA/text/tinystories/validation.txt 100000)" \
+    --data $DATA/text/tinystories/train.txt --eval-data "$(beginning $DATA/text/tinystories/validation.txt -c 100000)" \
     --learning-rate 3e-4 --sparsities 0.5,0.8 --decode-tokens 0 \
     --methods $FREE,self-prediction:untrained,lte,lte-paper,dejavu:untrained,bank-topk,dsmoe,softmax-topk,random-router,relufication,prune-wanda:untrained,oracle
 }
@@ -94,14 +94,14 @@ e2e() { # a model trained from scratch; BLEU and ROUGE-L of 100 meaning represen
   [ -d "$OUT/models/e2e-start" ] || $LTE init --config recipes/e2e/model.json --data $DATA/e2e/train.jsonl --vocab-size 2048 --out "$OUT/models/e2e-start"
   [ -f "$OUT/models/e2e/lte_run.json" ] || $LTE finetune recipes/e2e/dense.yaml --set model="$OUT/models/e2e-start" --out "$OUT/models/e2e" --overwrite
   part e2e --model "$OUT/models/e2e" --task e2e --context-length 256 --batch-size 16 --learning-rate 1e-3 --steps 100 \
-    --data $DATA/e2e/train.jsonl --eval-data "$(beginning $DATA/e2e/test.jsonl 150000 | xargs -I{} sh -c 'sed -i "\$d" {}; echo {}')" \
+    --data $DATA/e2e/train.jsonl --eval-data "$(beginning $DATA/e2e/test.jsonl -n 864)" \
     --methods self-prediction,lte,kla,dejavu:trained,moefication,prune-wanda:trained,teal --sparsities 0.8,0.5 --decode-tokens 0
 }
 
 trained() { # the real language model, 245,760 tokens
   smollm2
   part smollm2-trained --model "$SMOLLM2" --task lm --context-length 512 --set task.stride=511 --set training.bf16=true \
-    --data $DATA/text/wikitext2/train_part.txt --eval-data "$(beginning $DATA/text/wikitext2/validation.txt 64000)" \
+    --data $DATA/text/wikitext2/train_part.txt --eval-data "$(beginning $DATA/text/wikitext2/validation.txt -c 64000)" \
     --steps 120 --batch-size 4 --learning-rate 1e-4 --decode-tokens 0 --tasks $HARNESS --include-path recipes/tasks \
     --methods self-prediction,lte-paper,dejavu:trained,prune-taylor:trained --sparsities 0.5,0.7
 }
@@ -111,7 +111,7 @@ pretraining() { # continued on mixed text, then several tasks without any tuning
   mkdir -p "$OUT/data"
   [ -f "$OUT/data/mixed.jsonl" ] || $PYTHON recipes/study/mixed.py $DATA > "$OUT/data/mixed.jsonl"
   part smollm2-pretraining --model "$SMOLLM2" --task lm --context-length 512 --set task.stride=511 --set training.bf16=true \
-    --data "$OUT/data/mixed.jsonl" --eval-data "$(beginning $DATA/text/wikitext2/test.txt 60000)" \
+    --data "$OUT/data/mixed.jsonl" --eval-data "$(beginning $DATA/text/wikitext2/test.txt -c 60000)" \
     --steps 120 --batch-size 4 --learning-rate 5e-5 --decode-tokens 0 --tasks $HARNESS --include-path recipes/tasks \
     --methods self-prediction --sparsities 0.5
 }
@@ -119,7 +119,7 @@ pretraining() { # continued on mixed text, then several tasks without any tuning
 instruct() { # instructions, then 5-shot MMLU
   smollm2
   part smollm2-instruct --model "$SMOLLM2" --task instruct --context-length 512 --set training.bf16=true --max-new-tokens 40 \
-    --data $DATA/instruct/train.jsonl --eval-data "$(beginning $DATA/instruct/validation.jsonl 12000 | xargs -I{} sh -c 'sed -i "\$d" {}; echo {}')" \
+    --data $DATA/instruct/train.jsonl --eval-data "$(beginning $DATA/instruct/validation.jsonl -n 40)" \
     --steps 100 --batch-size 8 --learning-rate 5e-5 --decode-tokens 0 --tasks mmlu:limit=4:num_fewshot=5 --include-path recipes/tasks \
     --methods self-prediction --sparsities 0.5
 }
