@@ -38,3 +38,17 @@ def task_settings(values: dict[str, Any]) -> dict[str, Any]:
 
     names = TaskConfig.model_fields.keys() - {"name"}
     return {name: value for name, value in values.items() if name in names and value is not None}
+
+
+def common_flags(values: dict[str, Any]) -> dict[str, Any]:
+    """Flags that training and fine-tuning share -> recipe keys."""
+    return {
+        "model": values["model"],
+        "data": values["data"],
+        "out": values["out"],
+        "seed": values["seed"],
+        "task.name": values["task"],
+        **{f"task.{name}": value for name, value in task_settings(values).items()},
+        "training.learning_rate": values["learning_rate"],
+        "training.per_device_train_batch_size": values["batch_size"],
+    }

@@ -44,6 +44,7 @@ FLOORS = [
     "terminal",
     "bench_commands",
     "evaluate_commands",
+    "study_commands",
     "cli",
 ]
 """Ground floor first. ``lte/__init__.py`` is the front door and may import all."""
