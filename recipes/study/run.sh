@@ -49,10 +49,10 @@ beginning() { # file, -c bytes or -n lines: a file with its first ones
 FREE=self-prediction,teal,cats,kla,prune-wanda,prune-flap,wina,countdown,dejavu,cmoe,svd,prune-taylor,moefication,prune-magnitude,wanda
 HARNESS=lambada_openai:limit=200,mmlu:limit=4:num_fewshot=5
 
-untrained() { # what needs no training, on the real language model: 17 thousand tokens of WikiText-2's validation text
+untrained() { # what needs no training, on the real language model: 33 thousand tokens of WikiText-2's validation text
   smollm2
   part smollm2-untrained --model "$SMOLLM2" --task lm --context-length 512 --set task.stride=511 \
-    --data $DATA/text/wikitext2/train_part.txt --eval-data "$(beginning $DATA/text/wikitext2/validation.txt -c 64000)" \
+    --data $DATA/text/wikitext2/train_part.txt --eval-data "$(beginning $DATA/text/wikitext2/validation.txt -c 127883)" \
     --methods $FREE,two-bits=self-prediction --set two-bits.bits=2 --sparsities 0.5,0.7,0.3 --decode-tokens 0
 }
 

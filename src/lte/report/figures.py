@@ -71,14 +71,15 @@ def tradeoff_figure(
     """
     rows = [row for row in rows if getattr(row, over) is not None]
     names = list(rows[0].qualities)
-    figure = Figure(figsize=(5.6 * len(names), 3.8), layout="constrained")
+    many = len({row.series for row in rows}) > MANY
+    figure = Figure(figsize=(5.6 * len(names), 5.4 if many else 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(names), squeeze=False)[0]
     for quality, axes in zip(names, panels, strict=True):
         _tradeoff(axes, rows, quality, over)
         axes.set_xlabel(name)
     lines, labels = panels[0].get_legend_handles_labels()
-    if len(labels) > MANY:
+    if many:
         figure.legend(lines, labels, fontsize=8, loc="outside lower center", ncols=2 + len(names))
     else:
         panels[0].legend(fontsize=8)
@@ -112,7 +113,7 @@ def _tradeoff(axes: Axes, rows: Sequence[Row], name: str, over: str) -> None:
     if name == "loss (nats)" and dense is not None and max(row.loss.mean for row in rows) > dense.loss.mean + SHOWN:
         low = min(row.loss.mean for row in rows)
         axes.set_ylim(low - 0.05 * SHOWN, dense.loss.mean + SHOWN)
-        axes.set_ylabel(f"{name}, up to {SHOWN:g} above dense")
+        axes.set_title(f"up to {SHOWN:g} nats above dense", fontsize=9)
 
 
 def settings_figure(rows: Sequence[Row], title: str, file: Path) -> None:
