@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", *(f"docs/{name}.md" for name in ("training", "self-prediction", "inference", "precision"))]
+    "page",
+    ["README.md", *(f"docs/{name}.md" for name in ("training", "self-prediction", "inference", "precision", "study"))],
 )
 def test_figures_in_the_pages_are_those_in_results(page):
     text = (ROOT / page).read_text()
