@@ -67,7 +67,7 @@ stories() { # every method, trained as long as the dense model
   part stories --model $DATA/models/stories-3m --task lm --context-length 256 --batch-size 4 --steps 100 \
     --data $DATA/text/tinystories/train.txt --eval-data "$(beginning $DATA/text/tinystories/validation.txt -c 100000)" \
     --learning-rate 3e-4 --sparsities 0.5,0.8 --decode-tokens 0 \
-    --methods $FREE,self-prediction:untrained,lte,lte-paper,dejavu:untrained,bank-topk,dsmoe,softmax-topk,random-router,relufication,prune-wanda:untrained,oracle
+    --methods $FREE,self-prediction:untrained,lte,lte-paper,dejavu:trained,bank-topk,dsmoe,softmax-topk,random-router,relufication,prune-wanda:untrained,oracle
 }
 
 glue() { # MiniLM; SST-2 at four sparsities and 200 steps, the others at one and 120
