@@ -158,13 +158,16 @@ def time_beside(model: Any | None, dense: Any, ids_BS: Tensor, new_tokens: int) 
     if model is not None:
         engines["ms_per_token"] = prepare_for_inference(model)
         impl, _ = sparse_ffns(model)[0].choose_path(1)
-        fused = type(model.__dict__.get("forward")).__name__ == "DecodeStep"
-        about["path"] = "fused step" if fused else "masked dense" if impl == "reference" else "FFN kernels"
+        about["path"] = "fused step" if _is_fused(model) else "masked dense" if impl == "reference" else "FFN kernels"
     times: dict[str, list[float]] = {name: [] for name in engines}
     for _ in range(TURNS):
         for name, engine in engines.items():
             times[name].append(1e3 * generate_seconds(engine, ids_BS[:, :PROMPT_TOKENS], new_tokens))
     return {name: median(each) for name, each in times.items()} | about
+
+
+def _is_fused(model: Any) -> bool:
+    return type(model.__dict__.get("forward")).__name__ == "DecodeStep"
 
 
 class _Bench:
@@ -222,12 +225,11 @@ class _Bench:
         error = _ffn_error(model, len(self.ids))
         path = sparse_ffns(model)[0].choose_path(len(self.ids))[0]
         path = model.lte_crossover.backend if path == "fastest" else path
-        fused = type(model.__dict__.get("forward")).__name__ == "DecodeStep"
         row: Row = {
             "engine": "lte",
             **self.common,
             "sparsity": reached,
-            "backend": path + (", fused decode step" if fused else ""),
+            "backend": path + (", fused decode step" if _is_fused(model) else ""),
             "max_error": error,
             "tolerance": TOLERANCE[model.dtype],
             "logits_error": logits_error,

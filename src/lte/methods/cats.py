@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from lte.config import MethodConfig, register_method
 from lte.methods.scores import ScoreMethod
 from lte.nn import HalfForm, Router, RouterCost, ScoreRouter, SparseFFN
-from lte.nn.router import NOTHING
 from lte.ops import ACTIVATIONS, fast_linear
 
 
@@ -70,8 +69,7 @@ class GateRouter(ScoreRouter):
 
     def _decide(self, x_TD: Tensor) -> Tensor:
         gate_TF = activated_inputs(self.ffn, x_TD)
-        logits_TF = self.scores_of(gate_TF).float().clamp_min(NOTHING).log()
-        return gate_TF.where(self.decide(logits_TF).mask, 0.0)
+        return gate_TF.where(self.decide_by(self.scores_of(gate_TF).float()).mask, 0.0)
 
     def cost(self) -> RouterCost:
         """All of the gate is read, also the rows of neurons that do not run."""

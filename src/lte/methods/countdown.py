@@ -12,7 +12,6 @@ from lte.config import MethodConfig, register_method
 from lte.errors import ConfigError
 from lte.methods.scores import ScoreMethod
 from lte.nn import HalfForm, Router, RouterCost, ScoreRouter, SparseFFN
-from lte.nn.router import NOTHING
 from lte.ops import fast_linear
 
 
@@ -68,7 +67,7 @@ class CoefficientRouter(ScoreRouter):
 
     def _decide(self, x_TD: Tensor) -> Tensor:
         ups_TF = self._ups(x_TD)
-        return ups_TF.where(self.decide(self._scores_of(ups_TF).clamp_min(NOTHING).log()).mask, 0.0)
+        return ups_TF.where(self.decide_by(self._scores_of(ups_TF)).mask, 0.0)
 
     def cost(self) -> RouterCost:
         """All of the up projection is read, also the rows of neurons that do not run; an oracle is not charged."""

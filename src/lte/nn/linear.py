@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from lte.ops import linear
+from lte.ops import fast_linear
 
 
 class FastLinear(nn.Linear):
@@ -30,12 +29,4 @@ class FastLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., N]."""
-        tokens = x.numel() // max(1, x.shape[-1])
-        if (
-            x.shape[-1] != self.weight.shape[1]
-            or tokens > self.max_tokens
-            or torch.is_grad_enabled()
-            or torch.is_autocast_enabled(x.device.type)
-        ):
-            return super().forward(x)
-        return linear(x.reshape(-1, x.shape[-1]), self.weight, self.bias).view(*x.shape[:-1], self.weight.shape[0])
+        return fast_linear(x, self.weight, self.bias, self.max_tokens)

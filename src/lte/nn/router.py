@@ -386,11 +386,15 @@ class ScoreRouter(LookingRouter):
     def scores(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., E], or of every neuron, [..., F]."""
 
+    def decide_by(self, scores: Tensor) -> Routing:
+        """From scores in float32, [..., E]."""
+        return self.decide(scores.clamp_min(NOTHING).log())
+
     def forward(self, x: Tensor) -> Routing:
         """Decide for inputs of shape [..., D]."""
         with torch.autocast(device_type=x.device.type, enabled=False):
             scores = expert_scores(self.scores(x).float(), self.n_experts)
-            return self.decide(scores.clamp_min(NOTHING).log())
+            return self.decide_by(scores)
 
 
 class KeepLargestRouter(ScoreRouter):

@@ -170,10 +170,12 @@ def linear(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Ten
     return torch.ops.lte.linear(x_TD, weight_ND, bias_N)
 
 
-def fast_linear(x: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """``x W^T + b``, [..., D] to [..., N]; of few tokens at inference by :func:`linear`."""
-    few = x.device.type == "cpu" and x.numel() <= backends.SMALL_BATCH * x.shape[-1]
-    if not few or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+def fast_linear(
+    x: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None, max_tokens: int = backends.SMALL_BATCH
+) -> Tensor:
+    """``x W^T + b``, [..., D] to [..., N]; of few tokens at inference, on the CPU, by :func:`linear`."""
+    fits = x.device.type == "cpu" and x.shape[-1] == weight_ND.shape[1] and x.numel() <= max_tokens * x.shape[-1]
+    if not fits or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return torch.nn.functional.linear(x, weight_ND, bias_N)
     return linear(x.reshape(-1, x.shape[-1]), weight_ND, bias_N).view(*x.shape[:-1], len(weight_ND))
 
