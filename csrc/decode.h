@@ -117,9 +117,10 @@ static void attend(const lte_decoder& model, const lte_layer& layer, const lte_s
       put<W>(out, (kv * group + g) * dim + i, width, y[g][split_index(i, dim, (const W*)nullptr)]);
 }
 
+// A layer up to the inputs of its FFN.
 template <class W>
-static void decode_layer(Team& team, const lte_decoder& model, const lte_layer& layer, const lte_step& step, int64_t index,
-                         DecodeWork& work, int64_t stride) {
+static void decode_attention(Team& team, const lte_decoder& model, const lte_layer& layer, const lte_step& step,
+                             int64_t index, DecodeWork& work, int64_t stride) {
   const int64_t D = model.d_model, B = step.batch, width = model.n_heads * model.head_dim;
   const int64_t qkv_width = width + 2 * model.n_kv_heads * model.head_dim;
   const int64_t width_stride = (width + STEP - 1) / STEP * STEP;
@@ -137,12 +138,27 @@ static void decode_layer(Team& team, const lte_decoder& model, const lte_layer& 
   team.end();
   linear_phase<W>(team, &layer.output, 1, attention, width_stride, B, scratch,
                   [&](int64_t t, int64_t row, float value) { residual[t * D + row] += value; });
-  float* plain = std::is_same_v<W, float> || layer.all_experts ? nullptr : work.plain.data;
-  norm_phase<W>(team, model, layer.ffn_norm, B, work, stride, plain);
-  if (layer.all_experts) {
+  norm_phase<W>(team, model, layer.ffn_norm, B, work, stride, std::is_same_v<W, float> ? nullptr : work.plain.data);
+}
+
+// Its FFN; scale: what the caller decided, with the inputs it wants in `inputs`, or null.
+template <class W>
+static void decode_ffn(Team& team, const lte_decoder& model, const lte_layer& layer, int64_t B, const float* inputs,
+                       const float* scale, DecodeWork& work, int64_t stride) {
+  const int64_t D = model.d_model;
+  float *residual = work.residual.data, *plain = std::is_same_v<W, float> ? work.normed.data : work.plain.data;
+  if (scale) {
+    team.begin();
+    if (team.rank == 0) {
+      std::copy_n(scale, B * layer.ffn.n_experts, work.ffn.scale.get(B * layer.ffn.n_experts));
+      for (int64_t t = 0; t < B; ++t)
+        for (int64_t i = 0; i < D; ++i) put<W>(work.normed.data + t * stride, i, D, inputs[t * D + i]);
+    }
+    team.end();
+  } else if (layer.all_experts) {
     run_all(team, layer.ffn, B, work.ffn);
   } else {
-    decide_phase<W>(team, layer.ffn, plain ? plain : work.normed.data, stride, B, work.ffn);
+    decide_phase<W>(team, layer.ffn, plain, stride, B, work.ffn);
   }
   const W* bias = static_cast<const W*>(layer.ffn.down.bias);
   ffn_phases<W>(team, layer.ffn, work.normed.data, stride, B, work.ffn,
@@ -150,10 +166,6 @@ static void decode_layer(Team& team, const lte_decoder& model, const lte_layer& 
                   for (int64_t i = from; i < to; ++i)
                     residual[t * D + i] += value[split_index(i, D, (const W*)nullptr)] + (bias ? widen(bias[i]) : 0.0f);
                 });
-  if (step.active && team.rank == 0) {
-    const float* scale = work.ffn.scale.data;
-    step.active[index] = std::count_if(scale, scale + B * layer.ffn.n_experts, [](float by) { return by != 0.0f; });
-  }
 }
 
 template <class W>
@@ -167,12 +179,22 @@ static void decode(const lte_decoder& model, const lte_step& step, int threads) 
   if (!std::is_same_v<W, float>) work.plain.get(B * stride);
   work.qkv.get(B * (width + 2 * model.n_kv_heads * model.head_dim));
   work.attention.get(B * ((width + STEP - 1) / STEP * STEP));
-  for (int64_t i = 0; i < B * D; ++i) residual[i] = widen(static_cast<const W*>(step.hidden)[i]);
+  if (step.from == 0)
+    for (int64_t i = 0; i < B * D; ++i) residual[i] = widen(static_cast<const W*>(step.hidden)[i]);
   W* logits = static_cast<W*>(step.logits);
   with_team(threads, [&](Team& team) {
-    for (int64_t i = 0; i < model.n_layers; ++i) decode_layer<W>(team, model, model.layers[i], step, i, work, stride);
+    for (int64_t part = step.from; part < step.to; ++part) {
+      if (part > 0)
+        decode_ffn<W>(team, model, model.layers[part - 1], B, step.inputs, part == step.from ? step.scale : nullptr, work,
+                      stride);
+      if (part < model.n_layers) decode_attention<W>(team, model, model.layers[part], step, part, work, stride);
+    }
+    if (step.to <= model.n_layers) return;
     norm_phase<W>(team, model, model.final_norm, B, work, stride);
     linear_phase<W>(team, &model.head, 1, work.normed.data, stride, B, thread_scratch().linear,
                     [&](int64_t t, int64_t row, float value) { narrow(value, logits + t * model.head.rows + row); });
   });
+  const float* plain = std::is_same_v<W, float> ? work.normed.data : work.plain.data;
+  if (step.to <= model.n_layers)
+    for (int64_t t = 0; t < B; ++t) std::copy_n(plain + t * stride, D, step.inputs + t * D);
 }

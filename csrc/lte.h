@@ -74,7 +74,9 @@ struct lte_cache {
   int64_t batch_stride, head_stride, token_stride;
 };
 
-// One token for each of `batch` sequences.
+// One token for each of `batch` sequences, in parts: part 0 ends before the first FFN, part i before FFN i, the last,
+// n_layers, with the logits. A call does parts [from, to); between two calls, by the same thread, the caller may decide
+// for the FFN that comes next.
 struct lte_step {
   int64_t batch, position;      // position: tokens in the cache before this one
   const void* hidden;           // [batch, d_model], embeddings
@@ -83,7 +85,9 @@ struct lte_step {
   int64_t mask_stride;
   const lte_cache* caches;      // [n_layers]
   void* logits;                 // [batch, vocabulary]
-  int64_t* active;              // [n_layers], experts that ran, summed over the batch; or null
+  int64_t from, to;
+  float* inputs;                // [batch, d_model]: of the FFN that comes next; may have been changed when it is run
+  const float* scale;           // [batch, n_experts], of the FFN that comes first, as in lte_sparse_ffn; or null
 };
 
 const char* lte_isa();                  // the instruction set in use

@@ -25,6 +25,9 @@ PROBED_ROWS = 64
 BATCH_TOKENS = 512
 """Most tokens of a batch, padding included, unless one row is longer: a batch's logits are what takes memory."""
 
+MOST_PADDED, SHORT = 1.25, 4
+"""A batch's longest row has at most so many times the tokens of its shortest, and so many more."""
+
 LOSS_ROWS = 128
 """Rows of logits for which a loss is computed at a time."""
 
@@ -53,7 +56,10 @@ def sample_batches(
     chosen.sort(key=lambda row: lengths[id(row)])
     batches: list[list[Any]] = [[]]
     for row in chosen:
-        if batches[-1] and (len(batches[-1]) + 1) * lengths[id(row)] > BATCH_TOKENS:
+        length, batch = lengths[id(row)], batches[-1]
+        if batch and (
+            (len(batch) + 1) * length > BATCH_TOKENS or length > MOST_PADDED * lengths[id(batch[0])] + SHORT
+        ):
             batches.append([])
         batches[-1].append(row)
     return [collate(batch) for batch in batches]

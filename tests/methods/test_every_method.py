@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -12,8 +13,9 @@ from lte.accounting import model_cost
 from lte.config import METHODS, method_config, sparsity_is
 from lte.errors import ConfigError
 from lte.methods import teal
-from lte.nn import SparsityMeter, observe_routing, sparse_ffns
+from lte.nn import SparseFFN, SparsityMeter, observe_routing, sparse_ffns
 from lte.nn import ffn as ffn_module
+from lte.ops import cpu
 from tests import models
 
 NAMES = sorted(name for name, (settings, _) in METHODS.items() if settings.__module__.startswith("lte."))
@@ -83,6 +85,29 @@ def test_it_reaches_a_sparsity_and_comes_back_from_disk(method, tmp_path):
     assert {p.requires_grad for ffn in sparse_ffns(loaded) for p in ffn.router.parameters()} <= {
         any(p.requires_grad for p in sparse_ffns(model)[0].router.parameters())
     }
+
+
+@pytest.mark.skipif(bool(cpu.unavailable()), reason=cpu.unavailable() or "kernels built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", NAMES)
+def test_its_decode_step_is_one_with_the_kernels(method, dtype, monkeypatch):
+    family = "llama-bias-relu" if method == "sparseinfer" else "llama"
+    plain = made(method, family).to(dtype)
+    if sparsity_is(method) == "threshold" and method != "sparseinfer":  # whose counts leave gaps
+        lte.calibrate(plain, [models.inputs(4, 12)], 0.6)
+    fast = lte.prepare_for_inference(copy.deepcopy(plain), impl="cpu")
+    for ffn in sparse_ffns(plain):
+        ffn.choose_path = lambda tokens: ("reference", 1.0)
+    prompt, token = models.inputs(3, 9), models.inputs(3, 1)["input_ids"]
+    prompt["attention_mask"][1, :4] = 0
+    mask = torch.cat([prompt["attention_mask"], torch.ones(3, 1, dtype=torch.int64)], 1)
+    with torch.no_grad():
+        caches = [plain(**prompt, use_cache=True).past_key_values for _ in range(2)]
+        wanted = plain(input_ids=token, attention_mask=mask, past_key_values=caches[0]).logits.float()
+        monkeypatch.setattr(SparseFFN, "forward", lambda *_: pytest.fail("a step ran module by module"))
+        found = fast(input_ids=token, attention_mask=mask, past_key_values=caches[1]).logits.float()
+    # In bf16 both round, at different places, and what is near a threshold may go the other way.
+    assert (found - wanted).norm() < (1e-5 if dtype == torch.float32 else 0.05) * wanted.norm()
 
 
 @pytest.mark.parametrize("method", NAMES)

@@ -27,6 +27,7 @@ from lte.errors import ConfigError
 from lte.evaluate import versions
 from lte.hub import load
 from lte.inference import Crossover, prepare_for_inference
+from lte.inference.decode import DecodeStep
 from lte.inference.packing import streaming_copy
 from lte.methods import LTEConfig, PruneMagnitudeConfig
 from lte.nn import SparsityMeter, observe_routing, sparse_ffns
@@ -158,7 +159,7 @@ def time_beside(model: Any | None, dense: Any, ids_BS: Tensor, new_tokens: int) 
     if model is not None:
         engines["ms_per_token"] = prepare_for_inference(model)
         impl, _ = sparse_ffns(model)[0].choose_path(1)
-        about["path"] = "fused step" if _is_fused(model) else "masked dense" if impl == "reference" else "FFN kernels"
+        about["path"] = _fused(model) or ("masked dense" if impl == "reference" else "FFN kernels")
     times: dict[str, list[float]] = {name: [] for name in engines}
     for _ in range(TURNS):
         for name, engine in engines.items():
@@ -166,8 +167,11 @@ def time_beside(model: Any | None, dense: Any, ids_BS: Tensor, new_tokens: int) 
     return {name: median(each) for name, each in times.items()} | about
 
 
-def _is_fused(model: Any) -> bool:
-    return type(model.__dict__.get("forward")).__name__ == "DecodeStep"
+def _fused(model: Any) -> str:
+    step = model.__dict__.get("forward")
+    if not isinstance(step, DecodeStep):
+        return ""
+    return "fused step, PyTorch decides" if step.stops() else "fused step"
 
 
 class _Bench:
@@ -229,7 +233,7 @@ class _Bench:
             "engine": "lte",
             **self.common,
             "sparsity": reached,
-            "backend": path + (", fused decode step" if _is_fused(model) else ""),
+            "backend": path + (_fused(model) and f", {_fused(model)}"),
             "max_error": error,
             "tolerance": TOLERANCE[model.dtype],
             "logits_error": logits_error,

@@ -2,7 +2,7 @@
 
 A step of the stock modules costs some 20 Python-level operations per layer, and a matrix-vector product of torch
 reads memory at a fraction of its speed. Here a step is one embedding lookup in Python and one call, which computes in
-float32 between the weights. Whatever is not an ordinary step (prefill, gradients, hooks, observers, an unusual
+float32 between the weights; or a call per layer, where PyTorch has to decide which neurons run. Whatever is not an ordinary step (prefill, gradients, hooks, observers, an unusual
 cache, ...) goes to the stock forward.
 """
 
@@ -99,10 +99,11 @@ class DecodeStep:
         for name, module in _decoder_linears(model):
             if type(module) not in (nn.Linear, FastLinear) or type(module.weight) is not nn.Parameter:
                 return f"{name} is a {type(module).__name__}, not a plain linear layer"
-        forms = [ffn.router.form() for ffn in sparse_ffns(model)]
-        if any(form is None or isinstance(form, HalfForm) for form in forms):
-            return f"the kernels have no form of a {type(sparse_ffns(model)[0].router).__name__}"
         return ""
+
+    def stops(self) -> bool:
+        """Whether the step stops at FFNs because PyTorch decides which of their neurons run."""
+        return any(_is_asked(ffn.router.form()) for ffn in sparse_ffns(self.model))
 
     def _step(
         self,
@@ -183,6 +184,12 @@ class _Built:
         self.hooks = [h for m in self.modules for h in (m._forward_hooks, m._forward_pre_hooks)]
         self.hooks += [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
         self.attributes = [m.__dict__ for m in self.modules]
+        self.asked = {
+            index: form
+            for index, (ffn, form) in enumerate(zip(self.ffns, forms, strict=True))
+            if _is_asked(form) and ffn.mode != Mode.DENSE
+        }
+        """Layers where the step stops for PyTorch to decide."""
         blocks = blocks_of(model)
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.n_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -249,11 +256,12 @@ class _Built:
         weights, experts = ffn.packed_weights(), ffn.n_experts
         if isinstance(form, CopyForm):
             described = describe_copied_ffn(weights, experts, form.copy, form.cut)
-        elif isinstance(form, ConstantForm):
-            described = describe_ffn(weights, experts)
-        else:
-            assert isinstance(form, LinearForm)
+        elif isinstance(form, LinearForm):
             described = describe_ffn(weights, experts, form.weight, form.bias, form.threshold)
+        elif isinstance(form, HalfForm) and ffn.mode != Mode.DENSE:
+            described = describe_ffn(weights.without(form.known), weights.d_ff)
+        else:
+            described = describe_ffn(weights, experts)
         return Layer(
             attention_norm=weight(spec.attention_norm),
             ffn_norm=weight(spec.ffn_norm),
@@ -315,10 +323,30 @@ class _Built:
             mask_stride=position + 1,
             caches=cast(caches, POINTER(Cache)),
             logits=logits.data_ptr(),
-            active=None,
         )
-        kernels().lte_decode(ctypes.byref(self.decoder), pointer(step), torch.get_num_threads())
+        inputs_BD = torch.empty(batch, hidden.shape[-1]) if self.asked else None
+        step.inputs = None if inputs_BD is None else inputs_BD.data_ptr()
+        for layer, form in self.asked.items():
+            assert inputs_BD is not None
+            self._run_to(step, layer + 1)
+            scale_BE = self._decide(self.ffns[layer], form, inputs_BD)
+            step.scale = scale_BE.data_ptr()
+        self._run_to(step, len(self.layers) + 1)
         return logits
+
+    def _run_to(self, step: Step, part: int) -> None:
+        step.to_part = part
+        kernels().lte_decode(ctypes.byref(self.decoder), pointer(step), torch.get_num_threads())
+        step.from_part = part
+
+    def _decide(self, ffn: SparseFFN, form: Form | None, inputs_BD: Tensor) -> Tensor:
+        """The weights of experts or neurons that a router of Python code gives, which may change the inputs too."""
+        x_BD = inputs_BD.to(self.dtype)
+        if isinstance(form, HalfForm):
+            return form.decide(x_BD).float().contiguous()
+        scale_BE = ffn.router(x_BD).mask.float().contiguous()
+        inputs_BD.copy_(ffn.router.inputs(x_BD))
+        return scale_BE
 
     def rotate(self, position_ids: Tensor) -> tuple[Tensor, Tensor] | None:
         """Rotations [B, rotary_dim] in float32; None for positions no sequence has."""
@@ -338,6 +366,10 @@ class _Built:
     def _rotations(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = self.rotary(torch.zeros(1, dtype=torch.float32), position_ids)
         return cos.contiguous(), sin.contiguous()
+
+
+def _is_asked(form: Form | None) -> bool:
+    return form is None or isinstance(form, HalfForm)
 
 
 def _room(layer: Any, position: int) -> tuple[Tensor, Tensor]:

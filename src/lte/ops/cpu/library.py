@@ -120,7 +120,10 @@ class Step(ctypes.Structure):
         ("mask_stride", c_int64),
         ("caches", POINTER(Cache)),
         ("logits", c_void_p),
-        ("active", c_void_p),
+        ("from_part", c_int64),
+        ("to_part", c_int64),
+        ("inputs", c_void_p),
+        ("scale", c_void_p),
     )
 
 
