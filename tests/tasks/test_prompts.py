@@ -67,6 +67,14 @@ def test_long_prompt_is_cut_from_the_left_and_keeps_bos():
     assert tokenizer.decode(prepared[1]["input_ids"]) == "<s>abcdefghi"
 
 
+def test_the_start_of_a_long_prompt_can_be_kept():
+    tokenizer = byte_tokenizer(bos=True)
+    data = rows({"prompt": ["0123456789", "p", "0123456789"], "target": ["abc", "d", "abcdefghijkl"]})
+    prepared = lm(context_length=10, keep_prompt="start").prepare(data, tokenizer)
+    texts = [tokenizer.decode(row) for row in prepared["input_ids"]]
+    assert texts == ["<s>0123\nabc</s>", "<s>p\nd</s>", "<s>abcdefghi"]
+
+
 def test_padding_with_eos_where_there_is_no_pad_token():
     tokenizer = byte_tokenizer(pad=False)
     batch = lm().collator(tokenizer)([{"input_ids": [9, 9], "labels": [9, 9]}, {"input_ids": [9], "labels": [9]}])

@@ -33,6 +33,8 @@ class TaskConfig(pydantic.BaseModel):
         stride: tokens by which evaluation windows move; by default half of ``context_length``.
         prompt_column, target_column: given together, rows are prompt -> target.
         input_column: text that follows the prompt on a line of its own, where a row has it.
+        keep_prompt: which end of a prompt stays where it is too long, ``start`` (an article's news) or ``end`` (what a
+            dialogue has come to; the default).
         text_column: by default ``text`` or the only string column; for ``classify`` GLUE's names.
         text_pair_column: second text of ``classify``.
         label_column: of ``classify``; integers, strings, or floats (regression).
@@ -52,6 +54,7 @@ class TaskConfig(pydantic.BaseModel):
     stride: int | None = Field(None, ge=1)
     prompt_column: str | None = None
     input_column: str | None = None
+    keep_prompt: Literal["start", "end"] = "end"
     target_column: str | None = None
     text_column: str | None = None
     text_pair_column: str | None = None

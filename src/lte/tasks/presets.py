@@ -52,7 +52,13 @@ PRESETS: dict[str, Preset] = {
         "lm",
         "an article in one sentence",
         "rougeL",
-        {"prompt_column": "document", "target_column": "summary", "context_length": 1024, "max_new_tokens": 60},
+        {
+            "prompt_column": "document",
+            "target_column": "summary",
+            "keep_prompt": "start",
+            "context_length": 1024,
+            "max_new_tokens": 60,
+        },
     ),
     "instruct": Preset(
         "lm",

@@ -79,7 +79,7 @@ class PromptFormat:
     def encode(
         self, prompts: Sequence[str], targets: Sequence[str], tokenizer: PreTrainedTokenizerBase
     ) -> list[dict[str, list[int]]]:
-        """Training rows of some pairs; too long ones lose the prompt's start first, then the target's end."""
+        """Training rows of some pairs; too long ones lose of the prompt first, then the target's end."""
         eos = _eos_id(tokenizer)
         longest_target = self.config.context_length - max(1, len(bos_ids(tokenizer)))
         rows = []
@@ -91,13 +91,19 @@ class PromptFormat:
             rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
         return rows
 
-    @staticmethod
-    def prompt_ids(prompts: Sequence[str], rooms: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-        """BOS, prompt and separator, each prompt cut from the left to its room; BOS stays."""
+    def prompt_ids(
+        self, prompts: Sequence[str], rooms: Sequence[int], tokenizer: PreTrainedTokenizerBase
+    ) -> list[list[int]]:
+        """BOS, prompt and separator, each prompt cut to its room; BOS and separator stay."""
         bos = bos_ids(tokenizer)
         encoded = encode_texts(tokenizer, [prompt + SEPARATOR for prompt in prompts])
-        pairs = zip(encoded, rooms, strict=True)
-        return [bos + ids[max(0, len(ids) + len(bos) - room) :] for ids, room in pairs]
+        kept = len(encode_texts(tokenizer, [SEPARATOR])[0]) if self.config.keep_prompt == "start" else 0
+        rows = []
+        for ids, room in zip(encoded, rooms, strict=True):
+            too_long = max(0, len(ids) + len(bos) - room)
+            first = max(0, len(ids) - kept - too_long) if kept else 0
+            rows.append(bos + ids[:first] + ids[first + too_long :])
+        return rows
 
     def evaluate(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, run: Run
