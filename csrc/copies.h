@@ -1,28 +1,12 @@
 // An FFN's own coarse copy: what it says of a token, and how it is made. Part of kernels.cpp, in its namespace.
 // What the copy says of every expert: emit(t, expert, square of its score). xs as for the router.
 template <class W, class Emit>
-static void copy_phase(Team& team, const lte_ffn& ffn, const float* xs, int64_t xs_stride, int64_t tokens, FfnWork& work,
-                       Emit&& emit) {
+static void copy_phase(Team& team, const lte_ffn& ffn, const float* xs, int64_t xs_stride, int64_t tokens, Emit&& emit) {
   constexpr int64_t BLOCK = 64;
   const lte_lowbit& up = ffn.copy.up;
-  const int64_t E = ffn.n_experts, F = ffn.d_ff, n = F / E, width = up.groups * up.group;
-  team.begin();
-  if (team.rank == 0) {
-    int8_t* values = work.rounded.get(tokens * width);
-    float* scales = work.input_scales.get(2 * tokens * up.groups);
-    RoundedInputs* inputs = work.inputs.get(tokens);
-    for (int64_t t = 0; t < tokens; ++t)
-      inputs[t] = {values + t * width, scales + 2 * t * up.groups, scales + (2 * t + 1) * up.groups};
-  }
-  team.end();
-  const RoundedInputs* inputs = work.inputs.data;
-  {
-    Queue& queue = team.begin();
-    for (int64_t t; queue.take(tokens, t);)
-      round_inputs(xs + t * xs_stride, ffn.d_model, up.group, const_cast<int8_t*>(inputs[t].values),
-                   const_cast<float*>(inputs[t].scales), const_cast<float*>(inputs[t].sums));
-    team.end();
-  }
+  const int64_t E = ffn.n_experts, F = ffn.d_ff, n = F / E;
+  round_phase(team, up, tokens, [&](int64_t t, int64_t i) { return xs[t * xs_stride + i]; });
+  const RoundedInputs* inputs = team.rounded->inputs.data;
   Queue& queue = team.begin();
   ThreadScratch& mine = thread_scratch();
   const bool gated = ffn.copy.gate.planes;
@@ -58,14 +42,12 @@ static void copy_phase(Team& team, const lte_ffn& ffn, const float* xs, int64_t 
 
 template <class W>
 static void copy_scores(const lte_ffn& ffn, const void* x, int64_t tokens, float* scores, int threads) {
-  static thread_local FfnWork work;
   static thread_local Buffer<float> widened;
-  FfnWork& shared = work;
   const int64_t size = tokens * ffn.d_model;
   float* xs = widened.get(size);
   for (int64_t i = 0; i < size; ++i) xs[i] = widen(static_cast<const W*>(x)[i]);
   with_team(threads, [&](Team& team) {
-    copy_phase<W>(team, ffn, xs, ffn.d_model, tokens, shared, [&](int64_t t, int64_t expert, float squares) {
+    copy_phase<W>(team, ffn, xs, ffn.d_model, tokens, [&](int64_t t, int64_t expert, float squares) {
       scores[t * ffn.n_experts + expert] = std::sqrt(squares);
     });
   });
@@ -73,18 +55,18 @@ static void copy_scores(const lte_ffn& ffn, const void* x, int64_t tokens, float
 
 template <class W>
 static void quantize(const lte_matrix& matrix, const lte_lowbit& made, const float* importance, int tries, int threads) {
-  const int64_t group = made.group, chunks = group / CHUNK, bits = made.bits, blocks = (made.rows + TOGETHER - 1) / TOGETHER;
+  const int64_t group = made.group, bits = made.bits, blocks = (made.rows + TOGETHER - 1) / TOGETHER;
   with_team(threads, [&](Team& team) {
     Queue& queue = team.begin();
     std::unique_ptr<float[]> x(new float[group]), weights(new float[group]), codes(new float[group]);
     for (int64_t block; queue.take(blocks, block);)
       for (int64_t g = 0; g < made.groups; ++g) {
-        const int64_t at = block * made.groups + g;
-        uint8_t* planes = const_cast<uint8_t*>(made.planes) + at * chunks * bits * 4 * TOGETHER;
-        std::memset(planes, 0, chunks * bits * 4 * TOGETHER);
+        const Tiles tiles(made, block);
+        uint8_t* planes = const_cast<uint8_t*>(tiles.planes) + g * (group / CHUNK) * tiles.chunk_bytes;
+        for (int64_t c = 0; c < group / CHUNK; ++c) std::memset(planes + c * tiles.chunk_bytes, 0, bits * 4 * TOGETHER);
         for (int64_t r = 0; r < TOGETHER; ++r) {
           const int64_t row = block * TOGETHER + r;
-          uint16_t& scale = const_cast<uint16_t*>(made.scales)[at * TOGETHER + r];
+          uint16_t& scale = const_cast<uint16_t*>(tiles.scales)[g * tiles.group_scales + r];
           if (row >= made.rows) {
             scale = 0;
             continue;
@@ -101,7 +83,8 @@ static void quantize(const lte_matrix& matrix, const lte_lowbit& made, const flo
           for (int64_t i = 0; i < group; ++i)
             for (int b = 0; b < bits; ++b) {
               const Place at = place_of(int(bits), int(i % CHUNK / 4), b);
-              planes[(i / CHUNK * bits + at.plane) * 4 * TOGETHER + 4 * r + i % 4] |= ((int(codes[i]) >> b) & 1) << at.bit;
+              planes[i / CHUNK * tiles.chunk_bytes + at.plane * 4 * TOGETHER + 4 * r + i % 4] |= ((int(codes[i]) >> b) & 1)
+                                                                                                   << at.bit;
             }
         }
       }

@@ -162,9 +162,8 @@ static void decode_ffn(Team& team, const lte_decoder& model, const lte_layer& la
   }
   const W* bias = static_cast<const W*>(layer.ffn.down.bias);
   ffn_phases<W>(team, layer.ffn, work.normed.data, stride, B, work.ffn,
-                [&](int64_t t, int64_t from, int64_t to, const float* value) {
-                  for (int64_t i = from; i < to; ++i)
-                    residual[t * D + i] += value[split_index(i, D, (const W*)nullptr)] + (bias ? widen(bias[i]) : 0.0f);
+                [&](int64_t t, int64_t i, float value) {
+                  residual[t * D + i] += value + (bias ? widen(bias[i]) : 0.0f);
                 });
 }
 

@@ -33,11 +33,27 @@ struct Buffer {
   }
 };
 
+// What a phase rounds for the next one, for every token.
+struct Rounded {
+  Buffer<int8_t> values;
+  Buffer<float> scales;
+  Buffer<RoundedInputs> inputs;
+
+  void get(int64_t tokens, int64_t groups, int64_t group) {
+    int8_t* its = values.get(tokens * groups * group);
+    float* each = scales.get(2 * tokens * groups);
+    RoundedInputs* all = inputs.get(tokens);
+    for (int64_t t = 0; t < tokens; ++t)
+      all[t] = {its + t * groups * group, each + 2 * t * groups, each + (2 * t + 1) * groups};
+  }
+};
+
 // One team of threads going through phases that end in a barrier. Each phase hands out its work from a queue; there
 // are four in rotation, and the one used two phases ago is known to be idle.
 struct Team {
   int rank, size;
   Queue* queues;
+  Rounded* rounded;
   int phase = 0;
 
   Queue& begin() {
@@ -53,9 +69,11 @@ struct Team {
 
 template <class Body>
 static void with_team(int threads, Body&& body) {
+  static thread_local Rounded own;
+  Rounded& rounded = own;
   Queue queues[4];
   parallel(threads, [&](int rank, int size) {
-    Team team{rank, size, queues};
+    Team team{rank, size, queues, &rounded};
     body(team);
   });
 }
@@ -65,17 +83,50 @@ static void to_split(const W* x, int64_t n, float* out) {
   for (int64_t i = 0; i < n; ++i) put<W>(out, i, n, widen(x[i]));
 }
 
+struct ThreadScratch {
+  Buffer<float> gate, up, linear, attention;
+  Buffer<float*> rows;
+  Buffer<const int8_t*> values;
+  Buffer<RoundedInputs> inputs;
+};
+static ThreadScratch& thread_scratch() {
+  static thread_local ThreadScratch scratch;
+  return scratch;
+}
+
 // ---- linear ---------------------------------------------------------------------------------------------------
 
 constexpr int64_t ROWS = 8;       // rows read side by side
 constexpr int64_t UNIT_ROWS = 32;  // rows handed to a thread at a time
 
-// emit(t, row, value) for every row of the matrix and token.
+// read(t, i): element i of a token's inputs.
+template <class Read>
+static void round_phase(Team& team, const lte_lowbit& matrix, int64_t tokens, Read&& read) {
+  team.begin();
+  if (team.rank == 0) team.rounded->get(tokens, matrix.groups, matrix.group);
+  team.end();
+  Queue& queue = team.begin();
+  Buffer<float>& natural = thread_scratch().attention;
+  for (int64_t t; queue.take(tokens, t);) {
+    float* x = natural.get(matrix.cols + VL);
+    for (int64_t i = 0; i < matrix.cols; ++i) x[i] = read(t, i);
+    const RoundedInputs& its = team.rounded->inputs.data[t];
+    round_inputs(x, matrix.cols, matrix.group, const_cast<int8_t*>(its.values), const_cast<float*>(its.scales),
+                 const_cast<float*>(its.sums));
+  }
+  team.end();
+}
+
+// emit(t, row, value) for every row of the matrices, which are all of few bits or none is, and every token.
 template <class W, class Emit>
 static void linear_phase(Team& team, const lte_matrix* matrices, int n_matrices, const float* xs, int64_t xs_stride,
                          int64_t tokens, Buffer<float>& scratch, Emit&& emit) {
+  const bool few_bits = matrices->low.planes;
+  if (few_bits)
+    round_phase(team, matrices->low, tokens,
+                [&](int64_t t, int64_t i) { return get<W>(xs + t * xs_stride, i, matrices->cols); });
   Queue& queue = team.begin();
-  float* out = scratch.get(ROWS * tokens + VL);
+  float* out = scratch.get((few_bits ? UNIT_ROWS : ROWS) * tokens + VL);
   int64_t units = 0;
   for (int m = 0; m < n_matrices; ++m) units += (matrices[m].rows + UNIT_ROWS - 1) / UNIT_ROWS;
   for (int64_t unit; queue.take(units, unit);) {
@@ -90,6 +141,14 @@ static void linear_phase(Team& team, const lte_matrix* matrices, int n_matrices,
     const W* weight = static_cast<const W*>(matrix->weight);
     const W* bias = static_cast<const W*>(matrix->bias);
     int64_t row = unit * UNIT_ROWS, last = std::min(matrix->rows, row + UNIT_ROWS);
+    if (few_bits) {
+      lowbit_blocks(matrix->low, row / TOGETHER, (last - row + TOGETHER - 1) / TOGETHER, team.rounded->inputs.data, tokens,
+                    out, UNIT_ROWS);
+      for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t i = row; i < last; ++i)
+          emit(t, first_row + i, out[t * UNIT_ROWS + i - row] + (bias ? widen(bias[i]) : 0.0f));
+      continue;
+    }
     while (row < last) {
       const W* rows[ROWS];
       int64_t count = last - row >= ROWS ? ROWS : 1;
@@ -131,9 +190,8 @@ struct FfnWork {
   Buffer<int32_t> tokens;
   Buffer<int32_t> neurons, found;  // of the one group; and what every block of experts found of them
   Buffer<int32_t> counts;
-  Buffer<int8_t> rounded;  // [tokens, width], for the copy
-  Buffer<float> input_scales;
-  Buffer<RoundedInputs> inputs;
+  Buffer<int8_t> rounded;  // hidden, for a down projection of few bits; and a scale and a sum for every chunk of it
+  Buffer<float> scales, sums;
   int64_t n_groups = 0, group_size = 0, out_stride = 0;
   bool scattered = false;
 
@@ -141,15 +199,6 @@ struct FfnWork {
     return scattered ? neurons.data[i] : experts.data[group] * group_size + i;
   }
 };
-
-struct ThreadScratch {
-  Buffer<float> gate, up, linear, attention;
-  Buffer<float*> rows;
-};
-static ThreadScratch& thread_scratch() {
-  static thread_local ThreadScratch scratch;
-  return scratch;
-}
 
 static void list_experts(const lte_ffn& ffn, int64_t tokens, FfnWork& work) {
   int64_t E = ffn.n_experts, found = 0, active = 0;
@@ -319,7 +368,7 @@ static void down_by_rows(Team& team, const lte_ffn& ffn, int64_t tokens, FfnWork
       float* out = work.out.data + t * stride;
       for (int64_t part = 1; part < PARTS; ++part)
         for (int64_t i = from; i < to; ++i) out[i] += out[part * size + i];
-      emit(t, from, to, out);
+      for (int64_t i = from; i < to; ++i) emit(t, i, out[split_index(i, D, (const W*)nullptr)]);
     }
   }
   team.end();
@@ -343,16 +392,20 @@ static void down_by_columns(Team& team, const lte_ffn& ffn, int64_t tokens, FfnW
       for (int64_t i = 0; i < its; ++i) y[i] = out + list[begin[a] + i] * stride;
       add_rows<W>(ffn, work, a, 0, n, work.hidden.data + begin[a] * n, n, its, from, to, y);
     }
-    for (int64_t t = 0; t < tokens; ++t) emit(t, from, to, out + t * stride);
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t i = from; i < to; ++i) emit(t, i, out[t * stride + split_index(i, D, (const W*)nullptr)]);
   }
   team.end();
 }
 
-// Tokens xs (split order) through the active experts; emit(t, from, to, y) hands out columns of y, split order, biases
-// not yet added. work.scale is filled by the caller, behind a barrier.
+#include "few_bits.h"
+
+// Tokens xs (as `put` has them) through the active experts; emit(t, i, value) hands out y, biases not yet added.
+// work.scale is filled by the caller, behind a barrier.
 template <class W, class Emit>
 static void ffn_phases(Team& team, const lte_ffn& ffn, const float* xs, int64_t xs_stride, int64_t tokens, FfnWork& work,
                        Emit&& emit) {
+  if (ffn.up.low.planes) return few_bits_phases<W>(team, ffn, xs, xs_stride, tokens, work, emit);
   ThreadScratch& mine = thread_scratch();
   list_groups(team, ffn, tokens, work);
 
@@ -422,7 +475,7 @@ static void decide_phase(Team& team, const lte_ffn& ffn, const float* xs, int64_
   if (ffn.copy.cut < 0) return run_all(team, ffn, tokens, work);
   if (team.rank == 0) work.scale.get(tokens * ffn.n_experts);
   const float cut = ffn.copy.cut * ffn.copy.cut;
-  copy_phase<W>(team, ffn, xs, xs_stride, tokens, work, [&](int64_t t, int64_t expert, float squares) {
+  copy_phase<W>(team, ffn, xs, xs_stride, tokens, [&](int64_t t, int64_t expert, float squares) {
     work.scale.data[t * ffn.n_experts + expert] = squares > cut ? 1.0f : 0.0f;
   });
 }
@@ -455,9 +508,8 @@ static void sparse_ffn(const lte_ffn& ffn, const void* x, int64_t tokens, const 
   W* out = static_cast<W*>(y);
   with_team(threads, [&](Team& team) {
     if (routed) decide_phase<W>(team, ffn, plain, stride, tokens, shared);
-    ffn_phases<W>(team, ffn, xs, stride, tokens, shared, [&](int64_t t, int64_t from, int64_t to, const float* value) {
-      for (int64_t i = from; i < to; ++i)
-        narrow(value[split_index(i, D, (const W*)nullptr)] + (bias ? widen(bias[i]) : 0.0f), out + t * D + i);
+    ffn_phases<W>(team, ffn, xs, stride, tokens, shared, [&](int64_t t, int64_t i, float value) {
+      narrow(value + (bias ? widen(bias[i]) : 0.0f), out + t * D + i);
     });
   });
 }

@@ -4,6 +4,7 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "lte.h"
 #include "simd.h"
@@ -80,16 +81,45 @@ INLINE vcodes codes_at_step(const vcodes* planes) {
   }
 }
 
+// Where the tiles and scales of a block of rows lie.
+struct Tiles {
+  const uint8_t* planes;
+  const uint16_t* scales;
+  int64_t chunk_bytes, group_scales;  // from one chunk, and one group, to the next
+
+  Tiles(const lte_lowbit& matrix, int64_t block) {
+    const int64_t tile = matrix.bits * TOGETHER * 4, blocks = (matrix.rows + TOGETHER - 1) / TOGETHER;
+    const int64_t chunks = matrix.groups * (matrix.group / CHUNK);
+    planes = matrix.planes + block * tile * (matrix.by_columns ? 1 : chunks);
+    scales = matrix.scales + block * TOGETHER * (matrix.by_columns ? 1 : matrix.groups);
+    chunk_bytes = tile * (matrix.by_columns ? blocks : 1);
+    group_scales = TOGETHER * (matrix.by_columns ? blocks : 1);
+  }
+};
+INLINE vf load_scales(const uint16_t* scales) {
+  const vu wide = __builtin_convertvector(*reinterpret_cast<const vhalf_any*>(scales), vu) << 16;
+  vf out;
+  std::memcpy(&out, &wide, sizeof out);
+  return out;
+}
+
 // dots += codes, four to a lane, times four values.
+template <int BITS>
 INLINE vi add_products(vi dots, vcodes codes, const int8_t* values) {
   int32_t four;
   std::memcpy(&four, values, 4);
 #if defined(__AVX512VNNI__)
   return (vi)_mm512_dpbusd_epi32((__m512i)dots, (__m512i)codes, _mm512_set1_epi32(four));
-#elif defined(__AVX512BW__)
+#elif defined(__AVX512BW__) || defined(__AVX2__)
+  if constexpr (BITS == 8) {  // whose products the next instruction would not hold
+    const vcodes low = codes & uint16_t(0x0f0f), high = codes >> 4 & uint16_t(0x0f0f);
+    return add_products<4>(dots, low, values) + (add_products<4>(vi{}, high, values) << 4);
+  }
+#if defined(__AVX512BW__)
   return dots + (vi)_mm512_madd_epi16(_mm512_maddubs_epi16((__m512i)codes, _mm512_set1_epi32(four)), _mm512_set1_epi16(1));
-#elif defined(__AVX2__)
+#else
   return dots + (vi)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)codes, _mm256_set1_epi32(four)), _mm256_set1_epi16(1));
+#endif
 #else
   vu lanes;
   std::memcpy(&lanes, &codes, sizeof lanes);
@@ -118,80 +148,127 @@ INLINE void add_steps(vi* dots, const vcodes* planes, const int8_t* const* value
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
       vi& sum = dots[((stays ? CHAINS<T> : 0) + STEP / 2 % CHAINS<T>) * T + t];
-      sum = add_products(sum, codes, values[t] + 4 * STEP);
+      sum = add_products<BITS>(sum, codes, values[t] + 4 * STEP);
     }
     add_steps<BITS, T, STEP + 1>(dots, planes, values);
+  }
+}
+
+// The products of VL rows of a block, and of the chunks of a group, with T tokens' values.
+template <int BITS, int T>
+INLINE void add_chunks(vf* total, const uint8_t* planes, int64_t chunk_bytes, int64_t chunks, vf scale,
+                       const int8_t* const* values, const float* scales, const float* sums) {
+  constexpr float middle = ((1 << BITS) - 1) / 2.0f;
+  vi dots[2 * CHAINS<T> * T] = {};
+  for (int64_t c = 0; c < chunks; ++c) {
+    vcodes here[BITS];
+#pragma GCC unroll 8
+    for (int b = 0; b < BITS; ++b)
+      here[b] = *reinterpret_cast<const vcodes_any*>(planes + c * chunk_bytes + b * TOGETHER * 4);
+    const int8_t* its[T];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) its[t] = values[t] + c * CHUNK;
+    add_steps<BITS, T, 0>(dots, here, its);
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+    vi whole = dots[t], stayed = dots[CHAINS<T> * T + t];
+#pragma GCC unroll 4
+    for (int i = 1; i < CHAINS<T>; ++i) whole += dots[i * T + t], stayed += dots[(CHAINS<T> + i) * T + t];
+    if constexpr (IN_PLACE) whole += stayed >> BITS;
+    const vf products = __builtin_convertvector(whole, vf) * scales[t] - splat(middle * sums[t]);
+    total[t] += products * scale;
   }
 }
 
 // The rows of a block by T tokens: out[t * out_stride + row].
 template <int BITS, int T>
 static void lowbit_block(const lte_lowbit& matrix, int64_t block, const RoundedInputs* x, float* out, int64_t out_stride) {
-  constexpr int64_t PLANE = TOGETHER * 4;  // bytes
   const int64_t groups = matrix.groups, chunks = matrix.group / CHUNK;
-  const float middle = ((1 << BITS) - 1) / 2.0f;
-  const uint8_t* planes = matrix.planes + block * groups * chunks * BITS * PLANE;
-  const uint16_t* scales = matrix.scales + block * groups * TOGETHER;
+  const Tiles tiles(matrix, block);
 #pragma GCC unroll 1
   for (int64_t part = 0; part < TOGETHER; part += VL) {
     vf total[T] = {};
     for (int64_t g = 0; g < groups; ++g) {
-      const vf scale = [&] {
-        const vu wide = __builtin_convertvector(*reinterpret_cast<const vhalf_any*>(scales + g * TOGETHER + part), vu) << 16;
-        vf out;
-        std::memcpy(&out, &wide, sizeof out);
-        return out;
-      }();
-      vi dots[2 * CHAINS<T> * T] = {};
-      for (int64_t c = 0; c < chunks; ++c) {
-        vcodes here[BITS];
-#pragma GCC unroll 4
-        for (int b = 0; b < BITS; ++b)
-          here[b] = *reinterpret_cast<const vcodes_any*>(planes + ((g * chunks + c) * BITS + b) * PLANE + 4 * part);
-        const int8_t* values[T];
+      const int8_t* values[T];
+      float scales[T], sums[T];
 #pragma GCC unroll 8
-        for (int t = 0; t < T; ++t) values[t] = x[t].values + g * matrix.group + c * CHUNK;
-        add_steps<BITS, T, 0>(dots, here, values);
-      }
-#pragma GCC unroll 8
-      for (int t = 0; t < T; ++t) {
-        vi whole = dots[t], stayed = dots[CHAINS<T> * T + t];
-#pragma GCC unroll 4
-        for (int i = 1; i < CHAINS<T>; ++i) whole += dots[i * T + t], stayed += dots[(CHAINS<T> + i) * T + t];
-        if constexpr (IN_PLACE) whole += stayed >> BITS;
-        const vf products = __builtin_convertvector(whole, vf) * x[t].scales[g] - splat(middle * x[t].sums[g]);
-        total[t] += products * scale;
-      }
+      for (int t = 0; t < T; ++t)
+        values[t] = x[t].values + g * matrix.group, scales[t] = x[t].scales[g], sums[t] = x[t].sums[g];
+      add_chunks<BITS, T>(total, tiles.planes + g * chunks * tiles.chunk_bytes + 4 * part, tiles.chunk_bytes, chunks,
+                          load_scales(tiles.scales + g * tiles.group_scales + part), values, scales, sums);
     }
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) store(out + t * out_stride + part, total[t]);
   }
 }
 
-template <int BITS>
-static void lowbit_blocks(const lte_lowbit& matrix, int64_t block, int64_t count, const RoundedInputs* x, int64_t tokens,
-                          float* out, int64_t out_stride) {
-  constexpr int MOST = VL == 16 ? 8 : 4;
-  for (int64_t b = 0; b < count; ++b) {
-    int64_t t = 0;
-    for (; t + MOST <= tokens; t += MOST)
-      lowbit_block<BITS, MOST>(matrix, block + b, x + t, out + t * out_stride + b * TOGETHER, out_stride);
-    for (; t + 2 <= tokens; t += 2)
-      lowbit_block<BITS, 2>(matrix, block + b, x + t, out + t * out_stride + b * TOGETHER, out_stride);
-    for (; t < tokens; ++t)
-      lowbit_block<BITS, 1>(matrix, block + b, x + t, out + t * out_stride + b * TOGETHER, out_stride);
+// T tokens' values of one group of columns, added to all rows: y[t][row] += ... A matrix that lies column by column.
+template <int BITS, int T>
+static void lowbit_columns(const lte_lowbit& matrix, int64_t g, const int8_t* const* values, const float* scales,
+                           const float* sums, float* const* y) {
+  const int64_t blocks = (matrix.rows + TOGETHER - 1) / TOGETHER, chunks = matrix.group / CHUNK;
+  const Tiles tiles(matrix, 0);
+  const uint8_t* planes = tiles.planes + g * chunks * tiles.chunk_bytes;
+  const uint16_t* of_group = tiles.scales + g * tiles.group_scales;
+  for (int64_t block = 0; block < blocks; ++block)
+#pragma GCC unroll 1
+    for (int64_t part = 0; part < TOGETHER; part += VL) {
+      const int64_t row = block * TOGETHER + part;
+      vf total[T];
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) total[t] = load(y[t] + row);
+      add_chunks<BITS, T>(total, planes + block * BITS * TOGETHER * 4 + 4 * part, tiles.chunk_bytes, chunks,
+                          load_scales(of_group + row), values, scales, sums);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) store(y[t] + row, total[t]);
+    }
+}
+
+constexpr int MOST_TOKENS = VL == 16 ? 8 : 4;  // at a time
+
+// Calls body with the width as a constant.
+template <class Body>
+INLINE void with_bits(int bits, Body&& body) {
+  switch (bits) {
+    case 1: return body(std::integral_constant<int, 1>());
+    case 2: return body(std::integral_constant<int, 2>());
+    case 3: return body(std::integral_constant<int, 3>());
+    case 4: return body(std::integral_constant<int, 4>());
+    case 5: return body(std::integral_constant<int, 5>());
+    case 6: return body(std::integral_constant<int, 6>());
+    case 7: return body(std::integral_constant<int, 7>());
+    default: return body(std::integral_constant<int, 8>());
   }
+}
+// Calls body(first, count), count a constant, for pieces of so many tokens.
+template <class Body>
+INLINE void in_pieces(int64_t tokens, Body&& body) {
+  int64_t t = 0;
+  for (; t + MOST_TOKENS <= tokens; t += MOST_TOKENS) body(t, std::integral_constant<int, MOST_TOKENS>());
+  for (; t + 2 <= tokens; t += 2) body(t, std::integral_constant<int, 2>());
+  for (; t < tokens; ++t) body(t, std::integral_constant<int, 1>());
 }
 
 // Blocks of rows by every token: out[t * out_stride + row], row 0 being the first of the first block.
 static void lowbit_blocks(const lte_lowbit& matrix, int64_t block, int64_t count, const RoundedInputs* x, int64_t tokens,
                           float* out, int64_t out_stride) {
-  switch (matrix.bits) {
-    case 1: return lowbit_blocks<1>(matrix, block, count, x, tokens, out, out_stride);
-    case 2: return lowbit_blocks<2>(matrix, block, count, x, tokens, out, out_stride);
-    case 3: return lowbit_blocks<3>(matrix, block, count, x, tokens, out, out_stride);
-    default: return lowbit_blocks<4>(matrix, block, count, x, tokens, out, out_stride);
-  }
+  with_bits(matrix.bits, [&](auto bits) {
+    for (int64_t b = 0; b < count; ++b)
+      in_pieces(tokens, [&](int64_t t, auto piece) {
+        lowbit_block<bits(), piece()>(matrix, block + b, x + t, out + t * out_stride + b * TOGETHER, out_stride);
+      });
+  });
+}
+
+// One group of columns by every token.
+static void lowbit_columns(const lte_lowbit& matrix, int64_t g, int64_t tokens, const int8_t* const* values,
+                           const float* scales, const float* sums, float* const* y) {
+  with_bits(matrix.bits, [&](auto bits) {
+    in_pieces(tokens, [&](int64_t t, auto piece) {
+      lowbit_columns<bits(), piece()>(matrix, g, values + t, scales + t, sums + t, y + t);
+    });
+  });
 }
 
 // ---- making them ----------------------------------------------------------------------------------------------

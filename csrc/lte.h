@@ -10,22 +10,25 @@ extern "C" {
 enum lte_dtype : int32_t { LTE_FP32 = 0, LTE_BF16 = 1 };
 enum lte_activation : int32_t { LTE_RELU = 0, LTE_GELU = 1, LTE_GELU_TANH = 2, LTE_SILU = 3, LTE_IDENTITY = 4 };
 
-// out = W x + b. weight: [rows, cols] with row stride `stride`; bias: [rows] or null, in the dtype of the weight.
-struct lte_matrix {
-  const void* weight;
-  const void* bias;
-  int64_t rows, cols, stride;
-};
-
 // [rows, cols] numbers scale * (code - (2^bits - 1) / 2), as src/lte/ops/lowbit.py has them, in blocks of rows.
 // planes: [blocks, groups, chunks of a group, bits, rows of a block, 4]; the last byte, over the planes, has the codes
-// of columns 4 s + its index of the chunk, s from 0 to 7. scales: [blocks, groups, rows of a block], bf16.
+// of columns 4 s + its index of the chunk, s from 0 to 7. scales: [blocks, groups, rows of a block], bf16. With
+// `by_columns` they are [groups, chunks of a group, blocks, ...] and [groups, blocks, ...]: some columns lie together.
 enum : int64_t { LTE_LOWBIT_ROWS = 16, LTE_LOWBIT_CHUNK = 32 };
 struct lte_lowbit {
   const uint8_t* planes;
   const uint16_t* scales;
   int64_t rows, cols, groups, group;
-  int32_t bits;
+  int32_t bits, by_columns;
+};
+
+// out = W x + b. weight: [rows, cols] with row stride `stride`, or null where `low` holds it; bias: [rows] or null.
+// Weight and bias are of the dtype of what is multiplied with them.
+struct lte_matrix {
+  const void* weight;
+  const void* bias;
+  int64_t rows, cols, stride;
+  lte_lowbit low;
 };
 
 // An FFN's own coarse copy. An expert runs where the root of the sum, over its neurons, of the squares of

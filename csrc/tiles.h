@@ -39,6 +39,11 @@ INLINE void put(float* x, int64_t i, int64_t n, float value) {
     x[split_index(i, n, (const W*)nullptr)] = value;
 }
 template <class W>
+INLINE float get(const float* x, int64_t i, int64_t n) {
+  if constexpr (PAIRED<W>) return widen(reinterpret_cast<const bf16*>(x)[i]);
+  return x[split_index(i, n, (const W*)nullptr)];
+}
+template <class W>
 INLINE float tail(const float* x, int64_t i) {
   if constexpr (PAIRED<W>) return widen(reinterpret_cast<const bf16*>(x)[i]);
   return x[i];

@@ -9,14 +9,15 @@ from lte.ops import cpu
 from lte.ops.lowbit import LowBitMatrix, quantize, round_inputs
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("by_columns", [False, True])
+@pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize(("columns", "group"), [(128, 64), (100, 64), (64, 32), (7, 32)])
-def test_numbers_on_the_grid_are_kept(bits, columns, group):
+def test_numbers_on_the_grid_are_kept(bits, columns, group, by_columns):
     generator = torch.Generator().manual_seed(0)
     levels = torch.randint(2**bits, (5, columns), generator=generator) - (2**bits - 1) / 2
     levels[:, ::8] = (2**bits - 1) / 2  # every group meets its outermost level
     scale = torch.tensor([0.5, 1.0, 2.0, 0.125, 0.25])[:, None]
-    made = quantize(levels * scale, bits, group)
+    made = quantize(levels * scale, bits, group, by_columns=by_columns)
     assert (made.bits, made.group, made.columns) == (bits, group, columns)
     torch.testing.assert_close(made.dequantize(), levels * scale)
 
@@ -64,7 +65,7 @@ def test_zeros_stay_near_zero():
     assert quantize(torch.zeros(2, 64), 3, 64).dequantize().abs().max() < 1e-6
 
 
-@pytest.mark.parametrize(("bits", "group"), [(0, 64), (5, 64), (3, 48), (3, 0)])
+@pytest.mark.parametrize(("bits", "group"), [(0, 64), (9, 64), (3, 48), (3, 0)])
 def test_widths_that_there_are_not(bits, group):
     with pytest.raises(ValueError, match=f"bits={bits}, group={group}"):
         quantize(torch.zeros(2, 64), bits, group)
@@ -86,8 +87,9 @@ def test_inputs_are_rounded_to_eight_bits_of_their_group():
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("columns", "group"), [(128, 64), (100, 64), (48, 96), (7, 32)])
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_kernels_round_as_torch_does(isa, dtype, columns, group, bits, monkeypatch):
+@pytest.mark.parametrize("by_columns", [False, True])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8])
+def test_kernels_round_as_torch_does(isa, dtype, columns, group, bits, by_columns, monkeypatch):
     best = cpu.instruction_set()
     if not cpu.kernels().lte_use_isa(isa.encode()):
         pytest.skip(f"this processor or build lacks {isa}")
@@ -95,12 +97,12 @@ def test_kernels_round_as_torch_does(isa, dtype, columns, group, bits, monkeypat
     weight = torch.randn(33, columns, generator=generator).to(dtype)
     importance = torch.rand(columns, generator=generator)
     try:
-        made = [quantize(weight, bits, group, given) for given in (None, importance)]
+        made = [quantize(weight, bits, group, given, by_columns=by_columns) for given in (None, importance)]
     finally:
         cpu.kernels().lte_use_isa(best.encode())
     monkeypatch.setattr("lte.ops.lowbit._kernels_take", lambda matrix: False)
     for fast, given in zip(made, (None, importance), strict=True):
-        plain = quantize(weight, bits, group, given)
+        plain = quantize(weight, bits, group, given, by_columns=by_columns)
         same = fast.scales_of_rows() == plain.scales_of_rows()
         assert same.float().mean() > 0.98  # errors that are as good as equal
         assert torch.equal(fast.codes()[same], plain.codes()[same])

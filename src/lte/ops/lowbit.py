@@ -1,4 +1,4 @@
-"""Matrices of a few bits per weight: what a coarse copy of a layer is made of."""
+"""Matrices of a few bits per weight: what a coarse copy of a layer is made of, and a quantised layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lte.memory import empty_for_streaming
 
-BITS = (1, 2, 3, 4)
+BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 """Widths there are."""
 
 SHRINKS = 13
@@ -44,12 +44,15 @@ class LowBitMatrix:
         scales: [N / 16, G, 16] bfloat16.
         rows: N.
         columns: D.
+        by_columns: whether the blocks of rows come behind the groups of columns and the chunks of these, [G, group / 32,
+            N / 16, bits, 64] and [G, N / 16, 16], so that the weights of a group of columns lie together.
     """
 
     planes: Tensor
     scales: Tensor
     rows: int
     columns: int
+    by_columns: bool = False
 
     @property
     def bits(self) -> int:
@@ -59,7 +62,12 @@ class LowBitMatrix:
     @property
     def group(self) -> int:
         """Weights that share a scale."""
-        return COLUMNS * self.planes.shape[2]
+        return COLUMNS * self.planes.shape[1 if self.by_columns else 2]
+
+    @property
+    def groups(self) -> int:
+        """Of a row."""
+        return self.planes.shape[0 if self.by_columns else 1]
 
     @property
     def nbytes(self) -> int:
@@ -73,7 +81,8 @@ class LowBitMatrix:
 
     def codes(self) -> Tensor:
         """[N, G, group] uint8."""
-        planes = self.planes.unflatten(-1, (ROWS, 4))  # [blocks, G, chunks, bits, rows, 4]
+        planes = self.planes.permute(2, 0, 1, 3, 4) if self.by_columns else self.planes
+        planes = planes.unflatten(-1, (ROWS, 4))  # [blocks, G, chunks, bits, rows, 4]
         codes = torch.zeros_like(planes[:, :, :, :1]).repeat(1, 1, 1, STEPS, 1, 1)
         for step, bit, plane, place in _places(self.bits):
             codes[:, :, :, step] |= ((planes[:, :, :, plane] >> place) & 1) << bit
@@ -81,7 +90,8 @@ class LowBitMatrix:
 
     def scales_of_rows(self) -> Tensor:
         """[N, G] bfloat16."""
-        return self.scales.transpose(1, 2).flatten(0, 1)[: self.rows]
+        scales = self.scales.transpose(0, 1) if self.by_columns else self.scales
+        return scales.transpose(1, 2).flatten(0, 1)[: self.rows]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[N, D]."""
@@ -110,14 +120,22 @@ class FFNCopy:
 
 
 @torch.no_grad()
-def quantize(matrix_ND: Tensor, bits: int, group: int = 64, importance_D: Tensor | None = None) -> LowBitMatrix:
+def quantize(
+    matrix_ND: Tensor,
+    bits: int,
+    group: int = 64,
+    importance_D: Tensor | None = None,
+    *,
+    by_columns: bool = False,
+) -> LowBitMatrix:
     """Round a matrix to few bits; every group's scale is the one, of some, with the smallest squared error.
 
     Args:
         matrix_ND: [N, D].
-        bits: 1 to 4.
+        bits: 1 to 8.
         group: neighbours in a row that share a scale; a multiple of 32.
         importance_D: [D], weights of the errors, for instance the mean squares of the inputs; None for equal ones.
+        by_columns: see :class:`LowBitMatrix`.
 
     Raises:
         ValueError: the width or the group is none there is.
@@ -126,7 +144,7 @@ def quantize(matrix_ND: Tensor, bits: int, group: int = 64, importance_D: Tensor
         raise ValueError(f"bits={bits}, group={group}: bits must be one of {BITS}, and group a multiple of {COLUMNS}")
     matrix_ND = matrix_ND.detach()
     if _kernels_take(matrix_ND):
-        return _quantize_fast(matrix_ND, bits, group, importance_D)
+        return _quantize_fast(matrix_ND, bits, group, importance_D, by_columns)
     rows, columns = matrix_ND.shape
     weights_D = torch.ones(columns, device=matrix_ND.device) if importance_D is None else importance_D.float()
     weights_Gk = _grouped(weights_D[None], group)[0]
@@ -138,7 +156,10 @@ def quantize(matrix_ND: Tensor, bits: int, group: int = 64, importance_D: Tensor
         codes, scale = (torch.nn.functional.pad(t.mT, (0, -len(part) % ROWS)).mT for t in (codes.flatten(1), scale))
         planes.append(_planes(codes, bits, group))
         scales.append(scale.bfloat16().unflatten(0, (-1, ROWS)).mT)
-    return LowBitMatrix(torch.cat(planes), torch.cat(scales).contiguous(), rows, columns)
+    made = torch.cat(planes), torch.cat(scales)
+    if by_columns:
+        made = made[0].permute(1, 2, 0, 3, 4), made[1].transpose(0, 1)
+    return LowBitMatrix(made[0].contiguous(), made[1].contiguous(), rows, columns, by_columns)
 
 
 def _kernels_take(matrix_ND: Tensor) -> bool:
@@ -148,14 +169,18 @@ def _kernels_take(matrix_ND: Tensor) -> bool:
     return plain and not cpu.unavailable()
 
 
-def _quantize_fast(matrix_ND: Tensor, bits: int, group: int, importance_D: Tensor | None) -> LowBitMatrix:
+def _quantize_fast(
+    matrix_ND: Tensor, bits: int, group: int, importance_D: Tensor | None, by_columns: bool
+) -> LowBitMatrix:
     from lte.ops import cpu
 
     rows, columns = matrix_ND.shape
     blocks, groups = -(-rows // ROWS), -(-columns // group)
-    shape = blocks, groups, group // COLUMNS, bits, 4 * ROWS
-    planes = empty_for_streaming(shape, torch.uint8, matrix_ND.device)
-    made = LowBitMatrix(planes, torch.empty(blocks, groups, ROWS, dtype=torch.bfloat16), rows, columns)
+    chunks = group // COLUMNS
+    order = (groups, chunks, blocks) if by_columns else (blocks, groups, chunks)
+    planes = empty_for_streaming((*order, bits, 4 * ROWS), torch.uint8, matrix_ND.device)
+    scales = torch.empty((groups, blocks, ROWS) if by_columns else (blocks, groups, ROWS), dtype=torch.bfloat16)
+    made = LowBitMatrix(planes, scales, rows, columns, by_columns)
     cpu.quantize(matrix_ND, made, None if importance_D is None else importance_D.float().contiguous(), SHRINKS)
     return made
 

@@ -1,6 +1,16 @@
 """C++ kernels for the CPU (sources in ``csrc/``), called through ctypes."""
 
-from lte.ops.cpu.calls import Plan, copied_ffn, copy_scores, linear, quantize, read_seconds, sparse_ffn
+from lte.ops.cpu.calls import (
+    Plan,
+    copied_ffn,
+    copy_scores,
+    linear,
+    quantize,
+    quantized_ffn,
+    quantized_linear,
+    read_seconds,
+    sparse_ffn,
+)
 from lte.ops.cpu.library import DTYPES, instruction_set, kernels, unavailable
 
 __all__ = [
@@ -12,6 +22,8 @@ __all__ = [
     "kernels",
     "linear",
     "quantize",
+    "quantized_ffn",
+    "quantized_linear",
     "read_seconds",
     "sparse_ffn",
     "unavailable",

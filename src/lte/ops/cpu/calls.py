@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lte.ops.cpu.library import ACTIVATION_CODES, DTYPES, FFN, Copy, LowBit, Matrix, kernels, matrix
 from lte.ops.lowbit import FFNCopy, LowBitMatrix
+from lte.ops.quantized import QuantizedFFN
 from lte.ops.weights import FFNWeights
 
 
@@ -75,7 +76,54 @@ def _lowbit(made: LowBitMatrix | None) -> LowBit:
     if made is None:
         return LowBit()
     pointers = made.planes.data_ptr(), made.scales.data_ptr()
-    return LowBit(*pointers, made.rows, made.columns, made.planes.shape[1], made.group, made.bits)
+    sizes = made.rows, made.columns, made.groups, made.group
+    return LowBit(*pointers, *sizes, made.bits, made.by_columns)
+
+
+def describe_quantized_ffn(
+    weights: QuantizedFFN, n_experts: int, dtype: torch.dtype, router: tuple[Tensor, Tensor | None, float] | None = None
+) -> FFN:
+    """The C struct of an FFN of few bits, for inputs of a dtype."""
+    gate, up, down = (
+        lowbit_matrix(matrix, bias)
+        for matrix, bias in (
+            (weights.gate, weights.gate_bias),
+            (weights.up, weights.up_bias),
+            (weights.down, weights.down_bias),
+        )
+    )
+    decide = matrix(None) if router is None else matrix(*router[:2])
+    sizes = weights.d_model, weights.d_ff, n_experts, 0.5 if router is None else router[2]
+    return FFN(gate, up, down, decide, Copy(), *sizes, DTYPES[dtype], ACTIVATION_CODES[weights.activation])
+
+
+def lowbit_matrix(weight: LowBitMatrix | None, bias: Tensor | None = None) -> Matrix:
+    """The C struct of a matrix of few bits, and its bias."""
+    if weight is None:
+        return matrix(None)
+    described = Matrix(None, None if bias is None else bias.data_ptr(), weight.rows, weight.columns, 0)
+    described.low = _lowbit(weight)
+    return described
+
+
+def quantized_ffn(
+    x_TD: Tensor,
+    weights: QuantizedFFN,
+    expert_weights_TE: Tensor | None = None,
+    router: tuple[Tensor, Tensor | None, float] | None = None,
+) -> Tensor:
+    """An FFN of few bits over the experts of a mask, of float weights, or of a router (weight, bias, threshold)."""
+    if expert_weights_TE is not None:
+        n_experts = expert_weights_TE.shape[1]
+    else:
+        n_experts = 1 if router is None else len(router[0])
+    given = None if expert_weights_TE is None else expert_weights_TE.float().contiguous()
+    return _run_ffn(describe_quantized_ffn(weights, n_experts, x_TD.dtype, router), x_TD, scale=given)
+
+
+def quantized_linear(x_TD: Tensor, weight: LowBitMatrix, bias: Tensor | None) -> Tensor:
+    """[T, D] by [N, D] of few bits to [T, N]."""
+    return _run_linear(lowbit_matrix(weight, bias), x_TD)
 
 
 def quantize(weight: Tensor, made: LowBitMatrix, importance: Tensor | None, tries: int) -> None:
@@ -185,12 +233,16 @@ class Plan:
 
 def linear(x_TD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """[T, D] by [N, D] to [T, N]."""
+    return _run_linear(matrix(weight, bias), x_TD)
+
+
+def _run_linear(described: Matrix, x_TD: Tensor) -> Tensor:
     x_TD = x_TD.contiguous()
-    y_TN = x_TD.new_empty(len(x_TD), len(weight))
+    y_TN = x_TD.new_empty(len(x_TD), described.rows)
     if len(x_TD):
         kernels().lte_linear(
-            ctypes.byref(matrix(weight, bias)),
-            DTYPES[weight.dtype],
+            ctypes.byref(described),
+            DTYPES[x_TD.dtype],
             x_TD.data_ptr(),
             len(x_TD),
             y_TN.data_ptr(),

@@ -16,12 +16,6 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ACTIVATION_CODES = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "identity": 4}
 
 
-class Matrix(ctypes.Structure):
-    """``lte_matrix``."""
-
-    _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("rows", c_int64), ("cols", c_int64), ("stride", c_int64))
-
-
 class LowBit(ctypes.Structure):
     """``lte_lowbit``."""
 
@@ -33,6 +27,20 @@ class LowBit(ctypes.Structure):
         ("groups", c_int64),
         ("group", c_int64),
         ("bits", c_int32),
+        ("by_columns", c_int32),
+    )
+
+
+class Matrix(ctypes.Structure):
+    """``lte_matrix``."""
+
+    _fields_ = (
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("rows", c_int64),
+        ("cols", c_int64),
+        ("stride", c_int64),
+        ("low", LowBit),
     )
 
 
@@ -130,8 +138,8 @@ class Step(ctypes.Structure):
 def matrix(weight: Tensor | None, bias: Tensor | None = None) -> Matrix:
     """A [rows, cols] weight with contiguous rows, and its bias; pointers only, the caller keeps the tensors."""
     if weight is None:
-        return Matrix(None, None if bias is None else bias.data_ptr(), 0, 0, 0)
-    return Matrix(weight.data_ptr(), None if bias is None else bias.data_ptr(), *weight.shape, weight.stride(0))
+        return Matrix(None, None if bias is None else bias.data_ptr(), 0, 0, 0, LowBit())
+    return Matrix(weight.data_ptr(), None if bias is None else bias.data_ptr(), *weight.shape, weight.stride(0), LowBit())
 
 
 @cache
