@@ -74,7 +74,7 @@ class ConstantRouter(Router):
         device: of :attr:`keeps`, [E], 1 for experts that are left and 0 for others.
     """
 
-    uses_threshold = False
+    uses_threshold = decides = False
 
     def __init__(self, n_experts: int, *, device: torch.device | None = None) -> None:
         super().__init__(n_experts)

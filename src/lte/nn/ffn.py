@@ -109,7 +109,7 @@ class SparseFFN(nn.Module):
             routing = self.router(x)
             if self.observer is not None:
                 self.observer(self.layer_index, routing)
-            hidden = hidden if self.removed else self._switched(hidden, routing)
+            hidden = self._switched(hidden, routing) if self.router.decides else hidden
         return self.project_down(hidden)
 
     def _switched(self, hidden: Tensor, routing: Routing) -> Tensor:
@@ -133,7 +133,7 @@ class SparseFFN(nn.Module):
             routing = self.router(x)
             if self.observer is not None:
                 self.observer(self.layer_index, routing)
-            if self.removed:
+            if not self.router.decides:
                 return self._run_all(x_TD, weights, impl, max_density).view(x.shape)
             x_TD = self.router.inputs(x_TD)
             out = sparse_ffn(x_TD, weights, routing.mask.flatten(0, -2), impl=impl, max_density=max_density)
@@ -153,7 +153,7 @@ class SparseFFN(nn.Module):
     @property
     def n_experts(self) -> int:
         """Number of experts that kernels tell apart: those of the router; one where all neurons left always run."""
-        return 1 if self.removed else self.router.n_experts
+        return self.router.n_experts if self.router.decides else 1
 
     @torch.no_grad()
     def keep(self, neurons: Tensor) -> None:

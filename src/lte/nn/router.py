@@ -42,6 +42,9 @@ class Router(nn.Module):
     uses_threshold = True
     """Whether moving ``threshold`` changes which experts run."""
 
+    decides = True
+    """False where all neurons that the FFN has run for every token."""
+
     def __init__(self, n_experts: int, *, threshold: float = 0.5) -> None:
         super().__init__()
         self.n_experts = n_experts
