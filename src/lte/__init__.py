@@ -35,6 +35,7 @@ from lte.methods import (
     WINAConfig,
 )
 from lte.nn import SparsityMeter, observe_routing, set_mode
+from lte.quantization import quantize
 from lte.sparsify import sparsify
 from lte.thresholds import calibrate, set_sparsity
 
@@ -80,6 +81,7 @@ __all__ = [
     "require_sparse",
     "set_mode",
     "set_sparsity",
+    "quantize",
     "sparsify",
 ]
 

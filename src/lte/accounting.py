@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lte.families import blocks_of, family_spec
-from lte.nn import RouterCost, SparseFFN, sparse_ffns
+from lte.nn import QuantizedEmbedding, QuantizedWeight, RouterCost, SparseFFN, TiedHead, sparse_ffns
 
 GFLOP = 2**30
 """FLOPs in one GFLOP as the paper counts them (section 5.2: LLaMA-7B has 12.06 = 4.00 attention + 8.06 FFN)."""
@@ -96,35 +96,42 @@ def model_cost(model: Any) -> ModelCost:
     routers = {id(p) for ffn in sparse_ffns(model) for p in ffn.router.parameters()}
     head = model.get_output_embeddings()
     tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
-    skipped = routers | ({id(table) for table in tables} - ({id(head.weight)} if head is not None else set()))
+    of_head = {id(p) for p in head.parameters()} if head is not None else set()
+    skipped = routers | ({id(table) for table in tables} - of_head)
     read = sum(p.nbytes for p in model.parameters() if id(p) not in skipped)
-    removed = sum(ffn.removed_weights * ffn.weights().up.element_size() for ffn in sparse_ffns(model))
+    unread = QuantizedEmbedding if not isinstance(head, TiedHead) else ()
+    read += sum(m.nbytes for m in model.modules() if isinstance(m, QuantizedWeight) and not isinstance(m, unread))
+    pairs = zip((layer for layer in layers if layer.experts), sparse_ffns(model), strict=True)
+    removed = sum(round(layer.ffn_bytes * ffn.removed_weights / layer.ffn) for layer, ffn in pairs)
     return ModelCost(layers, read + removed)
 
 
 def _layer_cost(model: Any, block: nn.Module) -> LayerCost:
     ffn = next((module for module in block.modules() if isinstance(module, SparseFFN)), None)
+    few_bits = None if ffn is None else ffn.quantized()
     if ffn is None:
         parts = family_spec(model).parts()
         paths = [parts[role] for role in ("gate", "up", "gate_up", "down") if role in parts]
-        matrices: list[Tensor] = [p for path in paths for p in block.get_submodule(path).parameters() if p.ndim == 2]
+        matrices: list[Any] = [p for path in paths for p in block.get_submodule(path).parameters() if p.ndim == 2]
         router, experts, of_router = RouterCost(0, 0, 0), 0, set()
     else:
-        weights = ffn.weights()
+        weights = few_bits or ffn.weights()
         matrices = [matrix for matrix in (weights.gate, weights.up, weights.down) if matrix is not None]
         router, experts, of_router = ffn.router.cost(), ffn.router.n_experts, {id(p) for p in ffn.router.parameters()}
     ffn_weights = sum(matrix.numel() for matrix in matrices)
     removed = 0 if ffn is None else ffn.removed_weights
-    ffn_bytes = sum(matrix.nbytes for matrix in matrices) + removed * matrices[0].element_size()
+    ffn_bytes = round(sum(matrix.nbytes for matrix in matrices) * (1 + removed / ffn_weights))
     every = sum(p.numel() for p in block.parameters() if p.ndim == 2 and id(p) not in of_router)
+    every += sum(module.matrix.numel() for module in block.modules() if isinstance(module, QuantizedWeight))
     return LayerCost(every - ffn_weights, ffn_weights + removed, ffn_bytes, experts, router)
 
 
 def parameter_counts(model: Any) -> dict[str, int]:
     """Parameters in all, in the FFNs and for the routers; tied ones once."""
     layers = model_cost(model).layers
+    rounded = sum(module.matrix.numel() for module in model.modules() if isinstance(module, QuantizedWeight))
     return {
-        "total": sum(p.numel() for p in model.parameters()),
+        "total": sum(p.numel() for p in model.parameters()) + rounded,
         "ffn": sum(layer.ffn for layer in layers),
         "router": sum(layer.router.parameters for layer in layers),
     }

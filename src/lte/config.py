@@ -209,6 +209,28 @@ class OperatingPoint(pydantic.BaseModel):
     per_layer: bool = False
 
 
+class WeightsConfig(pydantic.BaseModel):
+    """How weights of few bits are stored; ConfigError for anything else.
+
+    Attributes:
+        bits: of a weight.
+        group: weights that share a scale.
+        tied: whether the head multiplies with the embeddings' weights.
+    """
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+    bits: Annotated[int, pydantic.Field(ge=1, le=8)]
+    group: Annotated[int, pydantic.Field(ge=32, multiple_of=32)] = 32
+    tied: bool = False
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except pydantic.ValidationError as error:
+            raise explain(error, type(self), "weights") from None
+
+
 class SparsityConfig(QuantizationConfigMixin):
     """The ``quantization_config`` entry of a sparse model's ``config.json``.
 
@@ -217,6 +239,7 @@ class SparsityConfig(QuantizationConfigMixin):
         lte_version: version of this package that wrote the checkpoint; informative.
         thresholds: of every FFN's router; None for the method's own.
         operating_points: what :meth:`set_sparsity <lte.thresholds.set_sparsity>` chooses from, by sparsity.
+        weights: how they are stored where they are of few bits.
     """
 
     def __init__(
@@ -226,12 +249,14 @@ class SparsityConfig(QuantizationConfigMixin):
         *,
         thresholds: Sequence[float] | None = None,
         operating_points: Iterable[OperatingPoint] = (),
+        weights: WeightsConfig | None = None,
     ) -> None:
         self.quant_method = QUANT_METHOD
         self.method = method
         self.lte_version = lte_version
         self.thresholds = None if thresholds is None else list(thresholds)
         self.operating_points = sorted(operating_points, key=lambda point: point.sparsity)
+        self.weights = weights
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -245,7 +270,10 @@ class SparsityConfig(QuantizationConfigMixin):
             )
         values.pop("quant_method", None)
         lte_version = values.pop("lte_version", "unknown")
+        weights = values.pop("weights", None)
         try:
+            if weights is not None and not isinstance(weights, dict):
+                raise ConfigError(f"weights={weights!r} is no mapping")
             dial = validate_model(
                 _Dial, {key: values.pop(key) for key in _Dial.model_fields if key in values}, "thresholds"
             )
@@ -254,6 +282,7 @@ class SparsityConfig(QuantizationConfigMixin):
                 lte_version,
                 thresholds=dial.thresholds,
                 operating_points=dial.operating_points,
+                weights=None if weights is None else WeightsConfig(**weights),
             )
         except ConfigError as error:
             raise CheckpointError(f"config.json: quantization_config: {error}") from None
@@ -273,6 +302,7 @@ class SparsityConfig(QuantizationConfigMixin):
                 if (points := self.operating_points)
                 else {}
             ),
+            **({} if self.weights is None else {"weights": self.weights.model_dump(mode="json")}),
         }
 
     def to_diff_dict(self) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from lte import gguf
 from lte.config import QUANT_METHOD, SparsityConfig
 from lte.errors import CheckpointError, ConfigError, LTEError
-from lte.nn import SparseFFN, sparse_ffns
+from lte.nn import QuantizedWeight, SparseFFN, sparse_ffns
+from lte.quantization import install_quantized
 from lte.sparsify import install_sparse_ffns
 from lte.thresholds import apply_config, enable_dial
 
@@ -55,6 +56,8 @@ class SparseModelLoader(HfQuantizer):
         install_sparse_ffns(model, self.quantization_config.method)
         try:
             apply_config(model, self.quantization_config)
+            if self.quantization_config.weights is not None:
+                install_quantized(model, self.quantization_config.weights)
         except ConfigError as error:
             raise CheckpointError(f"config.json: quantization_config: {error}") from None
         enable_dial(model)
@@ -259,8 +262,8 @@ def _check_files(model: Any, checkpoint_files: Iterable[str]) -> None:
     expected = {
         f"{name}.{parameter}".removeprefix(prefix): list(value.shape)
         for name, module in model.named_modules()
-        if isinstance(module, SparseFFN)
-        for parameter, value in module.named_parameters()
+        if isinstance(module, SparseFFN | QuantizedWeight)
+        for parameter, value in module.state_dict().items()
     }
     leftover = sorted(key for key in set(shapes) - set(expected) if ".router." in key)
     if leftover:

@@ -22,6 +22,7 @@ FLOORS = [
     "calibration",
     "thresholds",
     "sparsify",
+    "quantization",
     "gguf",
     "hub",
     "inference",

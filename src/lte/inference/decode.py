@@ -31,12 +31,15 @@ from lte.nn import (
     HalfForm,
     LinearForm,
     Mode,
+    QuantizedLinear,
+    QuantizedWeight,
     SparseFFN,
+    TiedHead,
     sparse_ffns,
 )
 from lte.ops.cpu import DTYPES, kernels
-from lte.ops.cpu.calls import describe_copied_ffn, describe_ffn
-from lte.ops.cpu.library import Cache, Decoder, Layer, Matrix, Step, matrix
+from lte.ops.cpu.calls import describe_copied_ffn, describe_ffn, describe_quantized_ffn, lowbit_matrix
+from lte.ops.cpu.library import FFN, Cache, Decoder, Layer, Matrix, Step, matrix
 
 MAX_BATCH = 64
 MAX_POSITION = 1 << 20
@@ -84,7 +87,7 @@ class DecodeStep:
         model = self.model
         if getattr(model.config, "model_type", "") not in DECODERS:
             return f"no fused step for the family {getattr(model.config, 'model_type', '?')!r}"
-        if type(getattr(model, "lm_head", None)) not in (nn.Linear, FastLinear):
+        if type(getattr(model, "lm_head", None)) not in (nn.Linear, FastLinear, QuantizedLinear, TiedHead):
             return f"{type(model).__name__} has no plain LM head"
         if len(sparse_ffns(model)) != len(blocks_of(model)):
             return "not every FFN is sparse"
@@ -97,6 +100,8 @@ class DecodeStep:
         if {p.device.type for p in parameters} != {"cpu"}:
             return "the parameters are not all on the CPU"
         for name, module in _decoder_linears(model):
+            if type(module) is QuantizedLinear:
+                continue
             if type(module) not in (nn.Linear, FastLinear) or type(module.weight) is not nn.Parameter:
                 return f"{name} is a {type(module).__name__}, not a plain linear layer"
         return ""
@@ -166,6 +171,7 @@ class _Built:
         config, spec = model.config, DECODERS[model.config.model_type]
         # Where parameters are looked up, not the parameters: one that was replaced has to be noticed too.
         self.slots = [(m._parameters, name) for m in self.modules for name, p in m._parameters.items() if p is not None]
+        self.slots += [(m._buffers, name) for m in self.modules if isinstance(m, QuantizedWeight) for name in m._buffers]
         self.ffns = sparse_ffns(model)
         self.modes = [ffn.mode for ffn in self.ffns]
         self.thresholds = [ffn.router.threshold for ffn in self.ffns]
@@ -190,26 +196,25 @@ class _Built:
             if _is_asked(form) and ffn.mode != Mode.DENSE
         }
         """Layers where the step stops for PyTorch to decide."""
-        blocks = blocks_of(model)
+        base, blocks = model.base_model, blocks_of(model)
+        norm = base.get_submodule(spec.final_norm)
+        self.dtype = norm.weight.dtype
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.n_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         self.layers = (Layer * len(blocks))(
             *(self._layer(block, ffn, form, spec) for block, ffn, form in zip(blocks, self.ffns, forms, strict=True))
         )
-        base = model.base_model
-        norm = base.get_submodule(spec.final_norm)
         self.rotary = base.get_submodule(spec.rotary)
         self.static_rope = getattr(self.rotary, "rope_type", "") in STATIC_ROPE
         self.embedding = model.get_input_embeddings()
         self.head = model.lm_head
-        self.dtype = self.head.weight.dtype
         # A dynamic embedding changes with every length it is asked for: it is not asked before it has to be.
         self.cos_sin = (torch.empty(0), torch.empty(0))
         self.window = getattr(config, "sliding_window", None)
         self.decoder = Decoder(
             layers=cast(self.layers, POINTER(Layer)),
             final_norm=norm.weight.data_ptr(),
-            head=matrix(self.head.weight, self.head.bias),
+            head=_matrix(self.head),
             n_layers=len(blocks),
             d_model=config.hidden_size,
             n_heads=config.num_attention_heads,
@@ -238,7 +243,7 @@ class _Built:
         return self._current_pointers() == self.pointers
 
     def _current_pointers(self) -> list[int]:
-        return [parameters[name].data_ptr() for parameters, name in self.slots]
+        return [tensors[name].data_ptr() for tensors, name in self.slots]
 
     def is_watched(self) -> bool:
         """Whether hooks or observers want to see the modules run, or soft mode is on: the stock forward then does."""
@@ -250,28 +255,31 @@ class _Built:
         def weight(path: str) -> int:
             return block.get_submodule(path).get_parameter("weight").data_ptr()
 
-        projections = [block.get_submodule(path) for path in spec.qkv]
-        qkv = [matrix(p.weight, p.bias) for p in projections]  # type: ignore[arg-type]
-        output = block.get_submodule(spec.output)
-        weights, experts = ffn.packed_weights(), ffn.n_experts
-        if isinstance(form, CopyForm):
-            described = describe_copied_ffn(weights, experts, form.copy, form.cut)
-        elif isinstance(form, LinearForm):
-            described = describe_ffn(weights, experts, form.weight, form.bias, form.threshold)
-        elif isinstance(form, HalfForm) and ffn.mode != Mode.DENSE:
-            described = describe_ffn(weights.without(form.known), weights.d_ff)
-        else:
-            described = describe_ffn(weights, experts)
+        qkv = [_matrix(block.get_submodule(path)) for path in spec.qkv]
         return Layer(
             attention_norm=weight(spec.attention_norm),
             ffn_norm=weight(spec.ffn_norm),
             q_norm=weight(spec.head_norms[0]) if spec.head_norms else None,
             k_norm=weight(spec.head_norms[1]) if spec.head_norms else None,
             qkv=(Matrix * 3)(*qkv, *(Matrix() for _ in range(3 - len(qkv)))),
-            output=matrix(output.weight, output.bias),  # type: ignore[arg-type]
-            ffn=described,
+            output=_matrix(block.get_submodule(spec.output)),
+            ffn=self._ffn(ffn, form),
             all_experts=int(ffn.mode == Mode.DENSE or isinstance(form, ConstantForm)),
         )
+
+    def _ffn(self, ffn: SparseFFN, form: Form | None) -> FFN:
+        experts, few_bits = ffn.n_experts, ffn.quantized()
+        if few_bits is not None:
+            router = (form.weight, form.bias, form.threshold) if isinstance(form, LinearForm) else None
+            return describe_quantized_ffn(few_bits, experts, self.dtype, router)
+        weights = ffn.packed_weights()
+        if isinstance(form, CopyForm):
+            return describe_copied_ffn(weights, experts, form.copy, form.cut)
+        if isinstance(form, LinearForm):
+            return describe_ffn(weights, experts, form.weight, form.bias, form.threshold)
+        if isinstance(form, HalfForm) and ffn.mode != Mode.DENSE:
+            return describe_ffn(weights.without(form.known), weights.d_ff)
+        return describe_ffn(weights, experts)
 
     def caches(self, cache: DynamicCache, batch: int, position: int) -> Any:
         """Room for one more token in every layer's cache, as C structs; None where the cache is of another kind."""
@@ -312,7 +320,7 @@ class _Built:
         batch = len(hidden)
         cos, sin = rotations
         mask = None if attention_mask is None else attention_mask.contiguous()
-        logits = torch.empty(batch, 1, len(self.head.weight), dtype=self.dtype)
+        logits = torch.empty(batch, 1, self.decoder.head.rows, dtype=self.dtype)
         step = Step(
             batch=batch,
             position=position,
@@ -366,6 +374,12 @@ class _Built:
     def _rotations(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = self.rotary(torch.zeros(1, dtype=torch.float32), position_ids)
         return cos.contiguous(), sin.contiguous()
+
+
+def _matrix(layer: Any) -> Matrix:
+    if isinstance(layer, QuantizedLinear | TiedHead):
+        return lowbit_matrix(layer.matrix, layer.bias)
+    return matrix(layer.weight, layer.bias)
 
 
 def _is_asked(form: Form | None) -> bool:

@@ -14,7 +14,7 @@ from lte.hub import require_sparse
 from lte.inference.crossover import Crossover, machine_name, measure, shape_name
 from lte.inference.decode import DecodeStep
 from lte.inference.packing import pack_linears, streaming_copy
-from lte.nn import FastLinear, SparseFFN, sparse_ffns
+from lte.nn import FastLinear, QuantizedWeight, SparseFFN, sparse_ffns
 from lte.nn.ffn import PathChooser, path_unmeasured
 from lte.ops import backend_obstacle, requested_backend
 
@@ -60,9 +60,13 @@ def prepare_for_inference(
     restore(model)
     model.eval()
     ffns = sparse_ffns(model)
-    backend = _backend(ffns[0], impl)
+    backend = _backend(model, impl)
     if backend == "reference":
         _set_path(ffns, Forced("reference"))
+        return model
+    if any(isinstance(module, QuantizedWeight) for module in model.modules()):
+        if backend == "cpu":
+            _speed_up_cpu(model, ffns, 0, fuse_decode)
         return model
     for ffn in ffns:
         ffn.pack(streaming_copy)
@@ -110,18 +114,18 @@ def _speed_up_cpu(model: Any, ffns: list[SparseFFN], linear_tokens: int, fuse_de
             FastLinear.adopt(module, linear_tokens)
 
 
-def _backend(ffn: SparseFFN, impl: str) -> str:
-    weight = ffn.weights().up
+def _backend(model: Any, impl: str) -> str:
+    dtype, device = model.dtype, next(iter(model.parameters())).device
     wanted = requested_backend(impl)
     if wanted in ("auto", "fastest"):
-        fast = "triton" if weight.device.type == "cuda" else "cpu"
-        reason = backend_obstacle(fast, weight.dtype, weight.device)
+        fast = "triton" if device.type == "cuda" else "cpu"
+        reason = backend_obstacle(fast, dtype, device)
         if reason:
             logger.warning("the sparse FFN runs the reference, no faster than dense: %s", reason)
             return "reference"
         return fast
     if wanted != "reference":
-        reason = backend_obstacle(wanted, weight.dtype, weight.device)
+        reason = backend_obstacle(wanted, dtype, device)
         if reason:
             raise BackendError(f"backend {wanted!r} cannot run: {reason}; use another, or impl='auto'")
     return wanted

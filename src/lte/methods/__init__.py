@@ -5,6 +5,7 @@ from lte.methods.cats import CATSConfig
 from lte.methods.cmoe import CMoEConfig
 from lte.methods.countdown import CountdownConfig
 from lte.methods.dejavu import DejaVuConfig
+from lte.methods.dense import DenseConfig
 from lte.methods.dsmoe import DSMoEConfig
 from lte.methods.kla import KLAConfig
 from lte.methods.lte import LTEConfig, LTEPaperConfig
@@ -28,6 +29,7 @@ __all__ = [
     "CountdownConfig",
     "DSMoEConfig",
     "DejaVuConfig",
+    "DenseConfig",
     "KLAConfig",
     "LTEConfig",
     "LTEPaperConfig",

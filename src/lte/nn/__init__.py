@@ -4,6 +4,7 @@ from lte.nn.copies import CopyRouter
 from lte.nn.ffn import DeferredLinear, Mode, RoutingObserver, SparseFFN, SplitSparseFFN
 from lte.nn.linear import FastLinear
 from lte.nn.observe import SparsityMeter, observe_routing, set_mode, sparse_ffns
+from lte.nn.quantized import QuantizedEmbedding, QuantizedLinear, QuantizedWeight, TiedHead
 from lte.nn.router import (
     ROUTER_DTYPE,
     FixedShareRouter,
@@ -35,6 +36,9 @@ __all__ = [
     "LowRankRouter",
     "Mode",
     "PredictorRouter",
+    "QuantizedEmbedding",
+    "QuantizedLinear",
+    "QuantizedWeight",
     "Router",
     "RouterCost",
     "Routing",
@@ -44,6 +48,7 @@ __all__ = [
     "SparsityMeter",
     "SplitSparseFFN",
     "ThresholdRouter",
+    "TiedHead",
     "TopKSoftmaxRouter",
     "largest",
     "observe_routing",

@@ -13,14 +13,17 @@ from torch import Tensor, nn
 from lte.errors import ConfigError
 from lte.nn.gates import straight_through
 from lte.nn.linear import FastLinear
+from lte.nn.quantized import QuantizedLinear
 from lte.nn.router import Router
 from lte.nn.routing import ConstantForm, CopyForm, HalfForm, LinearForm, Routing
 from lte.ops import (
     SMALL_BATCH,
     FFNWeights,
+    QuantizedFFN,
     copied_ffn,
     copies_run,
     project_down,
+    quantized_ffn,
     requested_backend,
     routed_ffn,
     scale_experts,
@@ -98,7 +101,11 @@ class SparseFFN(nn.Module):
         Hard mode at inference runs the sparse operator; everything else computes the masked dense form, which has
         gradients and lets adapters and hooks on the projections work.
         """
-        if self.mode == Mode.HARD and self._is_inference(x):
+        few_bits = self.quantized()
+        if few_bits is not None:
+            if self._runs_codes(x):
+                return self._operate_on_codes(x, few_bits)
+        elif self.mode == Mode.HARD and self._is_inference(x):
             impl, max_density = self.choose_path(x.numel() // x.shape[-1])
             if impl != "reference" and (not self.keep_layout or _is_packed(self.weights())):
                 return self._operate(x, impl, max_density)
@@ -116,6 +123,43 @@ class SparseFFN(nn.Module):
         if self.mode == Mode.STRAIGHT_THROUGH:
             return straight_through(hidden, routing, self.hardness)
         return scale_experts(hidden, routing.scores if self.mode == Mode.SOFT else routing.mask)
+
+    def quantized(self) -> QuantizedFFN | None:
+        """The weights of few bits, where the projections have such."""
+        down = self._modules.get(self.roles.get("down", ""))
+        if not isinstance(down, QuantizedLinear):
+            return None
+        gate = gate_bias = None
+        if "gate_up" in self.roles:
+            both = self._part("gate_up")
+            assert isinstance(both, QuantizedLinear)
+            gate, up = both.matrix.halves()
+            gate_bias, up_bias = (None, None) if both.bias is None else both.bias.chunk(2)
+        else:
+            of_up = self._part("up")
+            assert isinstance(of_up, QuantizedLinear)
+            up, up_bias = of_up.matrix, of_up.bias
+            if "gate" in self.roles:
+                of_gate = self._part("gate")
+                assert isinstance(of_gate, QuantizedLinear)
+                gate, gate_bias = of_gate.matrix, of_gate.bias
+        return QuantizedFFN(up, down.matrix, gate, up_bias, gate_bias, down.bias, self.activation)
+
+    def _runs_codes(self, x: Tensor) -> bool:
+        if self.mode != Mode.HARD or torch.is_grad_enabled() or self.training:
+            return False
+        hooked = any(_has_hooks(part) for part in self.projections())
+        return x.numel() <= SMALL_BATCH * x.shape[-1] and not hooked and not torch.is_autocast_enabled(x.device.type)
+
+    def _operate_on_codes(self, x: Tensor, weights: QuantizedFFN) -> Tensor:
+        form, x_TD = self.router.form(), x.reshape(-1, x.shape[-1])
+        if self.observer is None and isinstance(form, LinearForm) and not _has_hooks(self.router):
+            return quantized_ffn(x_TD, weights, router=(form.weight, form.bias, form.threshold)).view(x.shape)
+        routing = None if self.observer is None and not self.router.decides else self.router(x)
+        if self.observer is not None and routing is not None:
+            self.observer(self.layer_index, routing)
+        mask = None if routing is None or not self.router.decides else routing.mask.flatten(0, -2)
+        return quantized_ffn(self.router.inputs(x_TD), weights, mask).view(x.shape)
 
     def _operate(self, x: Tensor, impl: str, max_density: float) -> Tensor:
         weights, form, x_TD = self.packed_weights(), self.router.form(), x.reshape(-1, x.shape[-1])
@@ -147,7 +191,7 @@ class SparseFFN(nn.Module):
     @property
     def removed_weights(self) -> int:
         """Of the neurons that were taken out."""
-        weights = self.weights()
+        weights = self.quantized() or self.weights()
         return self.removed * weights.d_model * (2 if weights.gate is None else 3)
 
     @property

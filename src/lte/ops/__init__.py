@@ -12,10 +12,13 @@ from lte.ops.operator import (
     copy_scores_run,
     fast_linear,
     linear,
+    quantized_ffn,
+    quantized_linear,
     route,
     routed_ffn,
     sparse_ffn,
 )
+from lte.ops.quantized import QuantizedFFN
 from lte.ops.reference import ACTIVATIONS, copy_scores_reference, project_down, scale_experts, sparse_ffn_reference
 from lte.ops.weights import FFNWeights
 
@@ -25,6 +28,7 @@ __all__ = [
     "FFNCopy",
     "FFNWeights",
     "LowBitMatrix",
+    "QuantizedFFN",
     "backend_obstacle",
     "copied_ffn",
     "copies_run",
@@ -35,6 +39,8 @@ __all__ = [
     "fast_linear",
     "linear",
     "project_down",
+    "quantized_ffn",
+    "quantized_linear",
     "requested_backend",
     "route",
     "routed_ffn",

@@ -50,6 +50,13 @@ def choose(impl: str, x_TD: Tensor, weights: FFNWeights) -> str:
     return impl
 
 
+def choose_for_codes(x_TD: Tensor) -> str:
+    """``cpu`` or ``reference`` for weights of few bits."""
+    if requested("auto") == "reference" or torch.compiler.is_compiling() or x_TD.device.type != "cpu":
+        return "reference"
+    return "reference" if obstacle("cpu", x_TD.dtype, x_TD.device) else "cpu"
+
+
 def choose_for_scores(impl: str, x_TD: Tensor, weights: FFNWeights) -> str:
     """The same for the scores of an FFN's copy, for any number of tokens: of the FFN itself, only biases are read."""
     impl = requested(impl)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -69,6 +69,10 @@ class LowBitMatrix:
         """Of a row."""
         return self.planes.shape[0 if self.by_columns else 1]
 
+    def numel(self) -> int:
+        """Number of weights."""
+        return self.rows * self.columns
+
     @property
     def nbytes(self) -> int:
         """Of codes and scales."""
@@ -81,12 +85,23 @@ class LowBitMatrix:
 
     def codes(self) -> Tensor:
         """[N, G, group] uint8."""
+        return self.codes_of_blocks().flatten(0, 1)[: self.rows]
+
+    def codes_of_blocks(self) -> Tensor:
+        """[N / 16, 16, G, group] uint8."""
         planes = self.planes.permute(2, 0, 1, 3, 4) if self.by_columns else self.planes
         planes = planes.unflatten(-1, (ROWS, 4))  # [blocks, G, chunks, bits, rows, 4]
         codes = torch.zeros_like(planes[:, :, :, :1]).repeat(1, 1, 1, STEPS, 1, 1)
         for step, bit, plane, place in _places(self.bits):
             codes[:, :, :, step] |= ((planes[:, :, :, plane] >> place) & 1) << bit
-        return codes.permute(0, 4, 1, 2, 3, 5).flatten(3).flatten(0, 1)[: self.rows]
+        return codes.permute(0, 4, 1, 2, 3, 5).flatten(3)
+
+    def halves(self) -> tuple[LowBitMatrix, LowBitMatrix]:
+        """The upper and the lower half of the rows, of a matrix that lies row by row and has whole blocks in each."""
+        assert not self.by_columns and self.rows % (2 * ROWS) == 0
+        pairs = zip(self.planes.chunk(2), self.scales.chunk(2), strict=True)
+        upper, lower = (replace(self, planes=planes, scales=scales, rows=self.rows // 2) for planes, scales in pairs)
+        return upper, lower
 
     def scales_of_rows(self) -> Tensor:
         """[N, G] bfloat16."""
@@ -183,6 +198,23 @@ def _quantize_fast(
     made = LowBitMatrix(planes, scales, rows, columns, by_columns)
     cpu.quantize(matrix_ND, made, None if importance_D is None else importance_D.float().contiguous(), SHRINKS)
     return made
+
+
+def dequantize_rows(matrix: LowBitMatrix, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Some rows of a matrix that lies row by row: [...] long to [..., D]."""
+    index = rows.flatten()
+    planes = matrix.planes[index // ROWS].unflatten(-1, (ROWS, 4))  # [T, G, chunks, bits, rows, 4]
+    of_row = (index % ROWS).view(-1, 1, 1, 1, 1, 1).expand(*planes.shape[:4], 1, 4)
+    made = LowBitMatrix(
+        # Each row becomes the first of a block of its own.
+        planes=torch.nn.functional.pad(planes.gather(4, of_row).flatten(4), (0, 4 * (ROWS - 1))),
+        scales=matrix.scales[index // ROWS].gather(2, (index % ROWS).view(-1, 1, 1).expand(-1, matrix.groups, 1)),
+        rows=len(index),
+        columns=matrix.columns,
+    )
+    levels = made.codes_of_blocks()[:, 0].float() - _middle(matrix.bits)
+    values = (levels * made.scales.float()).flatten(1)[:, : matrix.columns]
+    return values.to(dtype).view(*rows.shape, matrix.columns)
 
 
 def round_like(matrix_ND: Tensor, like: LowBitMatrix) -> Tensor:

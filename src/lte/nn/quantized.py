@@ -1,0 +1,154 @@
+"""Linear layers and embeddings whose weights are of few bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lte.ops import quantized_linear
+from lte.ops.lowbit import COLUMNS, ROWS, LowBitMatrix, dequantize_rows
+
+FEW_TOKENS = 64
+"""Up to so many tokens the kernels read the codes; the numbers that are meant are written out for more."""
+
+
+class QuantizedWeight(nn.Module):
+    """Holds a :class:`LowBitMatrix` as two buffers, ``codes`` and ``scales``, that no cast changes.
+
+    Args:
+        rows, columns: of the matrix.
+        bits: of a code.
+        group: weights that share a scale.
+        by_columns: how the tiles lie.
+        device: of the buffers, which hold nothing yet.
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        *,
+        bits: int,
+        group: int,
+        by_columns: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.rows, self.columns, self.bits, self.group, self.by_columns = rows, columns, bits, group, by_columns
+        blocks, groups, chunks = -(-rows // ROWS), -(-columns // group), group // COLUMNS
+        order = (groups, chunks, blocks) if by_columns else (blocks, groups, chunks)
+        self.register_buffer("codes", torch.empty((*order, bits, 4 * ROWS), dtype=torch.uint8, device=device))
+        shape = (groups, blocks, ROWS) if by_columns else (blocks, groups, ROWS)
+        # As integers, so that no cast of the model rounds them.
+        self.register_buffer("scales", torch.empty(shape, dtype=torch.int16, device=device))
+
+    def hold(self, matrix: LowBitMatrix) -> None:
+        """Take over a matrix of these sizes."""
+        self.codes, self.scales = matrix.planes, matrix.scales.view(torch.int16)
+
+    @property
+    def matrix(self) -> LowBitMatrix:
+        """What is held."""
+        return LowBitMatrix(self.codes, self.scales.view(torch.bfloat16), self.rows, self.columns, self.by_columns)
+
+    @property
+    def nbytes(self) -> int:
+        """Of codes and scales."""
+        return self.codes.nbytes + self.scales.nbytes
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        return f"{self.columns}, {self.rows}, bits={self.bits}, group={self.group}"
+
+
+class QuantizedLinear(QuantizedWeight):
+    """``nn.Linear`` of few bits; it takes no gradient for its weight, and passes those of its inputs on.
+
+    Args:
+        in_features, out_features: D and N.
+        bias: whether there is one.
+        **storage: ``bits``, ``group``, ``by_columns`` and ``device`` of :class:`QuantizedWeight`.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = False, **storage: Any) -> None:
+        super().__init__(out_features, in_features, **storage)
+        self.in_features, self.out_features = in_features, out_features
+        bias_N = torch.empty(out_features, device=storage.get("device"), dtype=torch.get_default_dtype())
+        self.bias = nn.Parameter(bias_N) if bias else None
+
+    @property
+    def weight(self) -> Tensor:
+        """[N, D], written out at every access."""
+        return self.matrix.dequantize(torch.float32 if self.bias is None else self.bias.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., N]."""
+        return _product(x, self.matrix, self.bias)
+
+
+class QuantizedEmbedding(QuantizedWeight):
+    """``nn.Embedding`` of few bits, not learned.
+
+    Args:
+        num_embeddings, embedding_dim: V and D.
+        scale: what comes out is multiplied by, as Gemma does.
+        dtype: of what comes out; torch's default one if None.
+        **storage: as of :class:`QuantizedLinear`.
+    """
+
+    unit: Tensor
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        scale: float = 1.0,
+        dtype: torch.dtype | None = None,
+        **storage: Any,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, **storage)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.scale = scale
+        # Has the dtype of what comes out, whatever the model is cast to.
+        self.register_buffer("unit", torch.ones((), dtype=dtype, device=storage.get("device")), persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[...] -> [..., D]."""
+        rows = dequantize_rows(self.matrix, ids, self.unit.dtype)
+        return rows if self.scale == 1 else rows * torch.tensor(self.scale).to(rows.dtype)
+
+
+class TiedHead(nn.Module):
+    """A language model's head that multiplies with the rows of a :class:`QuantizedEmbedding`.
+
+    Args:
+        embedding: holds the weights; no child of this module, so that they are saved once.
+    """
+
+    def __init__(self, embedding: QuantizedEmbedding) -> None:
+        super().__init__()
+        self._embedding = [embedding]
+        self.bias = None
+
+    @property
+    def matrix(self) -> LowBitMatrix:
+        """[V, D]."""
+        return self._embedding[0].matrix
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., V]."""
+        return _product(x, self.matrix, None)
+
+
+def _product(x: Tensor, matrix: LowBitMatrix, bias: Tensor | None) -> Tensor:
+    x_TD = x.reshape(-1, matrix.columns)
+    if len(x_TD) <= FEW_TOKENS and not (torch.is_grad_enabled() and x.requires_grad):
+        return quantized_linear(x_TD, matrix, bias).view(*x.shape[:-1], matrix.rows)
+    return F.linear(x, matrix.dequantize(x.dtype), bias)

@@ -1,0 +1,201 @@
+"""Models of few bits: close to what they were, saved, loaded, and decoded by the kernels as the definition has it."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+
+import lte
+from lte.config import WeightsConfig
+from lte.errors import CheckpointError, ConfigError
+from lte.families import DECODERS
+from lte.inference.decode import DecodeStep
+from lte.nn import QuantizedEmbedding, QuantizedLinear, SparseFFN, TiedHead, sparse_ffns
+from lte.ops import cpu
+from lte.ops.lowbit import dequantize_rows, quantize
+from lte.quantization import places, quantized_modules
+from tests import models
+
+FAMILIES = [name for name in models.CONFIGS if models.CONFIGS[name].model_type in DECODERS]
+
+
+def sparse(family: str) -> torch.nn.Module:
+    model = lte.sparsify(models.build(family), lte.LTEConfig(expert_size=32, grouping="random", router_init="random"))
+    models.spread_routers(model)
+    return model
+
+
+def tie(model):
+    model.config.tie_word_embeddings = True
+    model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+def logits(model, inputs=None):
+    with torch.no_grad():
+        return model(**(inputs or models.inputs(2, 9))).logits.float()
+
+
+def off(found, wanted) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_dense_model_comes_back_from_disk(family, tied, tmp_path):
+    model = models.build(family)
+    wanted = logits(tie(model) if tied else model)
+    lte.quantize(model, bits=8)
+    assert off(logits(model), wanted) < 0.05
+    kinds = {type(module) for module in model.modules()}
+    assert {QuantizedLinear, QuantizedEmbedding} <= kinds and torch.nn.Linear not in kinds
+    model.save_pretrained(tmp_path)
+    loaded = lte.load(tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    assert loaded.config.quantization_config.weights == model.config.quantization_config.weights
+    assert off(logits(lte.load(tmp_path, dtype=torch.bfloat16)), wanted) < 0.06  # scales are not cast, and codes are not
+
+
+@pytest.mark.parametrize("bits", [3, 4, 6, 8])
+def test_fewer_bits_are_further_away_and_take_less(bits):
+    model, wanted = models.build("llama"), logits(models.build("llama"))
+    lte.quantize(model, bits=bits)
+    assert off(logits(model), wanted) < {3: 0.9, 4: 0.5, 6: 0.13, 8: 0.05}[bits]
+    for module in quantized_modules(model):
+        rows = -(-module.rows // 16) * 16  # in whole blocks
+        assert module.nbytes == (bits + 0.5) / 8 * rows * module.columns
+
+
+def test_a_tied_head_is_saved_once(tmp_path):
+    model = lte.quantize(tie(models.build("llama")), bits=4)
+    assert isinstance(model.lm_head, TiedHead)
+    assert not [key for key in model.state_dict() if key.startswith("lm_head")]
+    other = copy.deepcopy(model)
+    other.model.embed_tokens.codes.zero_()
+    assert logits(other).std() != logits(model).std()  # the copy's head reads the copy's embeddings
+    model.save_pretrained(tmp_path)
+    assert lte.load(tmp_path).config.quantization_config.weights.tied
+
+
+@pytest.mark.skipif(bool(cpu.unavailable()), reason=cpu.unavailable() or "kernels built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("made", ["dense", "sparse", "tied"])
+def test_a_decode_step_is_one_call(made, family, batch, dtype, monkeypatch):
+    model = sparse(family) if made == "sparse" else models.build(family)
+    plain = lte.quantize(tie(model) if made == "tied" else model, bits=4).to(dtype)
+    fast = lte.prepare_for_inference(copy.deepcopy(plain))
+    assert isinstance(fast.__dict__["forward"], DecodeStep)
+    prompt, token = models.inputs(batch, 9), models.inputs(batch, 1)["input_ids"]
+    prompt["attention_mask"][1:, :4] = 0
+    mask = torch.cat([prompt["attention_mask"], torch.ones(batch, 1, dtype=torch.int64)], 1)
+    with torch.no_grad():
+        caches = [plain(**prompt, use_cache=True).past_key_values for _ in range(2)]
+        monkeypatch.setenv("LTE_BACKEND", "reference")
+        wanted = plain(input_ids=token, attention_mask=mask, past_key_values=caches[0]).logits.float()
+        monkeypatch.delenv("LTE_BACKEND")
+        monkeypatch.setattr(SparseFFN, "forward", lambda *_: pytest.fail("a step ran module by module"))
+        found = fast(input_ids=token, attention_mask=mask, past_key_values=caches[1]).logits.float()
+    assert off(found, wanted) < (0.01 if dtype == torch.float32 else 0.05)
+
+
+def test_rows_of_a_matrix():
+    weight = torch.randn(40, 100, generator=torch.Generator().manual_seed(0))
+    for bits in (1, 3, 4, 8):
+        made, ids = quantize(weight, bits, 32), torch.tensor([[39, 0], [17, 17]])
+        torch.testing.assert_close(dequantize_rows(made, ids, torch.float32), made.dequantize()[ids])
+
+
+def test_gradients_pass_on_to_what_is_learned():
+    model = lte.quantize(models.build("llama"), bits=4).train()
+    inputs = models.inputs(2, 9)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+
+
+def test_the_dial_still_turns():
+    model = lte.quantize(sparse("llama"), bits=8)
+    found = [lte.calibrate(model, [models.inputs(8, 16)], sparsity).sparsity for sparsity in (0.25, 0.75)]
+    assert found[0] < 0.4 and found[1] > 0.6
+    model.set_sparsity(0.25)
+
+
+def test_what_cannot_be_quantised():
+    with pytest.raises(ConfigError, match="of family 'gpt2' cannot be quantised"):
+        lte.quantize(models.build("gpt2"), bits=4)
+    with pytest.raises(ConfigError, match="of few bits already"):
+        lte.quantize(lte.quantize(models.build("llama"), bits=8), bits=4)
+    small = lte.sparsify(models.build("llama"), lte.LTEConfig(expert_size=8, grouping="random", router_init="random"))
+    with pytest.raises(ConfigError, match="experts of 8 neurons cannot be of few bits in groups of 32"):
+        lte.quantize(small, bits=4)
+    assert not quantized_modules(small) and list(places(small))
+    for wrong in ({"bits": 9}, {"bits": 0}, {"bits": 4, "group": 48}):
+        with pytest.raises(ConfigError, match="weights: "):
+            lte.quantize(models.build("llama"), **wrong)
+        with pytest.raises(ConfigError):
+            WeightsConfig(**wrong)
+
+
+def test_damaged_checkpoints(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    lte.quantize(sparse("llama"), bits=4).save_pretrained(tmp_path)
+    file, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    tensors, text = load_file(file), config.read_text()
+
+    def refused(match: str) -> None:
+        with pytest.raises(CheckpointError, match=match) as error:
+            lte.load(tmp_path)
+        assert "\n" not in str(error.value)
+        save_file(tensors, file, metadata={"format": "pt"})
+        config.write_text(text)
+
+    key = "model.layers.0.mlp.up_proj.scales"
+    save_file({k: v for k, v in tensors.items() if k != key}, file, metadata={"format": "pt"})
+    refused("lacks FFN weights: layers.0.mlp.up_proj.scales")
+    key = "model.layers.0.self_attn.q_proj.codes"
+    save_file({k: v for k, v in tensors.items() if k != key}, file, metadata={"format": "pt"})
+    refused("lacks .*q_proj.codes")
+    save_file({**tensors, key: tensors[key][:1].contiguous()}, file, metadata={"format": "pt"})
+    refused("q_proj.codes has shape")
+    edited = json.loads(text)
+    edited["quantization_config"]["weights"]["group"] = 64
+    config.write_text(json.dumps(edited))
+    refused("has shape|cannot be of few bits")
+    edited["quantization_config"]["weights"] = {"bits": 4, "wrong": 1}
+    config.write_text(json.dumps(edited))
+    refused("unknown key 'wrong'")
+    edited["quantization_config"]["weights"] = 4
+    config.write_text(json.dumps(edited))
+    refused("weights=4 is no mapping")
+    file.write_bytes(file.read_bytes()[:-100])
+    refused("truncated")
+
+
+def test_sparse_ffns_say_what_they_hold():
+    model = lte.quantize(sparse("phi3"), bits=8)
+    held, wide = sparse_ffns(model)[0].quantized(), sparse_ffns(model)[0].weights()
+    torch.testing.assert_close(held.dequantize().up, wide.up)
+    torch.testing.assert_close(held.dequantize().gate, wide.gate)
+    torch.testing.assert_close(held.dequantize().down, wide.down)
+
+
+def test_what_a_token_reads_is_counted():
+    from lte.accounting import model_cost, parameter_counts
+
+    for model in (models.build("llama"), sparse("llama"), tie(models.build("llama"))):
+        before, numbers = model_cost(model), parameter_counts(model)
+        small = lte.quantize(model, bits=4)
+        after = model_cost(small)
+        assert parameter_counts(small) == numbers
+        assert [(a.attention, a.ffn, a.router) for a in after.layers] == [(b.attention, b.ffn, b.router) for b in before.layers]
+        assert after.layers[0].ffn_bytes == before.layers[0].ffn_bytes * 4.5 / 32
+        # Norms and biases stay, and rows are stored in whole blocks of 16.
+        assert after.dense_bytes == pytest.approx(before.dense_bytes * 4.5 / 32, rel=0.08)
+        half = [0.5] * len(after.layers)
+        saved = after.bytes_per_token([0.0] * len(half))["sparse"] - after.bytes_per_token(half)["sparse"]
+        assert saved == pytest.approx(sum(layer.ffn_bytes for layer in after.layers) / 2)
