@@ -199,3 +199,28 @@ def test_what_a_token_reads_is_counted():
         half = [0.5] * len(after.layers)
         saved = after.bytes_per_token([0.0] * len(half))["sparse"] - after.bytes_per_token(half)["sparse"]
         assert saved == pytest.approx(sum(layer.ffn_bytes for layer in after.layers) / 2)
+
+
+@pytest.mark.parametrize("made", ["dense", "sparse", "tied"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma"])
+def test_with_text_outputs_are_closer(family, made):
+    def build():
+        return sparse(family) if made == "sparse" else tie(models.build(family)) if made == "tied" else models.build(family)
+
+    text, seen = models.inputs(16, 40, seed=5), []
+    inputs = models.inputs(4, 40)
+    wanted = logits(build(), inputs)
+    plain = off(logits(lte.quantize(build(), bits=4), inputs), wanted)
+    model = lte.quantize(build(), bits=4, head_bits=6, calibration=[text], progress=lambda *at: seen.append(at))
+    assert off(logits(model, inputs), wanted) < 0.9 * plain
+    assert seen[-1][0] == seen[-1][1] == len(seen) == len(quantized_modules(model))
+    assert model.model.embed_tokens.bits == 6
+    assert {m.bits for layer in model.model.layers for m in quantized_modules(layer)} == {4}
+    # Nothing is left on the modules that were watched.
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_tied_embedding_is_rounded_once_with_the_heads_inputs():
+    model = lte.quantize(tie(models.build("llama")), bits=4, calibration=[models.inputs(8, 40)])
+    names = [type(m).__name__ for m in model.modules() if isinstance(m, QuantizedEmbedding | TiedHead)]
+    assert names == ["QuantizedEmbedding", "TiedHead"]

@@ -215,6 +215,7 @@ class WeightsConfig(pydantic.BaseModel):
     Attributes:
         bits: of a weight.
         group: weights that share a scale.
+        head_bits: of the weights of head and embeddings; None for as many.
         tied: whether the head multiplies with the embeddings' weights.
     """
 
@@ -222,6 +223,7 @@ class WeightsConfig(pydantic.BaseModel):
 
     bits: Annotated[int, pydantic.Field(ge=1, le=8)]
     group: Annotated[int, pydantic.Field(ge=32, multiple_of=32)] = 32
+    head_bits: Annotated[int, pydantic.Field(ge=1, le=8)] | None = None
     tied: bool = False
 
     def __init__(self, **values: Any) -> None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lte.calibration import device_inputs, without_cache
 from lte.config import WeightsConfig, method_config
 from lte.errors import ConfigError
-from lte.families import DECODERS
+from lte.families import DECODERS, blocks_of
 from lte.memory import trim_heap
-from lte.nn import FastLinear, QuantizedEmbedding, QuantizedLinear, QuantizedWeight, SparseFFN, TiedHead, sparse_ffns
+from lte.nn import FastLinear, QuantizedEmbedding, QuantizedLinear, QuantizedWeight, TiedHead, sparse_ffns
 from lte.ops import lowbit
+from lte.rounding import round_compensated
 from lte.sparsify import sparsify
 
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
@@ -29,6 +31,7 @@ class Place:
         parent, child: where it is put.
         module: the layer or embedding.
         by_columns: whether the weights of a group of inputs are to lie together: of the neurons of a down projection.
+        block: index of the block it is in; None for head and embeddings.
     """
 
     name: str
@@ -36,6 +39,7 @@ class Place:
     child: str
     module: nn.Module
     by_columns: bool
+    block: int | None
 
 
 def quantize(
@@ -43,18 +47,23 @@ def quantize(
     *,
     bits: int,
     group: int = 32,
+    head_bits: int | None = None,
+    calibration: Iterable[Mapping[str, Tensor]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> AnyModel:
     """Round the weights of FFNs, attention, head and embeddings, in place; norms, biases and routers stay.
 
-    Every group's scale is the one, of some, with the smallest squared error. A model without sparse FFNs becomes one
-    under the method ``dense``, which leaves nothing out.
+    With some text, errors are made up for by weights rounded later (:func:`lte.rounding.round_compensated`), block by
+    block, each seeing what the rounded ones before it put out; without, every group's scale is the one, of some, with
+    the smallest squared error. A model without sparse FFNs becomes one under the method ``dense``.
 
     Args:
         model: a causal language model of a family in :data:`lte.families.DECODERS`.
         bits: 1 to 8.
         group: weights that share a scale, a multiple of 32; of a down projection those of neighbouring neurons, of
             which an expert must have whole groups.
+        head_bits: of head and embeddings; None for as many.
+        calibration: some batches of model inputs, a few thousand tokens in all.
         progress: called with layers done and in all.
 
     Returns:
@@ -63,28 +72,112 @@ def quantize(
     Raises:
         ConfigError: the family is another, the weights are of few bits already, or experts are too small.
     """
-    settings = WeightsConfig(bits=bits, group=group)
+    settings = WeightsConfig(bits=bits, group=group, head_bits=head_bits)
     _check(model, settings)
     if not sparse_ffns(model):
         sparsify(model, method_config("dense", {}))
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
     tied = head.weight.data_ptr() == embedding.weight.data_ptr()
     settings = settings.model_copy(update={"tied": tied})
-    every = list(places(model))
-    for done, place in enumerate(every):
-        if progress is not None:
-            progress(done, len(every))
-        made = _empty(place, settings, place.module.weight.device)
-        weight: Any = place.module.weight
-        made.hold(lowbit.quantize(weight.detach(), bits, group, by_columns=place.by_columns))
-        if isinstance(made, QuantizedLinear):
-            made.bias = place.module.bias  # type: ignore[assignment]
-        _put(place, made)
-        del weight
-        trim_heap(made.codes.device)
+    # A tied head's inputs are what the embeddings' weights are multiplied with.
+    every = [place for place in places(model) if not (tied and place.module is head)]
+    last = next(place.name for place in every if place.module is (embedding if tied else head))
+    done = 0
+
+    def round_places(part: Iterable[Place], squares: Mapping[str, Tensor]) -> None:
+        nonlocal done
+        for place in part:
+            _round(place, settings, squares.get(place.name))
+            done += 1
+            if progress is not None:
+                progress(done, len(every))
+
+    rest = {place.name: place for place in every}
+    batches = list(calibration or ())
+    of_head: dict[str, Tensor] = {}
+    if batches:
+        in_blocks = [[place for place in every if place.block == index] for index in range(len(blocks_of(model)))]
+        for index, inputs in enumerate(block_inputs(model, batches, in_blocks)):
+            if index == len(in_blocks):
+                of_head = {last: inputs["head"]}
+                break
+            round_places(in_blocks[index], inputs)
+            for place in in_blocks[index]:
+                del rest[place.name]
+    round_places(rest.values(), of_head)
     _finish(model, settings)
     model.config.quantization_config.weights = settings  # type: ignore[union-attr]
     return model
+
+
+@torch.no_grad()
+def block_inputs(
+    model: Any, batches: Sequence[Mapping[str, Tensor]], layers: Sequence[Sequence[Place]]
+) -> Iterator[dict[str, Tensor]]:
+    """For one block after the other, ``sum x x^T`` over the inputs of its layers, by name; last those of the ``head``.
+
+    A block's layers may be replaced between two of them: the next block sees what comes out of the new ones.
+    """
+    blocks, device = blocks_of(model), next(iter(model.parameters())).device
+    options: list[list[dict[str, Any]]] = [[] for _ in blocks]
+    hidden: list[Tensor] = []
+
+    def keep(index: int) -> Any:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+            options[index].append(kwargs)
+            if index == 0:
+                hidden.append(args[0])
+
+        return hook
+
+    handles = [block.register_forward_pre_hook(keep(i), with_kwargs=True) for i, block in enumerate(blocks)]
+    try:
+        for batch in batches:
+            inputs, _ = device_inputs({name: value for name, value in batch.items() if name != "labels"}, device)
+            with without_cache(model):
+                model.base_model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for block, given, its in zip(blocks, options, layers, strict=True):
+        sums: dict[str, Tensor] = {}
+        watching = [place.module.register_forward_pre_hook(_adder(sums, place.name)) for place in its]
+        for x, kwargs in zip(hidden, given, strict=True):
+            block(x, **kwargs)
+        for handle in watching:
+            handle.remove()
+        yield sums
+        hidden = [_first(block(x, **kwargs)) for x, kwargs in zip(hidden, given, strict=True)]
+    norm = model.base_model.get_submodule(DECODERS[model.config.model_type].final_norm)
+    of_head: dict[str, Tensor] = {}
+    for x in hidden:
+        _adder(of_head, "head")(norm, (norm(x),))
+    yield of_head
+
+
+def _adder(sums: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x_TD = args[0].detach().flatten(0, -2).float()
+        sums[name] = sums.get(name, 0) + x_TD.T @ x_TD
+
+    return add
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _round(place: Place, settings: WeightsConfig, squares_DD: Tensor | None) -> None:
+    weight_ND: Tensor = place.module.weight.detach()  # type: ignore[assignment]
+    made = _empty(place, settings, weight_ND.device)
+    if squares_DD is None or len(squares_DD) != weight_ND.shape[1]:
+        made.hold(lowbit.quantize(weight_ND, made.bits, made.group, by_columns=made.by_columns))
+    else:
+        made.hold(round_compensated(weight_ND, squares_DD, made.bits, made.group, by_columns=made.by_columns))
+    if isinstance(made, QuantizedLinear):
+        made.bias = place.module.bias  # type: ignore[assignment]
+    _put(place, made)
+    trim_heap(weight_ND.device)
 
 
 def install_quantized(model: nn.Module, settings: WeightsConfig) -> None:
@@ -99,11 +192,13 @@ def places(model: nn.Module) -> Iterator[Place]:
     """What is rounded, in the order of the model."""
     downs = {id(ffn._modules[ffn.roles["down"]]) for ffn in sparse_ffns(model) if "down" in ffn.roles}
     routers = {id(module) for ffn in sparse_ffns(model) for module in ffn.router.modules()}
+    blocks = {id(module): index for index, block in enumerate(blocks_of(model)) for module in block.modules()}
     for name, module in list(model.named_modules()):
         for child, layer in module.named_children():
             wanted = type(layer) in (nn.Linear, FastLinear) or isinstance(layer, nn.Embedding)
             if wanted and id(layer) not in routers:
-                yield Place(f"{name}.{child}".lstrip("."), module, child, layer, id(layer) in downs)
+                full = f"{name}.{child}".lstrip(".")
+                yield Place(full, module, child, layer, id(layer) in downs, blocks.get(id(layer)))
 
 
 def quantized_modules(model: nn.Module) -> list[QuantizedWeight]:
@@ -130,7 +225,8 @@ def _check(model: Any, settings: WeightsConfig) -> None:
 
 
 def _empty(place: Place, settings: WeightsConfig, device: torch.device) -> QuantizedLinear | QuantizedEmbedding:
-    storage: dict[str, Any] = {"bits": settings.bits, "group": settings.group, "device": device}
+    bits = settings.bits if place.block is not None or settings.head_bits is None else settings.head_bits
+    storage: dict[str, Any] = {"bits": bits, "group": settings.group, "device": device}
     module: Any = place.module
     if isinstance(module, nn.Embedding):
         size, scale = (module.num_embeddings, module.embedding_dim), getattr(module, "scalar_embed_scale", 1.0)

@@ -14,6 +14,7 @@ FLOORS = [
     "memory",
     "ops",
     "nn",
+    "rounding",
     "margins",
     "grouping",
     "families",

@@ -163,18 +163,33 @@ def quantize(
     rows, columns = matrix_ND.shape
     weights_D = torch.ones(columns, device=matrix_ND.device) if importance_D is None else importance_D.float()
     weights_Gk = _grouped(weights_D[None], group)[0]
-    planes, scales = [], []
+    made = []
     for part in matrix_ND.split(max(1, CHUNK // columns // ROWS) * ROWS):
         grouped = _grouped(part.float(), group)
-        scale = _best_scales(grouped, weights_Gk, bits)
-        codes = (_levels(grouped, scale, _middle(bits)) + _middle(bits)).to(torch.uint8)
-        codes, scale = (torch.nn.functional.pad(t.mT, (0, -len(part) % ROWS)).mT for t in (codes.flatten(1), scale))
-        planes.append(_planes(codes, bits, group))
-        scales.append(scale.bfloat16().unflatten(0, (-1, ROWS)).mT)
-    made = torch.cat(planes), torch.cat(scales)
+        scale = best_scales(grouped, weights_Gk, bits)
+        codes = levels_of(grouped, scale, _middle(bits)) + _middle(bits)
+        made.append((codes.flatten(1).to(torch.uint8), scale))
+    codes, scales = (torch.cat(each) for each in zip(*made, strict=True))
+    return pack(codes, scales, bits, columns, by_columns=by_columns)
+
+
+def pack(codes_ND: Tensor, scales_NG: Tensor, bits: int, columns: int, *, by_columns: bool = False) -> LowBitMatrix:
+    """A matrix from its codes and scales.
+
+    Args:
+        codes_ND: [N, whole groups], from 0 to ``2 ** bits - 1``.
+        scales_NG: [N, G].
+        bits: of a code.
+        columns: D.
+        by_columns: see :class:`LowBitMatrix`.
+    """
+    rows, group = len(codes_ND), codes_ND.shape[1] // scales_NG.shape[1]
+    missing = -rows % ROWS
+    codes, scales = (torch.nn.functional.pad(t, (0, 0, 0, missing)) for t in (codes_ND.to(torch.uint8), scales_NG))
+    planes, scales = _planes(codes, bits, group), scales.bfloat16().unflatten(0, (-1, ROWS)).mT
     if by_columns:
-        made = made[0].permute(1, 2, 0, 3, 4), made[1].transpose(0, 1)
-    return LowBitMatrix(made[0].contiguous(), made[1].contiguous(), rows, columns, by_columns)
+        planes, scales = planes.permute(1, 2, 0, 3, 4), scales.transpose(0, 1)
+    return LowBitMatrix(planes.contiguous(), scales.contiguous(), rows, columns, by_columns)
 
 
 def _kernels_take(matrix_ND: Tensor) -> bool:
@@ -220,7 +235,7 @@ def dequantize_rows(matrix: LowBitMatrix, rows: Tensor, dtype: torch.dtype) -> T
 def round_like(matrix_ND: Tensor, like: LowBitMatrix) -> Tensor:
     """The numbers a matrix is rounded to with the scales of another; [N, D], float32."""
     scales = like.scales_of_rows().float()
-    levels = _levels(_grouped(matrix_ND.detach().float(), like.group), scales, _middle(like.bits))
+    levels = levels_of(_grouped(matrix_ND.detach().float(), like.group), scales, _middle(like.bits))
     rounded = levels * scales.unsqueeze(-1)
     return rounded.flatten(1)[:, : matrix_ND.shape[1]]
 
@@ -243,15 +258,15 @@ def _grouped(matrix_ND: Tensor, group: int) -> Tensor:
     return torch.nn.functional.pad(matrix_ND, (0, missing)).unflatten(1, (-1, group))
 
 
-def _best_scales(grouped_NGk: Tensor, weights_Gk: Tensor, bits: int) -> Tensor:
-    """Of some scales, those with the smallest weighted squared error; [N, G]."""
+def best_scales(grouped_NGk: Tensor, weights_Gk: Tensor, bits: int) -> Tensor:
+    """Of some scales, those with the smallest weighted squared error of each group; [N, G], as bfloat16 has them."""
     middle = _middle(bits)
     largest = grouped_NGk.abs().amax(-1)
     best_error = torch.full_like(largest, torch.inf)
     best_scale = torch.ones_like(largest)
     for step in range(SHRINKS):
         scale = (largest * (1 - 0.05 * step) / middle).bfloat16().float().clamp_min(2**-64)
-        levels = _levels(grouped_NGk, scale, middle)
+        levels = levels_of(grouped_NGk, scale, middle)
         error = ((levels * scale.unsqueeze(-1) - grouped_NGk).square() * weights_Gk).sum(-1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
@@ -259,7 +274,8 @@ def _best_scales(grouped_NGk: Tensor, weights_Gk: Tensor, bits: int) -> Tensor:
     return best_scale
 
 
-def _levels(grouped_NGk: Tensor, scale_NG: Tensor, middle: float) -> Tensor:
+def levels_of(grouped_NGk: Tensor, scale_NG: Tensor, middle: float) -> Tensor:
+    """What numbers are rounded to, in scales: from ``-middle`` to ``middle``."""
     return ((grouped_NGk / scale_NG.unsqueeze(-1) + middle).round().clamp(0, 2 * middle)) - middle
 
 
