@@ -77,11 +77,11 @@ __all__ = [
     "load_tokenizer",
     "observe_routing",
     "prepare_for_inference",
+    "quantize",
     "register_family",
     "require_sparse",
     "set_mode",
     "set_sparsity",
-    "quantize",
     "sparsify",
 ]
 

@@ -57,9 +57,7 @@ def sample_batches(
     batches: list[list[Any]] = [[]]
     for row in chosen:
         length, batch = lengths[id(row)], batches[-1]
-        if batch and (
-            (len(batch) + 1) * length > BATCH_TOKENS or length > MOST_PADDED * lengths[id(batch[0])] + SHORT
-        ):
+        if batch and ((len(batch) + 1) * length > BATCH_TOKENS or length > MOST_PADDED * lengths[id(batch[0])] + SHORT):
             batches.append([])
         batches[-1].append(row)
     return [collate(batch) for batch in batches]

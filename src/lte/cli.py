@@ -42,6 +42,7 @@ from lte.options import (
     TextPairColumn,
     common_flags,
 )
+from lte.quantize_commands import quantize
 from lte.study_commands import compare, sweep
 from lte.terminal import JsonFile, console, write_json
 
@@ -313,6 +314,7 @@ def init(
 
 app.command()(evaluate)
 app.command()(calibrate)
+app.command()(quantize)
 app.command()(sweep)
 app.command()(compare)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from lte.errors import ConfigError
@@ -23,9 +22,9 @@ from lte.options import (
     TextColumn,
     TextPairColumn,
     TrainedTask,
-    task_settings,
+    task_as_trained,
 )
-from lte.terminal import JsonFile, check_json_target, command_line, console, numbers, write_json
+from lte.terminal import JsonFile, ProgressBar, check_json_target, command_line, console, numbers, write_json
 
 
 def evaluate(
@@ -83,7 +82,7 @@ def evaluate(
             seed=seed,
         )
     else:
-        measure = partial(_evaluate, task=_task_as_trained(locals()), data=str(data), batch_size=batch_size, seed=seed)
+        measure = partial(_evaluate, task=task_as_trained(locals()), data=str(data), batch_size=batch_size, seed=seed)
     result = measure(model, title="evaluating", dense=dense, sparsity=sparsity)
     if baseline is not None:
         result["baseline"] = measure(baseline, title="the dense baseline", dense=True)
@@ -145,8 +144,8 @@ def calibrate(
 
     sparsities = numbers(target_sparsity, "target-sparsity")
     check_json_target(json_file)
-    built = _task_as_trained(locals())
-    with _progress("calibrating") as progress:
+    built = task_as_trained(locals())
+    with ProgressBar("calibrating") as progress:
         points = calibrate_checkpoint(
             model, data, built, sparsities, per_layer=per_layer, tokens=tokens or DIAL_TOKENS, progress=progress
         )
@@ -162,41 +161,6 @@ def calibrate(
     )
 
 
-def _task_as_trained(values: dict[str, Any]) -> Any:
-    """The task a model was trained with, where that is known, under what the flags say."""
-    from lte.runs import trained_task
-    from lte.tasks import TaskConfig, build_task
-
-    return build_task(TaskConfig(**{**trained_task(str(values["model"]), values["task"]), **task_settings(values)}))
-
-
-class _progress:
-    """A rich progress bar with the time left, as the callback evaluation takes."""
-
-    def __init__(self, description: str) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.bar = Progress(
-            TextColumn(description),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            transient=True,
-        )
-        self.task = self.bar.add_task(description, total=None)
-
-    def __enter__(self) -> _progress:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()
-
-    def __call__(self, done: int, total: int) -> None:
-        self.bar.update(self.task, completed=done, total=total)
-
-
 def _evaluate(
     path: str, *, task: Any, data: str, title: str, dense: bool, sparsity: float | None = None, **settings: Any
 ) -> dict[str, Any]:
@@ -207,7 +171,7 @@ def _evaluate(
     if sparsity is not None:
         set_sparsity(model, sparsity)
     expected = sparsity_set_for(model) if sparsity is None and not dense else sparsity
-    with _progress(title) as progress:
+    with ProgressBar(title) as progress:
         result = module.evaluate(model, tokenizer, task, data, dense=dense, progress=progress, **settings)
     return {**result, "model": path} | ({} if expected is None else {"expected_sparsity": expected})
 
@@ -223,7 +187,7 @@ def _harness(
     def measure(path: str, *, title: str, dense: bool, sparsity: float | None = None) -> dict[str, Any]:
         # Data that cannot be had is found before a model is loaded, too.
         loaded = tasks.load()
-        with _progress(title) as progress:
+        with ProgressBar(title) as progress:
             model = LTEModel(
                 path, dense=dense, sparsity=sparsity, batch_size=batch_size, max_length=max_length, progress=progress
             )

@@ -40,6 +40,14 @@ def task_settings(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in names and value is not None}
 
 
+def task_as_trained(values: dict[str, Any]) -> Any:
+    """The task a model was trained with, where that is known, under what the flags say."""
+    from lte.runs import trained_task
+    from lte.tasks import TaskConfig, build_task
+
+    return build_task(TaskConfig(**{**trained_task(str(values["model"]), values["task"]), **task_settings(values)}))
+
+
 def common_flags(values: dict[str, Any]) -> dict[str, Any]:
     """Flags that training and fine-tuning share -> recipe keys."""
     return {

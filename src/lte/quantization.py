@@ -168,14 +168,15 @@ def _first(output: Any) -> Tensor:
 
 
 def _round(place: Place, settings: WeightsConfig, squares_DD: Tensor | None) -> None:
-    weight_ND: Tensor = place.module.weight.detach()  # type: ignore[assignment]
+    module: Any = place.module
+    weight_ND = module.weight.detach()
     made = _empty(place, settings, weight_ND.device)
     if squares_DD is None or len(squares_DD) != weight_ND.shape[1]:
         made.hold(lowbit.quantize(weight_ND, made.bits, made.group, by_columns=made.by_columns))
     else:
         made.hold(round_compensated(weight_ND, squares_DD, made.bits, made.group, by_columns=made.by_columns))
     if isinstance(made, QuantizedLinear):
-        made.bias = place.module.bias  # type: ignore[assignment]
+        made.bias = module.bias
     _put(place, made)
     trim_heap(weight_ND.device)
 

@@ -24,7 +24,7 @@ def round_compensated(
         squares_DD: sum of ``x x^T`` over the inputs, float32 or wider.
         bits, group, by_columns: as of :func:`lte.ops.lowbit.quantize`.
     """
-    rows, columns = matrix_ND.shape
+    columns = matrix_ND.shape[1]
     factor_DD, weights_D = _factor(squares_DD.to(matrix_ND.device))
     left_ND = torch.nn.functional.pad(matrix_ND.detach().float(), (0, -columns % group))
     levels_ND, scales = torch.empty_like(left_ND), []
@@ -49,7 +49,8 @@ def round_compensated(
 
 def _factor(squares_DD: Tensor) -> tuple[Tensor, Tensor]:
     """Upper triangular factor of the inverse, and how much errors of each column count that nothing makes up for."""
-    squares_DD = squares_DD.double() if squares_DD.device.type == "cpu" and len(squares_DD) <= 2048 else squares_DD.float()
+    exact = squares_DD.device.type == "cpu" and len(squares_DD) <= 2048
+    squares_DD = squares_DD.double() if exact else squares_DD.float()
     diagonal_D = squares_DD.diagonal()
     mean = diagonal_D.mean().clamp_min(1e-30)
     damped_DD = squares_DD + torch.diag(torch.full_like(diagonal_D, float(DAMPING * mean)))

@@ -46,6 +46,7 @@ FLOORS = [
     "terminal",
     "bench_commands",
     "evaluate_commands",
+    "quantize_commands",
     "study_commands",
     "cli",
 ]

@@ -2,8 +2,8 @@
 
 A step of the stock modules costs some 20 Python-level operations per layer, and a matrix-vector product of torch
 reads memory at a fraction of its speed. Here a step is one embedding lookup in Python and one call, which computes in
-float32 between the weights; or a call per layer, where PyTorch has to decide which neurons run. Whatever is not an ordinary step (prefill, gradients, hooks, observers, an unusual
-cache, ...) goes to the stock forward.
+float32 between the weights; or a call per layer, where PyTorch has to decide which neurons run. Whatever is not an
+ordinary step (prefill, gradients, hooks, observers, an unusual cache, ...) goes to the stock forward.
 """
 
 from __future__ import annotations
@@ -171,7 +171,8 @@ class _Built:
         config, spec = model.config, DECODERS[model.config.model_type]
         # Where parameters are looked up, not the parameters: one that was replaced has to be noticed too.
         self.slots = [(m._parameters, name) for m in self.modules for name, p in m._parameters.items() if p is not None]
-        self.slots += [(m._buffers, name) for m in self.modules if isinstance(m, QuantizedWeight) for name in m._buffers]
+        rounded = [module for module in self.modules if isinstance(module, QuantizedWeight)]
+        self.slots += [(module._buffers, name) for module in rounded for name in module._buffers]
         self.ffns = sparse_ffns(model)
         self.modes = [ffn.mode for ffn in self.ffns]
         self.thresholds = [ffn.router.threshold for ffn in self.ffns]

@@ -44,8 +44,8 @@ class LowBitMatrix:
         scales: [N / 16, G, 16] bfloat16.
         rows: N.
         columns: D.
-        by_columns: whether the blocks of rows come behind the groups of columns and the chunks of these, [G, group / 32,
-            N / 16, bits, 64] and [G, N / 16, 16], so that the weights of a group of columns lie together.
+        by_columns: whether the blocks of rows come behind the groups of columns and the chunks of these,
+            [G, group / 32, N / 16, bits, 64] and [G, N / 16, 16]: the weights of a group of columns lie together.
     """
 
     planes: Tensor
@@ -98,7 +98,8 @@ class LowBitMatrix:
 
     def halves(self) -> tuple[LowBitMatrix, LowBitMatrix]:
         """The upper and the lower half of the rows, of a matrix that lies row by row and has whole blocks in each."""
-        assert not self.by_columns and self.rows % (2 * ROWS) == 0
+        assert not self.by_columns
+        assert self.rows % (2 * ROWS) == 0
         pairs = zip(self.planes.chunk(2), self.scales.chunk(2), strict=True)
         upper, lower = (replace(self, planes=planes, scales=scales, rows=self.rows // 2) for planes, scales in pairs)
         return upper, lower
@@ -160,7 +161,7 @@ def quantize(
     matrix_ND = matrix_ND.detach()
     if _kernels_take(matrix_ND):
         return _quantize_fast(matrix_ND, bits, group, importance_D, by_columns)
-    rows, columns = matrix_ND.shape
+    columns = matrix_ND.shape[1]
     weights_D = torch.ones(columns, device=matrix_ND.device) if importance_D is None else importance_D.float()
     weights_Gk = _grouped(weights_D[None], group)[0]
     made = []

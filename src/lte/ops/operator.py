@@ -182,7 +182,7 @@ def fast_linear(
 
 
 def quantized_linear(x_TD: Tensor, weight: LowBitMatrix, bias_N: Tensor | None = None) -> Tensor:
-    """``x W^T + b`` with weights of few bits and inputs rounded to 8, [T, D] to [T, N]; by kernels where they can run."""
+    """``x W^T + b``, [T, D] to [T, N], with weights of few bits and inputs rounded to 8; by kernels where they run."""
     if backends.choose_for_codes(x_TD) == "cpu":
         return cpu.quantized_linear(x_TD, weight, None if bias_N is None else bias_N.to(x_TD.dtype))
     return quantized_linear_reference(x_TD, weight, bias_N)

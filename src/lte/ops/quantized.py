@@ -85,8 +85,8 @@ class QuantizedFFN:
         """Raise ConfigError where experts do not begin and end with groups of the down projection."""
         if n_experts < 1 or self.d_ff % n_experts or (n_experts > 1 and self.d_ff // n_experts % self.down.group):
             raise ConfigError(
-                f"{n_experts} experts of {self.d_ff} neurons cannot run on weights of few bits: the down projection has "
-                f"groups of {self.down.group} neurons, of which an expert must have whole ones"
+                f"{n_experts} experts of {self.d_ff} neurons cannot run on weights of few bits: an expert must have "
+                f"whole groups of the down projection, which are of {self.down.group} neurons"
             )
 
 

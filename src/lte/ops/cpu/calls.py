@@ -113,10 +113,9 @@ def quantized_ffn(
     router: tuple[Tensor, Tensor | None, float] | None = None,
 ) -> Tensor:
     """An FFN of few bits over the experts of a mask, of float weights, or of a router (weight, bias, threshold)."""
+    n_experts = 1 if router is None else len(router[0])
     if expert_weights_TE is not None:
         n_experts = expert_weights_TE.shape[1]
-    else:
-        n_experts = 1 if router is None else len(router[0])
     given = None if expert_weights_TE is None else expert_weights_TE.float().contiguous()
     return _run_ffn(describe_quantized_ffn(weights, n_experts, x_TD.dtype, router), x_TD, scale=given)
 

@@ -137,9 +137,10 @@ class Step(ctypes.Structure):
 
 def matrix(weight: Tensor | None, bias: Tensor | None = None) -> Matrix:
     """A [rows, cols] weight with contiguous rows, and its bias; pointers only, the caller keeps the tensors."""
+    pointer = None if bias is None else bias.data_ptr()
     if weight is None:
-        return Matrix(None, None if bias is None else bias.data_ptr(), 0, 0, 0, LowBit())
-    return Matrix(weight.data_ptr(), None if bias is None else bias.data_ptr(), *weight.shape, weight.stride(0), LowBit())
+        return Matrix(None, pointer, 0, 0, 0, LowBit())
+    return Matrix(weight.data_ptr(), pointer, *weight.shape, weight.stride(0), LowBit())
 
 
 @cache

@@ -1,0 +1,68 @@
+"""``lte quantize``. Parse, call, print."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lte.errors import ConfigError
+from lte.options import (
+    ContextLength,
+    Limit,
+    MessagesColumn,
+    PromptColumn,
+    Split,
+    TargetColumn,
+    TextColumn,
+    TrainedTask,
+    task_as_trained,
+)
+from lte.terminal import ProgressBar, console
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="Sparse or dense model: folder, hub id or .gguf file.")],
+    weights: Annotated[str, typer.Option(help="int8, int4, or any from int1 to int8.")],
+    out: Annotated[Path, typer.Option(help="New folder for the result.")],
+    data: Annotated[
+        str | None, typer.Option(help="Text by which weights are rounded: file, folder or hub name; best given.")
+    ] = None,
+    group: Annotated[int, typer.Option(help="Weights that share a scale, a multiple of 32.")] = 32,
+    head: Annotated[str | None, typer.Option(help="Of head and embeddings; default as --weights.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of the data to use; default 16384.")] = None,
+    task: TrainedTask = None,
+    context_length: ContextLength = None,
+    prompt_column: PromptColumn = None,
+    target_column: TargetColumn = None,
+    text_column: TextColumn = None,
+    messages_column: MessagesColumn = None,
+    split: Split = None,
+    limit: Limit = None,
+) -> None:
+    """Round a model's weights to a few bits: FFNs, attention, head and embeddings."""
+    from lte.config import WeightsConfig
+    from lte.runs import quantize_checkpoint
+    from lte.thresholds import DIAL_TOKENS
+
+    settings = WeightsConfig(bits=_bits(weights), group=group, head_bits=None if head is None else _bits(head))
+    built = task_as_trained(locals())
+    with ProgressBar("rounding") as progress:
+        summary = quantize_checkpoint(
+            model, out, settings, data=data, task=built, tokens=tokens or DIAL_TOKENS, progress=progress
+        )
+    before, after = (summary["bytes_per_token"][key] / 1e6 for key in ("before", "after"))
+    console.print(
+        f"[bold]{out}[/]: {after:.1f} MB of weights for a token, {before:.1f} before, in {summary['seconds']:.0f} s. "
+        f"Next: lte evaluate {out} --data FILE"
+    )
+
+
+def _bits(text: str) -> int:
+    """``int4`` -> 4; ConfigError for anything else."""
+    found = re.fullmatch(r"int([1-8])", text)
+    if found is None:
+        raise ConfigError(f"{text!r} is no format of weights; there are int1 to int8, for instance int4")
+    return int(found[1])
