@@ -229,3 +229,41 @@ def test_a_tied_embedding_is_rounded_once_with_the_heads_inputs():
     model = lte.quantize(tie(models.build("llama")), bits=4, calibration=[models.inputs(8, 40)])
     names = [type(m).__name__ for m in model.modules() if isinstance(m, QuantizedEmbedding | TiedHead)]
     assert names == ["QuantizedEmbedding", "TiedHead"]
+
+
+def test_the_command(tmp_path):
+    from typer.testing import CliRunner
+
+    from lte.cli import app
+    from lte.models import train_tokenizer
+
+    text = tmp_path / "text.txt"
+    text.write_text("A small text, of some words and few lines, that is read again and again.\n" * 60)
+    dense, made = tmp_path / "dense", tmp_path / "sparse"
+    tokenizer = train_tokenizer([text.read_text()], 300)
+    for folder, model in ((dense, models.build("llama")), (made, sparse("llama"))):
+        model.resize_token_embeddings(300)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    def run(*words: object):
+        return CliRunner().invoke(app, ["quantize", *map(str, words)], catch_exceptions=True)
+
+    for model, more in ((dense, []), (made, ["--data", text, "--context-length", 32, "--head", "int6"])):
+        out = tmp_path / f"{model.name}-4"
+        result = run(model, "--weights", "int4", "--out", out, *more)
+        assert result.exit_code == 0, result.output
+        assert "MB of weights for a token" in result.output
+        record = json.loads((out / "lte_quantize.json").read_text())
+        assert record["bytes_per_token"]["after"] < 0.3 * record["bytes_per_token"]["before"]
+        loaded = lte.load(out)
+        assert {m.bits for m in quantized_modules(loaded)} == ({4, 6} if more else {4})
+        assert loaded.generate(**models.inputs(1, 4), max_new_tokens=3, pad_token_id=0).shape == (1, 7)
+        result = run(model, "--weights", "int4", "--out", out)
+        assert "is there already" in str(result.exception)
+        assert not list(tmp_path.glob("*.partial"))
+    for wrong in ("int9", "fp4", "4"):
+        assert "is no format of weights" in str(run(dense, "--weights", wrong, "--out", tmp_path / "x").exception)
+    assert not (tmp_path / "x").exists()
+    result = run(tmp_path / "dense-4", "--weights", "int4", "--out", tmp_path / "x")
+    assert "of few bits already" in str(result.exception)
