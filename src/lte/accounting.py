@@ -131,7 +131,7 @@ def parameter_counts(model: Any) -> dict[str, int]:
     layers = model_cost(model).layers
     rounded = sum(module.matrix.numel() for module in model.modules() if isinstance(module, QuantizedWeight))
     return {
-        "total": sum(p.numel() for p in model.parameters()) + rounded,
+        "total": sum(p.numel() for p in model.parameters() if p.ndim) + rounded,
         "ffn": sum(layer.ffn for layer in layers),
         "router": sum(layer.router.parameters for layer in layers),
     }

@@ -30,6 +30,7 @@ FFN_COLUMNS = {
 }
 DECODE_COLUMNS = {
     "engine": "engine",
+    "weights": "weights",
     "sparsity": "sparsity",
     "ms_per_token": "ms/token",
     "speedup": "vs eager",
@@ -154,6 +155,9 @@ def bench_decode(
     batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = 1,
     new_tokens: Annotated[int, typer.Option(help="Tokens per turn.")] = 32,
     rounds: Annotated[int, typer.Option(help="Turns per engine.")] = 3,
+    weights: Annotated[
+        str, typer.Option(help="Also models of the shape with weights of few bits, e.g. int8,int4.")
+    ] = "",
     method: Annotated[str, typer.Option(help="lte: linear routers; self-prediction: the FFN's own copy.")] = "lte",
     expert_size: Annotated[int | None, typer.Option(help="Neurons per expert; the method's own by default.")] = None,
     compile_: Annotated[
@@ -167,6 +171,7 @@ def bench_decode(
     """Time `generate`: transformers, transformers compiled, lte at each sparsity, and llama.cpp, side by side."""
     from lte.bench.decode import bench_decode as run
     from lte.config import method_config
+    from lte.options import bits_of
 
     check_json_target(json_file)
     _set_threads(threads)
@@ -181,6 +186,7 @@ def bench_decode(
             new_tokens=new_tokens,
             rounds=rounds,
             method=method_config(method, {} if expert_size is None else {"expert_size": expert_size}),
+            weights=[bits_of(name) for name in weights.split(",") if name and name != dtype],
             compiled=compile_,
             with_llama_cpp=llama_cpp,
             device=where,

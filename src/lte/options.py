@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from lte.errors import ConfigError
 
 RecipeFile = Annotated[Path | None, typer.Argument(help="YAML recipe; flags and --set win over it.")]
 Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, e.g. training.eta=2.")]
@@ -46,6 +49,14 @@ def task_as_trained(values: dict[str, Any]) -> Any:
     from lte.tasks import TaskConfig, build_task
 
     return build_task(TaskConfig(**{**trained_task(str(values["model"]), values["task"]), **task_settings(values)}))
+
+
+def bits_of(text: str) -> int:
+    """``int4`` -> 4; ConfigError for anything else."""
+    found = re.fullmatch(r"int([1-8])", text)
+    if found is None:
+        raise ConfigError(f"{text!r} is no format of weights; there are int1 to int8, for instance int4")
+    return int(found[1])
 
 
 def common_flags(values: dict[str, Any]) -> dict[str, Any]:

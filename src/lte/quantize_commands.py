@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lte.errors import ConfigError
 from lte.options import (
     ContextLength,
     Limit,
@@ -18,6 +16,7 @@ from lte.options import (
     TargetColumn,
     TextColumn,
     TrainedTask,
+    bits_of,
     task_as_trained,
 )
 from lte.terminal import ProgressBar, console
@@ -47,7 +46,7 @@ def quantize(
     from lte.runs import quantize_checkpoint
     from lte.thresholds import DIAL_TOKENS
 
-    settings = WeightsConfig(bits=_bits(weights), group=group, head_bits=None if head is None else _bits(head))
+    settings = WeightsConfig(bits=bits_of(weights), group=group, head_bits=None if head is None else bits_of(head))
     built = task_as_trained(locals())
     with ProgressBar("rounding") as progress:
         summary = quantize_checkpoint(
@@ -58,11 +57,3 @@ def quantize(
         f"[bold]{out}[/]: {after:.1f} MB of weights for a token, {before:.1f} before, in {summary['seconds']:.0f} s. "
         f"Next: lte evaluate {out} --data FILE"
     )
-
-
-def _bits(text: str) -> int:
-    """``int4`` -> 4; ConfigError for anything else."""
-    found = re.fullmatch(r"int([1-8])", text)
-    if found is None:
-        raise ConfigError(f"{text!r} is no format of weights; there are int1 to int8, for instance int4")
-    return int(found[1])

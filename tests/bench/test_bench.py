@@ -123,6 +123,30 @@ def test_decode_rows(tmp_path, method):
     assert rows[1]["sparsity"] == 0
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_decode_rows_of_few_bits(tmp_path, dtype):
+    config = tmp_path / "tiny.json"
+    config.write_text(json.dumps(TINY))
+    rows, _ = bench_decode(
+        config_name=str(config),
+        dtype=dtype,
+        sparsities=(0.0, 0.5),
+        new_tokens=4,
+        weights=(8, 4),
+        rounds=1,
+        compiled=False,
+        with_llama_cpp=False,
+    )
+    assert [row["weights"] for row in rows] == [dtype] * 3 + ["int8"] * 2 + ["int4"] * 2
+    for row in rows:
+        assert row["status"] == "ok", row
+    # One cache and one router beside weights of 4.5, 8.5 and 16 or 32 bits.
+    moved = [row["bytes_moved"] for row in rows]
+    assert moved[1] > moved[3] > moved[5] > moved[6]
+    with pytest.raises(ConfigError, match="lte quantize"):
+        bench_decode(model_folder=str(tmp_path), weights=(4,))
+
+
 def test_llama_cpp_is_left_out_in_words(tmp_path, monkeypatch):
     config = tmp_path / "tiny.json"
     config.write_text(json.dumps(TINY))

@@ -17,12 +17,13 @@ from transformers import GenerationConfig
 from transformers.generation.configuration_utils import CompileConfig
 
 from lte.bench import llama_cpp
+from lte.bench.checks import check_logits, ffn_error, tolerances
 from lte.bench.ffn import DTYPES
 from lte.bench.limit import DecodeBytes, decode_bytes
 from lte.bench.machine import copy_gbytes_per_s, read_gbytes_per_s
-from lte.bench.rows import TOLERANCE, Row
+from lte.bench.rows import Row
 from lte.bench.shapes import meta_model, model_config, random_model, set_sparsity
-from lte.config import MethodConfig
+from lte.config import MethodConfig, WeightsConfig
 from lte.errors import ConfigError
 from lte.evaluate import versions
 from lte.hub import load
@@ -30,15 +31,11 @@ from lte.inference import Crossover, prepare_for_inference
 from lte.inference.decode import DecodeStep
 from lte.inference.packing import streaming_copy
 from lte.methods import LTEConfig, PruneMagnitudeConfig
-from lte.nn import SparsityMeter, observe_routing, sparse_ffns
-from lte.ops import sparse_ffn_reference
+from lte.nn import sparse_ffns
 from lte.sparsify import sparsify
 from lte.thresholds import thresholds_of
 
 PROMPT_TOKENS = 16
-LOGITS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
-"""Relative RMS error of the fast path's logits against the masked dense path. In bf16 both round, at different places,
-and a score near its threshold may fall on the other side; each layer's FFN alone is held to a tighter tolerance."""
 
 
 @dataclass
@@ -71,6 +68,7 @@ def bench_decode(
     new_tokens: int = 32,
     rounds: int = 3,
     method: MethodConfig | None = None,
+    weights: Sequence[int] = (),
     compiled: bool = True,
     with_llama_cpp: bool = True,
     device: torch.device | None = None,
@@ -89,6 +87,7 @@ def bench_decode(
         batch: sequences decoded together.
         new_tokens, rounds: tokens per turn, turns per engine.
         method: of a random model; linear routers on experts of 32 by default.
+        weights: bits of the weights of further models of the shape; llama.cpp then runs such formats too.
         compiled: whether to measure ``torch.compile`` too, which takes a minute or more to compile.
         with_llama_cpp: whether to measure llama.cpp, where ``llama-cpp-python`` and ``gguf`` are installed.
         device: CPU by default.
@@ -105,8 +104,11 @@ def bench_decode(
             "make a model with lte sparsify, and give --model"
         )
     progress("building the model")
+    method = method or LTEConfig(expert_size=32)
+    if model_folder is not None and weights:
+        raise ConfigError("weights of few bits are timed on random models; give a model of `lte quantize` as --model")
     if model_folder is None:
-        model = random_model(model_config(config_name), DTYPES[dtype], device, method or LTEConfig(expert_size=32))
+        model = random_model(model_config(config_name), DTYPES[dtype], device, method)
     else:
         model = load(model_folder, dtype=DTYPES[dtype]).to(device).eval()
         sparsities = (-1.0,)
@@ -128,9 +130,16 @@ def bench_decode(
     with ExitStack() as stack:
         engines = bench.dense_engines(compiled, progress)
         engines += [bench.sparse_engine(sparsity, calibration, progress) for sparsity in sparsities]
+        for bits in weights:
+            progress(f"building the model of {bits} bits")
+            config = model_config(config_name)
+            rounded = WeightsConfig(bits=bits, tied=config.tie_word_embeddings)
+            small = random_model(config, DTYPES[dtype], device, method, weights=rounded)
+            each = _Bench(prepare_for_inference(small), ids, _of_bits(count, rounded), new_tokens)
+            engines += [each.sparse_engine(sparsity, calibration, progress) for sparsity in sparsities]
         for engine in engines:
             engine.row["limit_speedup"] = count.dense / engine.n_bytes
-        engines += _llama_cpp_engines(bench, model, dtype, with_llama_cpp and batch == 1, stack, progress)
+        engines += _llama_cpp_engines(bench, model, dtype, weights, with_llama_cpp and batch == 1, stack, progress)
         limits = _take_turns(engines, model, new_tokens, rounds, progress)
     return _finish(engines, limits), getattr(model, "lte_crossover", None)
 
@@ -177,11 +186,14 @@ def _fused(model: Any) -> str:
 class _Bench:
     def __init__(self, model: Any, ids: Tensor, count: DecodeBytes, new_tokens: int) -> None:
         self.model, self.ids, self.count, self.new_tokens = model, ids, count, new_tokens
-        weights = sparse_ffns(model)[0].weights()
+        few_bits = sparse_ffns(model)[0].quantized()
+        weights = few_bits or sparse_ffns(model)[0].weights()
+        dtype = {v: k for k, v in DTYPES.items()}[model.dtype]
         self.common = {
             "d_model": weights.d_model,
             "d_ff": weights.d_ff,
-            "dtype": {v: k for k, v in DTYPES.items()}[model.dtype],
+            "dtype": dtype,
+            "weights": dtype if few_bits is None else f"int{few_bits.up.bits}",
             "tokens": len(ids),
             "threads": torch.get_num_threads(),
             "status": "ok",
@@ -225,19 +237,20 @@ class _Bench:
                 ffn.router.threshold = threshold
 
         prepare()
-        reached, logits_error = _check(model, self.ids, self.new_tokens)
-        error = _ffn_error(model, len(self.ids))
+        reached, logits_error = check_logits(model, self.ids, self.new_tokens)
+        error = ffn_error(model, len(self.ids))
         path = sparse_ffns(model)[0].choose_path(len(self.ids))[0]
         path = model.lte_crossover.backend if path == "fastest" else path
+        tolerance, logits_tolerance = tolerances(model)
         row: Row = {
             "engine": "lte",
             **self.common,
             "sparsity": reached,
             "backend": path + (_fused(model) and f", {_fused(model)}"),
             "max_error": error,
-            "tolerance": TOLERANCE[model.dtype],
+            "tolerance": tolerance,
             "logits_error": logits_error,
-            "logits_tolerance": LOGITS_TOLERANCE[model.dtype],
+            "logits_tolerance": logits_tolerance,
             "version": f"lte {versions()['lte']}",
         }
         for kind in ("", "logits_"):
@@ -296,50 +309,21 @@ def generate_seconds(model: Any, ids_BS: Tensor, new_tokens: int, *, static: boo
     return (run(1 + new_tokens) - short) / new_tokens
 
 
-def _check(model: Any, ids_BS: Tensor, new_tokens: int) -> tuple[float, float]:
-    """The sparsity on decoded tokens, and the relative RMS error of the fast path's logits; see LOGITS_TOLERANCE."""
-    steps = max(2, min(8, new_tokens))
-    output = model.generate(
-        ids_BS,
-        attention_mask=torch.ones_like(ids_BS),
-        max_new_tokens=steps,
-        min_new_tokens=steps,
-        do_sample=False,
-        pad_token_id=0,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    meter = SparsityMeter(len(sparse_ffns(model)))
-    tokens = torch.zeros_like(output.sequences[:, :-1], dtype=torch.bool)
-    tokens[:, ids_BS.shape[1] :] = True
-    meter.set_token_mask(tokens)
-    choosers = [ffn.choose_path for ffn in sparse_ffns(model)]
-    for ffn in sparse_ffns(model):
-        ffn.choose_path = lambda tokens: ("reference", 1.0)
-    with observe_routing(model, meter):
-        wanted = model(output.sequences[:, :-1], use_cache=False).logits[:, ids_BS.shape[1] - 1 :].float()
-        meter.set_token_mask(None)
-    for ffn, chooser in zip(sparse_ffns(model), choosers, strict=True):
-        ffn.choose_path = chooser
-    got = torch.stack([logits.float() for logits in output.logits], dim=1)
-    return meter.overall, float((got - wanted).norm() / wanted.norm())
-
-
-def _ffn_error(model: Any, tokens: int) -> float:
-    """Largest error of any layer's FFN against the float32 reference, relative to its largest value."""
-    worst = 0.0
-    for ffn in sparse_ffns(model):
-        weights, router = ffn.weights(), ffn.router
-        x_TD = torch.randn(tokens, weights.d_model, generator=torch.Generator().manual_seed(ffn.layer_index))
-        x_TD = x_TD.to(model.device, model.dtype)
-        wanted = sparse_ffn_reference(x_TD.float(), weights.float(), router(x_TD).mask)
-        error = (ffn(x_TD).float() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6)
-        worst = max(worst, float(error))
-    return worst
+def _of_bits(count: DecodeBytes, weights: WeightsConfig) -> DecodeBytes:
+    """Of the same shape with weights of few bits, for numbers of 16."""
+    share = (weights.bits + 16 / weights.group) / 16
+    sizes = {name: round(getattr(count, name) * share) for name in ("attention", "ffn", "head")}
+    return replace(count, **sizes)
 
 
 def _llama_cpp_engines(
-    bench: _Bench, model: Any, dtype: str, wanted: bool, stack: ExitStack, progress: Callable[[str], None]
+    bench: _Bench,
+    model: Any,
+    dtype: str,
+    weights: Sequence[int],
+    wanted: bool,
+    stack: ExitStack,
+    progress: Callable[[str], None],
 ) -> list[Engine]:
     if not wanted or bench.ids.device.type != "cpu":
         return []
@@ -353,9 +337,18 @@ def _llama_cpp_engines(
     if reason:
         row["status"] = f"left out: {reason}"
         return [Engine(row, lambda n: 0.0, bench.count.dense)]
-    progress("writing the model for llama.cpp")
-    engine = stack.enter_context(llama_cpp.LlamaCpp(model.config, DTYPES[dtype], 512))
-    return [Engine(row, lambda n: engine.seconds_per_token(PROMPT_TOKENS, n), bench.count.dense)]
+    engines = []
+    formats = [name for bits in weights for name in llama_cpp.FORMATS.get(bits, ())]
+    for name in ("", *formats):
+        progress(f"writing the model for llama.cpp {name}")
+        engine = stack.enter_context(llama_cpp.LlamaCpp(model.config, DTYPES[dtype], 512, name))
+
+        def seconds(n: int, engine: llama_cpp.LlamaCpp = engine) -> float:
+            return engine.seconds_per_token(PROMPT_TOKENS, n)
+
+        read = engine.bytes_per_token if name else bench.count.dense
+        engines.append(Engine({**row, "weights": name or dtype}, seconds, read))
+    return engines
 
 
 def _available_bytes() -> int:
@@ -390,12 +383,16 @@ def _finish(engines: list[Engine], limits: list[float]) -> list[Row]:
     def of(name: str) -> float | None:
         return next((medians[id(e)] for e in engines if e.row["engine"] == name and id(e) in medians), None)
 
-    eager, compiled, llama = of("transformers"), of("transformers-compiled"), of("llama.cpp")
+    eager, compiled = of("transformers"), of("transformers-compiled")
+    rivals = {e.row["weights"]: medians[id(e)] for e in engines if e.row["engine"] == "llama.cpp" and id(e) in medians}
     limit = median(limits)
     rows = []
     for engine in engines:
         row = dict(engine.row)
         seconds = medians.get(id(engine))
+        bits = row["weights"].removeprefix("int")
+        names = llama_cpp.FORMATS.get(int(bits), ()) if bits.isdigit() else (row["dtype"],)
+        llama = min((rivals[name] for name in names if name in rivals), default=None)
         if seconds is not None:
             row |= {
                 "ms_per_token": seconds * 1e3,

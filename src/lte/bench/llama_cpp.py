@@ -14,6 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from lte.bench.shapes import meta_model
+from lte.errors import LTEError
+
+FORMATS = {8: ("Q8_0",), 4: ("Q4_0", "Q4_K_M")}
+"""Bits of a weight -> the formats of llama.cpp beside it."""
+
 PACKAGES = {"llama_cpp": "llama-cpp-python", "gguf": "gguf"}
 
 
@@ -41,10 +47,13 @@ class LlamaCpp:
         config: a transformers config of the Llama shape.
         dtype: float32 or bfloat16.
         context: tokens the cache holds.
+        kind: a format of llama.cpp that the weights are quantised to, for instance ``Q4_K_M``; none if empty.
     """
 
-    def __init__(self, config: Any, dtype: torch.dtype, context: int) -> None:
-        self._config, self._dtype, self._context = config, dtype, context
+    def __init__(self, config: Any, dtype: torch.dtype, context: int, kind: str = "") -> None:
+        self._config, self._dtype, self._context, self._kind = config, dtype, context, kind
+        self.bytes_per_token = 0
+        """Size of the file, less the embeddings, which are not read but for a row."""
 
     def __enter__(self) -> LlamaCpp:
         from llama_cpp import Llama
@@ -52,6 +61,13 @@ class LlamaCpp:
         self._folder = tempfile.TemporaryDirectory(prefix="lte-gguf-")
         path = Path(self._folder.name) / "model.gguf"
         _write(path, self._config, self._dtype)
+        if self._kind:
+            whole, path = path, path.with_name("quantised.gguf")
+            quantise(whole, path, self._kind)
+            whole.unlink()
+            table = self._config.vocab_size * self._config.hidden_size  # and as much for the head, tied or not
+            rest = sum(p.numel() for p in meta_model(self._config).model.parameters()) - table
+            self.bytes_per_token = round(path.stat().st_size * (table + rest) / (2 * table + rest))
         threads = torch.get_num_threads()
         self._model = Llama(str(path), n_ctx=self._context, n_threads=threads, n_threads_batch=threads, verbose=False)
         return self
@@ -72,6 +88,18 @@ class LlamaCpp:
             self._model.eval([1 + i])
             times.append(time.perf_counter() - started)
         return median(times)
+
+
+def quantise(whole: Path, path: Path, kind: str) -> None:
+    """Write a model file in another format of llama.cpp's."""
+    import llama_cpp
+
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    settings.nthread = torch.get_num_threads()
+    failed = llama_cpp.llama_model_quantize(str(whole).encode(), str(path).encode(), settings)
+    if failed:
+        raise LTEError(f"llama.cpp could not write {kind}: error {failed}")
 
 
 def _write(path: Path, config: Any, dtype: torch.dtype) -> None:

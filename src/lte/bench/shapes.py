@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lte.config import MethodConfig
+from lte.config import MethodConfig, WeightsConfig
 from lte.errors import ConfigError
 from lte.gguf import split_path
 from lte.hub import read_config
 from lte.inference.packing import streaming_copy
-from lte.nn import Router, ScoreRouter, SparseFFN, sparse_ffns
+from lte.nn import QuantizedWeight, Router, ScoreRouter, SparseFFN, sparse_ffns
+from lte.quantization import install_quantized
 from lte.sparsify import install_sparse_ffns
 from lte.thresholds import shifted
 
@@ -86,32 +87,64 @@ def meta_model(config: Any) -> Any:
         return AutoModelForCausalLM.from_config(config)
 
 
-def random_model(config: Any, dtype: torch.dtype, device: torch.device, method: MethodConfig, *, seed: int = 0) -> Any:
-    """A model of a shape, sparse by some method, in hard mode, its weights drawn at random and never held twice."""
+def random_model(
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    method: MethodConfig,
+    *,
+    weights: WeightsConfig | None = None,
+    seed: int = 0,
+) -> Any:
+    """A model of a shape, sparse by some method, in hard mode, its weights drawn at random and never held twice.
+
+    Args:
+        config: of transformers.
+        dtype, device: of the model.
+        method: what makes it sparse.
+        weights: of few bits, drawn as codes; None for numbers of ``dtype``.
+        seed: of what is drawn.
+    """
     model = meta_model(config)
     model.config.dtype = dtype
     install_sparse_ffns(model, method)
+    if weights is not None:
+        install_quantized(model, weights)
     model = model.to(dtype)
     fresh = AutoModelForCausalLM.from_config(_one_layer(config))
     generator = torch.Generator(device=device).manual_seed(seed)
     pattern = torch.randn(1 << 20, generator=generator, device=device).to(dtype)
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            scale = 1.0 if "norm" in f"{module_name}.{name}" or name == "bias" else parameter.shape[-1] ** -0.5
+            plain = "norm" in f"{module_name}.{name}" or name == "bias" or not parameter.ndim
+            scale = 1.0 if plain else parameter.shape[-1] ** -0.5
             value = _tile(pattern, parameter.shape) * scale
             if "norm" in module_name or "ln_" in module_name:
                 value = torch.ones_like(value) if name == "weight" else torch.zeros_like(value)
-            elif isinstance(module, ScoreRouter):
+            elif isinstance(module, ScoreRouter | QuantizedWeight):
                 value = torch.ones_like(value)
             elif name == "bias":
                 value = torch.zeros_like(value)
             copy = streaming_copy(value.to(parameter.dtype))  # routers keep their own
             setattr(module, name, nn.Parameter(copy, requires_grad=False))
+    for module in model.modules():
+        if isinstance(module, QuantizedWeight):
+            _draw_codes(module, generator)
     for name, buffer in fresh.named_buffers():
         owner, _, leaf = name.rpartition(".")
         model.get_submodule(owner).register_buffer(leaf, buffer.to(device), persistent=False)
-    model.tie_weights()
+    if weights is None:
+        model.tie_weights()
     return model.eval()
+
+
+def _draw_codes(module: QuantizedWeight, generator: torch.Generator) -> None:
+    """Any byte is as many codes; scales such that outputs are as large as inputs."""
+    device = generator.device
+    pattern = torch.randint(256, (1 << 20,), generator=generator, device=device, dtype=torch.uint8)
+    module.codes = streaming_copy(_tile(pattern, module.codes.shape))
+    scale = torch.tensor((12 / module.columns) ** 0.5 / 2**module.bits, dtype=torch.bfloat16, device=device)
+    module.scales = scale.view(torch.int16).expand(module.scales.shape).clone()
 
 
 def _one_layer(config: Any) -> Any:

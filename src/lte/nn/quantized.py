@@ -102,8 +102,6 @@ class QuantizedEmbedding(QuantizedWeight):
         **storage: as of :class:`QuantizedLinear`.
     """
 
-    unit: Tensor
-
     def __init__(
         self,
         num_embeddings: int,
@@ -115,14 +113,13 @@ class QuantizedEmbedding(QuantizedWeight):
     ) -> None:
         super().__init__(num_embeddings, embedding_dim, **storage)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.scale = scale
-        # Has the dtype of what comes out, whatever the model is cast to.
-        self.register_buffer("unit", torch.ones((), dtype=dtype, device=storage.get("device")), persistent=False)
+        # The first parameter of a model says what its dtype is.
+        factor = torch.full((), scale, dtype=dtype, device=storage.get("device"))
+        self.scale = nn.Parameter(factor, requires_grad=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         """[...] -> [..., D]."""
-        rows = dequantize_rows(self.matrix, ids, self.unit.dtype)
-        return rows if self.scale == 1 else rows * torch.tensor(self.scale).to(rows.dtype)
+        return dequantize_rows(self.matrix, ids, self.scale.dtype) * self.scale
 
 
 class TiedHead(nn.Module):

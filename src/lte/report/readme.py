@@ -36,6 +36,7 @@ def fill(text: str, results: Path) -> str:
         "decode": _decode,
         "limit": _limit,
         "step": _step,
+        "glue": _glue,
     }
     for name, make in blocks.items():
         pattern = re.compile(rf"(<!-- results:{name} -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -53,6 +54,29 @@ def _study(results: Path, name: str) -> str:
     rows = read_rows(results / "study" / name)
     table, less = markdown_table(*points_table(rows)), fewest_table(rows)
     return table + (f"\n{FEWEST}\n\n{markdown_table(*less)}" if less[1] else "")
+
+
+GLUE_SPARSITY = 0.8
+"""At which all its tasks were run."""
+
+
+def _glue(results: Path) -> str:
+    """Methods by GLUE's tasks: the metric of each at one sparsity, and the mean over them."""
+    folders = sorted((results / "study").glob("glue-*"))
+    head, found = ["method"], dict[str, list[str]]()
+    means: dict[str, list[float]] = {}
+    for number, folder in enumerate(folders):
+        rows = [row for row in read_rows(folder) if row.target in (None, GLUE_SPARSITY)]
+        head.append(f"{folder.name.removeprefix('glue-')} ({rows[0].metric})")
+        for row in rows:
+            cells = found.setdefault(row.series, ["-"] * len(folders))
+            cells[number] = row.value.text(".3f") + ("" if row.target else f" ({row.sparsity.mean:.0f} %)")
+            means.setdefault(row.series, []).append(row.value.mean)
+        if "dense" in found and number < len(found["dense"]):
+            found["dense"][number] = found["dense"][number].removesuffix(" (0 %)")
+    order = sorted(found, key=lambda name: (name != "dense", -sum(means[name]) / len(means[name])))
+    body = [[name, *found[name], f"{sum(means[name]) / len(means[name]):.3f}"] for name in order]
+    return markdown_table([*head, "mean"], body)
 
 
 def _quickstart(results: Path) -> str:

@@ -1,0 +1,90 @@
+"""Whether what is timed is right: each FFN against the reference, and the logits against the model's slow path."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lte.bench.rows import TOLERANCE
+from lte.nn import SparsityMeter, observe_routing, sparse_ffns
+from lte.ops import sparse_ffn_reference
+from lte.ops.backends import ENVIRONMENT
+from lte.ops.quantized import quantized_ffn_reference
+
+LOGITS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+"""Relative RMS error of the fast path's logits against the masked dense path. In bf16 both round, at different places,
+and a score near its threshold may fall on the other side; each layer's FFN alone is held to a tighter tolerance."""
+
+CODES_TOLERANCE = 0.01, 0.2
+"""The same of FFN and logits where weights are of few bits: what lies between two of the 8-bit inputs may fall to
+either side, in every layer, and after it the scores near a threshold."""
+
+
+def tolerances(model: Any) -> tuple[float, float]:
+    """Of the FFNs' error and the logits'."""
+    if sparse_ffns(model)[0].quantized() is not None:
+        return max(TOLERANCE[model.dtype], CODES_TOLERANCE[0]), CODES_TOLERANCE[1]
+    return TOLERANCE[model.dtype], LOGITS_TOLERANCE[model.dtype]
+
+
+def check_logits(model: Any, ids_BS: Tensor, new_tokens: int) -> tuple[float, float]:
+    """The sparsity on decoded tokens, and the relative RMS error of the fast path's logits; see LOGITS_TOLERANCE."""
+    steps = max(2, min(8, new_tokens))
+    output = model.generate(
+        ids_BS,
+        attention_mask=torch.ones_like(ids_BS),
+        max_new_tokens=steps,
+        min_new_tokens=steps,
+        do_sample=False,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    meter = SparsityMeter(len(sparse_ffns(model)))
+    tokens = torch.zeros_like(output.sequences[:, :-1], dtype=torch.bool)
+    tokens[:, ids_BS.shape[1] :] = True
+    meter.set_token_mask(tokens)
+    choosers = [ffn.choose_path for ffn in sparse_ffns(model)]
+    for ffn in sparse_ffns(model):
+        ffn.choose_path = lambda tokens: ("reference", 1.0)
+    with observe_routing(model, meter), _reference():
+        wanted = model(output.sequences[:, :-1], use_cache=False).logits[:, ids_BS.shape[1] - 1 :].float()
+        meter.set_token_mask(None)
+    for ffn, chooser in zip(sparse_ffns(model), choosers, strict=True):
+        ffn.choose_path = chooser
+    got = torch.stack([logits.float() for logits in output.logits], dim=1)
+    return meter.overall, float((got - wanted).norm() / wanted.norm())
+
+
+@contextmanager
+def _reference() -> Iterator[None]:
+    """Layers of few bits run their definition."""
+    before = os.environ.get(ENVIRONMENT)
+    os.environ[ENVIRONMENT] = "reference"
+    try:
+        yield
+    finally:
+        os.environ.pop(ENVIRONMENT) if before is None else os.environ.update({ENVIRONMENT: before})
+
+
+def ffn_error(model: Any, tokens: int) -> float:
+    """Largest error of any layer's FFN against the float32 reference, relative to its largest value."""
+    worst = 0.0
+    for ffn in sparse_ffns(model):
+        few_bits, router = ffn.quantized(), ffn.router
+        width = few_bits.d_model if few_bits is not None else ffn.weights().d_model
+        x_TD = torch.randn(tokens, width, generator=torch.Generator().manual_seed(ffn.layer_index))
+        x_TD = x_TD.to(model.device, model.dtype)
+        mask = router(x_TD).mask
+        if few_bits is None:
+            wanted = sparse_ffn_reference(x_TD.float(), ffn.weights().float(), mask)
+        else:
+            wanted = quantized_ffn_reference(x_TD.float(), few_bits, mask)
+        error = (ffn(x_TD).float() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6)
+        worst = max(worst, float(error))
+    return worst
