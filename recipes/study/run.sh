@@ -77,7 +77,8 @@ glue() { # MiniLM; SST-2 at four sparsities and 150 steps, the others at one and
     part "glue-$task" --model "$model" --task "$task" --context-length "$length" --limit 20000 --steps "$steps" \
       --data "$DATA/glue/$folder/train.jsonl" --eval-data "$DATA/glue/$folder/dev.jsonl" \
       --batch-size 32 --learning-rate 1.5e-4 --set training.train_sampling_strategy=group_by_length \
-      --methods self-prediction,moefication,dejavu:trained,kla,prune-wanda:trained,relufication --sparsities "$sparsities"
+      --methods self-prediction,self-prediction:untrained,moefication,dejavu:trained,kla,prune-wanda:trained,relufication \
+      --sparsities "$sparsities"
   done <<'END'
 sst2 sst2 64 150 0.8,0.95,0.5,0.9
 mrpc mrpc 128 100 0.8
