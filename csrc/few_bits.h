@@ -5,7 +5,7 @@
 // rounded[i], scales[i], sums[i], by its tokens.
 template <class W>
 static void few_bits_unit(Team& team, const lte_ffn& ffn, int64_t first, const int32_t* who, int64_t its,
-                          const float* by, int8_t* rounded, float* scales, float* sums) {
+                          const float* by, int8_t* rounded, float* scales, int32_t* sums) {
   ThreadScratch& mine = thread_scratch();
   const int64_t group = ffn.down.low.group, last = std::min(ffn.d_ff, first + group);
   const int64_t blocks = (last - first + TOGETHER - 1) / TOGETHER;

@@ -37,14 +37,16 @@ struct Buffer {
 struct Rounded {
   Buffer<int8_t> values;
   Buffer<float> scales;
+  Buffer<int32_t> sums;
   Buffer<RoundedInputs> inputs;
 
   void get(int64_t tokens, int64_t groups, int64_t group) {
     int8_t* its = values.get(tokens * groups * group);
-    float* each = scales.get(2 * tokens * groups);
+    float* each = scales.get(tokens * groups);
+    int32_t* of_each = sums.get(tokens * groups);
     RoundedInputs* all = inputs.get(tokens);
     for (int64_t t = 0; t < tokens; ++t)
-      all[t] = {its + t * groups * group, each + 2 * t * groups, each + (2 * t + 1) * groups};
+      all[t] = {its + t * groups * group, each + t * groups, of_each + t * groups};
   }
 };
 
@@ -112,7 +114,7 @@ static void round_phase(Team& team, const lte_lowbit& matrix, int64_t tokens, Re
     for (int64_t i = 0; i < matrix.cols; ++i) x[i] = read(t, i);
     const RoundedInputs& its = team.rounded->inputs.data[t];
     round_inputs(x, matrix.cols, matrix.group, const_cast<int8_t*>(its.values), const_cast<float*>(its.scales),
-                 const_cast<float*>(its.sums));
+                 const_cast<int32_t*>(its.sums));
   }
   team.end();
 }
@@ -191,7 +193,8 @@ struct FfnWork {
   Buffer<int32_t> neurons, found;  // of the one group; and what every block of experts found of them
   Buffer<int32_t> counts;
   Buffer<int8_t> rounded;  // hidden, for a down projection of few bits; and a scale and a sum for every chunk of it
-  Buffer<float> scales, sums;
+  Buffer<float> scales;
+  Buffer<int32_t> sums;
   int64_t n_groups = 0, group_size = 0, out_stride = 0;
   bool scattered = false;
 

@@ -17,16 +17,17 @@ namespace LTE_VARIANT {
 
 constexpr int64_t TOGETHER = LTE_LOWBIT_ROWS, CHUNK = LTE_LOWBIT_CHUNK;  // rows of a block, columns of a chunk
 
-// One token's inputs as integers: x ~ scales[g] * values. sums[g] = scales[g] * (sum of the group's values).
+// One token's inputs as integers: x ~ scales[g] * values. sums[g]: of the group's values.
 struct RoundedInputs {
   const int8_t* values;
-  const float *scales, *sums;
+  const float* scales;
+  const int32_t* sums;
 };
 
 INLINE vf round_even(vf x) { return (x + 12582912.0f) - 12582912.0f; }
 
 // x: natural order. The last group is filled up with zeros.
-static void round_inputs(const float* x, int64_t n, int64_t group, int8_t* values, float* scales, float* sums) {
+static void round_inputs(const float* x, int64_t n, int64_t group, int8_t* values, float* scales, int32_t* sums) {
   for (int64_t first = 0, g = 0; first < n; first += group, ++g) {
     const int64_t count = std::min(group, n - first);
     float largest = 0;
@@ -44,7 +45,7 @@ static void round_inputs(const float* x, int64_t n, int64_t group, int8_t* value
       sum += int32_t(value);
     }
     scales[g] = scale;
-    sums[g] = scale * float(sum);
+    sums[g] = sum;
   }
 }
 
@@ -97,6 +98,9 @@ struct Tiles {
   }
 };
 INLINE vf load_scales(const uint16_t* scales) {
+#if defined(__AVX512BW__)
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)scales)), 16);
+#endif
   const vu wide = __builtin_convertvector(*reinterpret_cast<const vhalf_any*>(scales), vu) << 16;
   vf out;
   std::memcpy(&out, &wide, sizeof out);
@@ -136,7 +140,7 @@ constexpr bool IN_PLACE = false;
 
 // Sums that are taken side by side for a token: each instruction waits for the one before it on the same sum.
 template <int T>
-constexpr int CHAINS = T == 1 ? 4 : T == 2 ? 2 : 1;
+constexpr int CHAINS = T <= 2 ? 2 : 1;
 
 // dots: [CHAINS, T], and as many more for the codes that stay in place.
 template <int BITS, int T, int STEP>
@@ -157,14 +161,23 @@ INLINE void add_steps(vi* dots, const vcodes* planes, const int8_t* const* value
 // The products of VL rows of a block, and of the chunks of a group, with T tokens' values.
 template <int BITS, int T>
 INLINE void add_chunks(vf* total, const uint8_t* planes, int64_t chunk_bytes, int64_t chunks, vf scale,
-                       const int8_t* const* values, const float* scales, const float* sums) {
-  constexpr float middle = ((1 << BITS) - 1) / 2.0f;
+                       const int8_t* const* values, const float* scales, const int32_t* sums) {
+  // A code counts from the middle of its range, which lies between two: sums are doubled, or more where fields stay.
+  constexpr bool STAYED = IN_PLACE && BITS <= 4;
+  constexpr int SHIFT = STAYED ? BITS : 1;
+  constexpr int32_t MIDDLE = ((1 << BITS) - 1) << (SHIFT - 1);
   vi dots[2 * CHAINS<T> * T] = {};
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) dots[CHAINS<T> * T + t] -= MIDDLE * sums[t];
   for (int64_t c = 0; c < chunks; ++c) {
     vcodes here[BITS];
 #pragma GCC unroll 8
-    for (int b = 0; b < BITS; ++b)
+    for (int b = 0; b < BITS; ++b) {
       here[b] = *reinterpret_cast<const vcodes_any*>(planes + c * chunk_bytes + b * TOGETHER * 4);
+#if defined(__AVX512BW__)
+      if constexpr (BITS <= 4) asm("" : "+v"(here[b]));  // or it is read again for every field
+#endif
+    }
     const int8_t* its[T];
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) its[t] = values[t] + c * CHUNK;
@@ -175,9 +188,8 @@ INLINE void add_chunks(vf* total, const uint8_t* planes, int64_t chunk_bytes, in
     vi whole = dots[t], stayed = dots[CHAINS<T> * T + t];
 #pragma GCC unroll 4
     for (int i = 1; i < CHAINS<T>; ++i) whole += dots[i * T + t], stayed += dots[(CHAINS<T> + i) * T + t];
-    if constexpr (IN_PLACE) whole += stayed >> BITS;
-    const vf products = __builtin_convertvector(whole, vf) * scales[t] - splat(middle * sums[t]);
-    total[t] += products * scale;
+    const vf products = __builtin_convertvector((whole << SHIFT) + stayed, vf);
+    total[t] += products * (scale * (scales[t] / float(1 << SHIFT)));
   }
 }
 
@@ -191,7 +203,8 @@ static void lowbit_block(const lte_lowbit& matrix, int64_t block, const RoundedI
     vf total[T] = {};
     for (int64_t g = 0; g < groups; ++g) {
       const int8_t* values[T];
-      float scales[T], sums[T];
+      float scales[T];
+      int32_t sums[T];
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t)
         values[t] = x[t].values + g * matrix.group, scales[t] = x[t].scales[g], sums[t] = x[t].sums[g];
@@ -206,7 +219,7 @@ static void lowbit_block(const lte_lowbit& matrix, int64_t block, const RoundedI
 // T tokens' values of one group of columns, added to all rows: y[t][row] += ... A matrix that lies column by column.
 template <int BITS, int T>
 static void lowbit_columns(const lte_lowbit& matrix, int64_t g, const int8_t* const* values, const float* scales,
-                           const float* sums, float* const* y) {
+                           const int32_t* sums, float* const* y) {
   const int64_t blocks = (matrix.rows + TOGETHER - 1) / TOGETHER, chunks = matrix.group / CHUNK;
   const Tiles tiles(matrix, 0);
   const uint8_t* planes = tiles.planes + g * chunks * tiles.chunk_bytes;
@@ -263,7 +276,7 @@ static void lowbit_blocks(const lte_lowbit& matrix, int64_t block, int64_t count
 
 // One group of columns by every token.
 static void lowbit_columns(const lte_lowbit& matrix, int64_t g, int64_t tokens, const int8_t* const* values,
-                           const float* scales, const float* sums, float* const* y) {
+                           const float* scales, const int32_t* sums, float* const* y) {
   with_bits(matrix.bits, [&](auto bits) {
     in_pieces(tokens, [&](int64_t t, auto piece) {
       lowbit_columns<bits(), piece()>(matrix, g, values + t, scales + t, sums + t, y + t);

@@ -30,7 +30,7 @@ from lte.hub import load
 from lte.inference import Crossover, prepare_for_inference
 from lte.inference.decode import DecodeStep
 from lte.inference.packing import streaming_copy
-from lte.methods import LTEConfig, PruneMagnitudeConfig
+from lte.methods import DenseConfig, LTEConfig
 from lte.nn import sparse_ffns
 from lte.sparsify import sparsify
 from lte.thresholds import thresholds_of
@@ -162,7 +162,7 @@ def time_beside(model: Any | None, dense: Any, ids_BS: Tensor, new_tokens: int) 
         ``dense_ms_per_token``, of transformers; ``kernels_dense_ms_per_token``, of the dense model through the kernels
         of this package; of a sparse model ``ms_per_token`` and ``path`` (what runs it); and ``dtype``.
     """
-    fast = sparsify(copy.deepcopy(dense), PruneMagnitudeConfig(sparsity=1e-9))  # none of its neurons
+    fast = sparsify(copy.deepcopy(dense), DenseConfig())
     engines = {"dense_ms_per_token": dense.eval(), "kernels_dense_ms_per_token": prepare_for_inference(fast)}
     about: dict[str, Any] = {"dtype": str(dense.dtype).removeprefix("torch.")}
     if model is not None:
