@@ -100,11 +100,12 @@ struct Tiles {
 INLINE vf load_scales(const uint16_t* scales) {
 #if defined(__AVX512BW__)
   return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)scales)), 16);
-#endif
+#else
   const vu wide = __builtin_convertvector(*reinterpret_cast<const vhalf_any*>(scales), vu) << 16;
   vf out;
   std::memcpy(&out, &wide, sizeof out);
   return out;
+#endif
 }
 
 // dots += codes, four to a lane, times four values.

@@ -92,19 +92,14 @@ def quantize(
             if progress is not None:
                 progress(done, len(every))
 
-    rest = {place.name: place for place in every}
     batches = list(calibration or ())
-    of_head: dict[str, Tensor] = {}
     if batches:
-        in_blocks = [[place for place in every if place.block == index] for index in range(len(blocks_of(model)))]
-        for index, inputs in enumerate(block_inputs(model, batches, in_blocks)):
-            if index == len(in_blocks):
-                of_head = {last: inputs["head"]}
-                break
-            round_places(in_blocks[index], inputs)
-            for place in in_blocks[index]:
-                del rest[place.name]
-    round_places(rest.values(), of_head)
+        parts = [[place for place in every if place.block == index] for index in range(len(blocks_of(model)))]
+        outside = [place for place in every if place.block is None]
+        for part, inputs in zip([*parts, outside], block_inputs(model, batches, parts), strict=True):
+            round_places(part, {last: inputs["head"]} if part is outside else inputs)
+    else:
+        round_places(every, {})
     _finish(model, settings)
     model.config.quantization_config.weights = settings  # type: ignore[union-attr]
     return model

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lte.ops import cpu
 from lte.ops.lowbit import LowBitMatrix, quantize, round_inputs
 
 
@@ -83,23 +82,15 @@ def test_inputs_are_rounded_to_eight_bits_of_their_group():
     assert isinstance(quantize(x[0], 2), LowBitMatrix)
 
 
-@pytest.mark.skipif(bool(cpu.unavailable()), reason=cpu.unavailable() or "kernels built")
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("columns", "group"), [(128, 64), (100, 64), (48, 96), (7, 32)])
 @pytest.mark.parametrize("by_columns", [False, True])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8])
 def test_kernels_round_as_torch_does(isa, dtype, columns, group, bits, by_columns, monkeypatch):
-    best = cpu.instruction_set()
-    if not cpu.kernels().lte_use_isa(isa.encode()):
-        pytest.skip(f"this processor or build lacks {isa}")
     generator = torch.Generator().manual_seed(bits)
     weight = torch.randn(33, columns, generator=generator).to(dtype)
     importance = torch.rand(columns, generator=generator)
-    try:
-        made = [quantize(weight, bits, group, given, by_columns=by_columns) for given in (None, importance)]
-    finally:
-        cpu.kernels().lte_use_isa(best.encode())
+    made = [quantize(weight, bits, group, given, by_columns=by_columns) for given in (None, importance)]
     monkeypatch.setattr("lte.ops.lowbit._kernels_take", lambda matrix: False)
     for fast, given in zip(made, (None, importance), strict=True):
         plain = quantize(weight, bits, group, given, by_columns=by_columns)

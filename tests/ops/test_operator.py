@@ -33,20 +33,7 @@ CSRC = Path(__file__).parents[2] / "csrc"
 
 # Relative to the largest value of the reference. bf16 rounds the result to 8 bits; sums are float32 in either case.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 5e-3}
-ISAS = ("generic", "avx2", "avx512", "avx512_bf16")
-
 needs_kernels = pytest.mark.skipif(bool(cpu.unavailable()), reason=cpu.unavailable() or "kernels built")
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    if cpu.unavailable():
-        pytest.skip(cpu.unavailable())
-    best = cpu.instruction_set()
-    if not cpu.kernels().lte_use_isa(request.param.encode()):
-        pytest.skip(f"this processor or build lacks {request.param}")
-    yield request.param
-    cpu.kernels().lte_use_isa(best.encode())
 
 
 def make(

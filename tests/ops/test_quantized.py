@@ -10,8 +10,6 @@ from lte.ops import FFNWeights, cpu, sparse_ffn_reference
 from lte.ops.lowbit import quantize
 from lte.ops.quantized import QuantizedFFN, quantized_ffn_reference, quantized_linear_reference
 
-ISAS = ["generic", "avx2", "avx512", "avx512_bf16"]
-
 
 def random(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -30,17 +28,6 @@ def ffn(d_model: int, d_ff: int, *, gated: bool, biased: bool, activation: str, 
         down_bias=bias(d_model, 6),
         activation=activation,
     )
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    if cpu.unavailable():
-        pytest.skip(cpu.unavailable())
-    best = cpu.instruction_set()
-    if not cpu.kernels().lte_use_isa(request.param.encode()):
-        pytest.skip(f"this processor or build lacks {request.param}")
-    yield request.param
-    cpu.kernels().lte_use_isa(best.encode())
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lte.bench.rows import TOLERANCE
 from lte.nn import SparsityMeter, observe_routing, sparse_ffns
-from lte.ops import sparse_ffn_reference
+from lte.ops import QuantizedFFN, sparse_ffn_reference
 from lte.ops.backends import ENVIRONMENT
 from lte.ops.quantized import quantized_ffn_reference
 
@@ -76,15 +76,14 @@ def ffn_error(model: Any, tokens: int) -> float:
     """Largest error of any layer's FFN against the float32 reference, relative to its largest value."""
     worst = 0.0
     for ffn in sparse_ffns(model):
-        few_bits, router = ffn.quantized(), ffn.router
-        width = few_bits.d_model if few_bits is not None else ffn.weights().d_model
-        x_TD = torch.randn(tokens, width, generator=torch.Generator().manual_seed(ffn.layer_index))
+        weights = ffn.quantized() or ffn.weights()
+        x_TD = torch.randn(tokens, weights.d_model, generator=torch.Generator().manual_seed(ffn.layer_index))
         x_TD = x_TD.to(model.device, model.dtype)
-        mask = router(x_TD).mask
-        if few_bits is None:
-            wanted = sparse_ffn_reference(x_TD.float(), ffn.weights().float(), mask)
+        mask = ffn.router(x_TD).mask
+        if isinstance(weights, QuantizedFFN):
+            wanted = quantized_ffn_reference(x_TD.float(), weights, mask)
         else:
-            wanted = quantized_ffn_reference(x_TD.float(), few_bits, mask)
+            wanted = sparse_ffn_reference(x_TD.float(), weights.float(), mask)
         error = (ffn(x_TD).float() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6)
         worst = max(worst, float(error))
     return worst

@@ -246,7 +246,7 @@ class _Bench:
             "engine": "lte",
             **self.common,
             "sparsity": reached,
-            "backend": path + (_fused(model) and f", {_fused(model)}"),
+            "backend": ", ".join(filter(None, (path, _fused(model)))),
             "max_error": error,
             "tolerance": tolerance,
             "logits_error": logits_error,

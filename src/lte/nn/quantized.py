@@ -60,7 +60,7 @@ class QuantizedWeight(nn.Module):
     @property
     def nbytes(self) -> int:
         """Of codes and scales."""
-        return self.codes.nbytes + self.scales.nbytes
+        return self.matrix.nbytes
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""

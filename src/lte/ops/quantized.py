@@ -64,11 +64,6 @@ class QuantizedFFN:
         """Width D of the residual stream."""
         return self.up.columns
 
-    @property
-    def nbytes(self) -> int:
-        """Of codes and scales."""
-        return sum(matrix.nbytes for matrix in (self.up, self.down, self.gate) if matrix is not None)
-
     def dequantize(self, dtype: torch.dtype = torch.float32) -> FFNWeights:
         """The numbers that are meant, one by one."""
         return FFNWeights(

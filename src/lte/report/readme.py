@@ -70,10 +70,9 @@ def _glue(results: Path) -> str:
         head.append(f"{folder.name.removeprefix('glue-')} ({rows[0].metric})")
         for row in rows:
             cells = found.setdefault(row.series, ["-"] * len(folders))
-            cells[number] = row.value.text(".3f") + ("" if row.target else f" ({row.sparsity.mean:.0f} %)")
+            own = row.target is None and row.sparsity.mean > 0
+            cells[number] = row.value.text(".3f") + (f" ({row.sparsity.mean:.0f} %)" if own else "")
             means.setdefault(row.series, []).append(row.value.mean)
-        if "dense" in found and number < len(found["dense"]):
-            found["dense"][number] = found["dense"][number].removesuffix(" (0 %)")
     order = sorted(found, key=lambda name: (name != "dense", -sum(means[name]) / len(means[name])))
     body = [[name, *found[name], f"{sum(means[name]) / len(means[name]):.3f}"] for name in order]
     return markdown_table([*head, "mean"], body)
