@@ -106,6 +106,7 @@ def test_without_steps_and_evaluation_data(words, folder, tmp_path):  # noqa: F8
         (("--methods", "kla", "--sparsities", "50"), "sparsity 50.0 must lie between 0 and 1"),
         (("--methods", ",", "--sparsities", "0.5"), "at least one of --methods"),
         (("--methods", "kla", "--sparsities", "0.5", "--steps", -1), "steps must not be negative"),
+        (("--methods", "kla", "--sparsities", "0.5", "--steps", 2, "--dense-steps", 2), "must be fewer than steps=2"),
         (("--methods", "kla", "--sparsities", "0.5", "--set", "kla.size=2"), "unknown key 'size'"),
         (("--methods", "kla", "--sparsities", "0.5", "--set", "training.etaa=2"), "did you mean 'eta'"),
     ],
@@ -128,6 +129,17 @@ def test_what_is_trained_is_said_or_known():
     assert Entry.parse("self-prediction:untrained", 5).trained is False
     assert Entry.parse("lte", 5).trained is True
     assert Entry.parse("lte", 0).trained is False
+
+
+def test_the_first_steps_may_be_dense_once_for_all(words, tmp_path):
+    more = ("--methods", "self-prediction,lte-paper,kla", "--sparsities", "0.5", "--steps", 5, "--dense-steps", 2)
+    result = run(*words, *more, "--decode-tokens", 0)
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    points = [json.loads(file.read_text()) for file in (tmp_path / "c" / "points").iterdir()]
+    steps = {point["series"]: (point["steps"], point["training"]["recipe"]["model"]) for point in points}
+    start, tuned = (str(tmp_path / "c" / "models" / f"{name}-seed=0") for name in ("dense-first", "dense"))
+    assert steps.pop("dense-first")[0] == 2
+    assert steps == {"dense": (3, start), "self-prediction": (3, start), "lte-paper": (3, start), "kla": (0, tuned)}
 
 
 def test_its_study_can_be_swept(tmp_path):
@@ -219,7 +231,7 @@ def test_one_method_with_two_settings(words, tmp_path):
     point = json.loads((tmp_path / "c" / "points" / "known-seed=0-target_sparsity=0.5.json").read_text())
     assert point["method"] == "moefication"
     assert point["training"]["recipe"]["sparsity"] == {"method": "moefication", "router": "oracle", "expert_size": 8}
-    assert "a name must not be empty, 'dense' or have dots" in fails(
+    assert "a name must not be empty, 'dense', 'dense-first' or have dots" in fails(
         *words, "--methods", "dense=kla", "--sparsities", "0.5"
     )
 

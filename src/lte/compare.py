@@ -25,6 +25,9 @@ from lte.tasks.sources import load_rows
 STUDY_FILE = "study.yaml"
 """In the folder of a comparison: the study it is, for ``lte sweep`` too."""
 
+FIRST = "dense-first"
+"""Series of the dense model that all go on from, where the first steps are dense."""
+
 HELD_OUT = 10
 """Where there is no evaluation data, every so-manieth row of the data is held out."""
 
@@ -54,8 +57,8 @@ class Entry:
         settings_of(method)
         if how not in ("", "trained", "untrained"):
             raise ConfigError(f"{text!r}: after a method's name comes :trained or :untrained, or nothing")
-        if name in ("", "dense") or "." in name:
-            raise ConfigError(f"{text!r}: a name must not be empty, 'dense' or have dots")
+        if name in ("", "dense", FIRST) or "." in name:
+            raise ConfigError(f"{text!r}: a name must not be empty, 'dense', {FIRST!r} or have dots")
         if how == "trained" and not METHODS[method][1].trainable:
             raise ConfigError(f"{text!r}: a model cannot be trained under {method!r}")
         if how == "trained" and not steps:
@@ -72,6 +75,7 @@ def plan(
     seeds: int,
     eval_data: str,
     out: Path,
+    dense_steps: int = 0,
     settings: Sequence[tuple[str, str, Any]] = (),
     decode_tokens: int = 0,
     tasks: Sequence[str] = (),
@@ -87,6 +91,7 @@ def plan(
         seeds: seeds 0, 1, ... of every point.
         eval_data: what all are evaluated on.
         out: folder of results and models.
+        dense_steps: of the steps, the first so many with the dense model, once for it and every method that trains.
         settings: (method, key, value), of one method's.
         decode_tokens: generated to be timed at every point, beside the dense model; 0 times nothing.
         tasks: of lm-evaluation-harness, ``NAME``, or ``NAME:limit=200:num_fewshot=5``.
@@ -104,20 +109,32 @@ def plan(
         raise ConfigError(f"methods: one is named twice in {', '.join(methods)}")
     if steps < 0 or seeds < 1:
         raise ConfigError(f"steps={steps}, seeds={seeds}: steps must not be negative, and there must be a seed")
+    if not 0 <= dense_steps < max(steps, 1):
+        raise ConfigError(f"dense_steps={dense_steps} must be fewer than steps={steps}: they are the first of them")
     grid = {"seed": list(range(seeds)), "training.target_sparsity": list(sparsities)}
-    long: dict[str, Any] = {"training.max_steps": steps}
-    tuned = str(out / "models" / "dense-seed={seed}") if steps else base["model"]
-    series: dict[str, Any] = {
-        "dense": {"command": "finetune", "set": long, "grid": {"seed": grid["seed"]}, "keep": True}
-    }
-    if not steps:
+    series: dict[str, Any] = {}
+
+    def finetuned(name: str, settings: dict[str, Any]) -> str:
+        series[name] = {"command": "finetune", "set": settings, "grid": {"seed": grid["seed"]}, "keep": True}
+        return str(out / "models" / f"{name}-seed={{seed}}")
+
+    long: dict[str, Any] = {"training.max_steps": steps - dense_steps}
+    if dense_steps:
+        long["model"] = finetuned(FIRST, {"training.max_steps": dense_steps})
+    tuned = base["model"]
+    if steps:
+        tuned = finetuned("dense", long)
+    else:
         series["dense"] = {"command": "dense", "grid": {"seed": [0]}}
     for entry in entries:
         own = {f"sparsity.{key}": value for method, key, value in settings if method == entry.name}
         if not entry.trained:
             own = {"model": tuned, **own}
         elif METHODS[entry.method][1].recipe == "paper":
-            own = {"training.stage1_steps": steps // 2, "training.stage2_steps": steps - steps // 2, **own}
+            left = steps - dense_steps
+            stages = {"training.stage1_steps": left // 2, "training.stage2_steps": left - left // 2}
+            own = {**long, **stages, **own}
+            del own["training.max_steps"]
         else:
             own = {**long, **own}
         own = {"sparsity.method": entry.method, **own}

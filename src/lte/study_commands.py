@@ -48,6 +48,9 @@ def compare(
     ],
     sparsities: Annotated[str, typer.Option(help="Targets, comma-separated, e.g. 0.5,0.8.")],
     steps: Annotated[int, typer.Option(help="Training steps of the dense model and of methods that train.")] = 0,
+    dense_steps: Annotated[
+        int, typer.Option(help="Of --steps, the first so many with the dense model, once for all.")
+    ] = 0,
     seeds: Annotated[int, typer.Option(help="Runs of every point.")] = 1,
     eval_data: Annotated[str | None, typer.Option(help="Default: every tenth row of --data, held out.")] = None,
     decode_tokens: Annotated[
@@ -98,6 +101,7 @@ def compare(
             methods=named,
             sparsities=numbers(sparsities, "sparsities"),
             steps=steps,
+            dense_steps=dense_steps,
             seeds=seeds,
             eval_data=eval_data,
             out=out,

@@ -103,10 +103,13 @@ def test_the_same_tokens_are_run_before_and_after_the_weights_move(tmp_path, rat
         router_learning_rate=rate,
         per_device_train_batch_size=4,
     )
-    probes = []
-    monkeypatch.setattr(SparsityTracker, "move", lambda self, *probed: probes.append(probed[:2]) or 0.0)
+    looks, moves = [], []
+    monkeypatch.setattr(SparsityTracker, "look", lambda self, before: looks.append(before))
+    monkeypatch.setattr(SparsityTracker, "move", lambda self, after, ramp: moves.append(after) or 0.0)
+    monkeypatch.setattr(SparsityTracker, "waited", property(lambda self: 0, lambda self, steps: None), raising=False)
     run.train()
-    assert len(probes) == 3
+    assert len(looks) == len(moves) == 3
+    probes = list(zip(looks, moves, strict=True))
     tokens = sum(int(row["attention_mask"].sum()) for row in data)
     for before, after in probes:
         assert before.seen.tolist() == after.seen.tolist() == [tokens * 8] * models.LAYERS

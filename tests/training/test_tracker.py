@@ -49,7 +49,11 @@ def run_plant(
         common = 0.03 * float(torch.randn((), generator=generator)) + sweep * (0.5 - step % 50 / 50)
         sparsity = margins([draw((tokens, 32), generator) for _ in range(layers)], common, step).sparsity
         tracker.judge(sparsity, 1.0, ramp, tokens)
-        shifts.append(shifts[-1] + tracker.move(margins(fixed, 0, step), margins(fixed, 0, step + 1), following))
+        if not tracker.waited:
+            tracker.look(margins(fixed, 0, step))
+        tracker.pass_step(tokens)
+        moved = tracker.move(margins(fixed, 0, step + 1), following) if tracker.is_due else 0.0
+        shifts.append(shifts[-1] + moved)
         readings.append(sparsity)
     return readings, tracker, shifts[delay + 1 :]
 

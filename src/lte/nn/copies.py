@@ -69,8 +69,8 @@ class CopyRouter(ScoreRouter):
         return self._made[1]
 
     def train(self, mode: bool = True) -> CopyRouter:
-        """Forget the copy where training begins: fused optimizers change weights and do not say so."""
-        if mode:
+        """Forget the copy where training begins and ends: fused optimizers change weights and do not say so."""
+        if mode or self.training:
             self._made = None
         return super().train(mode)
 

@@ -12,6 +12,10 @@ RATE = 0.35
 """Share of what the probe misses its aim by that thresholds make up for in a step: sparser layers change what later
 ones see."""
 
+APART, CHANGE = 2048, 0.01
+"""Tokens of steps for which the probe is run once, where steps are of fewer: it would cost more than they do. Unless
+its sparsity is expected to change by more than so much until then."""
+
 MEMORY = 8192
 """Tokens whose mean counts, where steps say something of the data: a step of as many changes it by half."""
 
@@ -50,6 +54,10 @@ class SparsityTracker:
         aim: sparsity that thresholds were last moved for.
         offset: by how much more of the probe's decisions than of a step's lie below the threshold, in logits of the
             share.
+        missed: by how much thresholds were off for that aim when they had moved, in logits.
+        probed: sparsity of the probe then.
+        passed, waited: tokens and steps since.
+        change: of that sparsity by a step, of the last ones.
         factor: of the learning rate; below 1 after a step that went wrong.
         steps, loss, deviation: running mean of the task loss, its mean deviation, and of how many steps.
         push, slope: running means, by how much the losses but for the efficiency loss would change, and by how much
@@ -64,6 +72,11 @@ class SparsityTracker:
     sparsity: float | None = None
     aim: float | None = None
     offset: float = 0.0
+    missed: float = 0.0
+    probed: float = 0.0
+    passed: float = 0.0
+    waited: int = 0
+    change: float = 1.0
     factor: float = 1.0
     steps: int = 0
     loss: float = 0.0
@@ -136,20 +149,32 @@ class SparsityTracker:
         """Take over by how much the probe is sparser than a larger sample, both at the thresholds as they are."""
         self.offset = _odds(probe) - _odds(others)
 
-    def move(self, before: Margins, after: Margins, ramp: float) -> float:
-        """By how much thresholds are to move after a step, in logits.
+    def pass_step(self, tokens: float) -> None:
+        """Count a step, of so many tokens, since thresholds moved."""
+        self.passed += tokens
+        self.waited += 1
 
-        They move with the logits and with the target's warm-up, and by a share of what was missed before.
+    @property
+    def is_due(self) -> bool:
+        """Whether they are to move after this step."""
+        return self.passed >= APART or (self.waited + 1) * self.change > CHANGE
+
+    def look(self, before: Margins) -> None:
+        """Take over the margins of the probe at the weights before the first step since thresholds moved."""
+        self.missed = 0.0 if self.aim is None else before.quantile(self._of_probe(self.aim))
+        self.probed = before.sparsity
+
+    def move(self, after: Margins, ramp: float) -> float:
+        """By how much thresholds are to move, in logits: with the target's warm-up, with what the steps since the last
+        move did to the logits, and by a share of what that move missed.
 
         Args:
-            before: margins of the probe at the weights before the step.
-            after: margins of the probe at those after it, and the same thresholds.
+            after: margins of the probe at the weights as they are.
             ramp: of the next step.
         """
-        held = None if self.aim is None else self._of_probe(self.aim)
-        self.aim = self.wanted(ramp)
-        missed = 0.0 if held is None else before.quantile(held)
-        return after.quantile(self._of_probe(self.aim)) - (1 - RATE) * missed
+        self.change = 1.0 if ramp < 1 else abs(after.sparsity - self.probed) / max(self.waited, 1)
+        self.aim, self.passed, self.waited = self.wanted(ramp), 0.0, 0
+        return after.quantile(self._of_probe(self.aim)) - (1 - RATE) * self.missed
 
     def _of_probe(self, sparsity: float) -> float:
         """Sparsity of the probe where steps have this one."""

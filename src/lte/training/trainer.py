@@ -21,7 +21,6 @@ from transformers.trainer_utils import TrainOutput
 from lte.calibration import sample_batches
 from lte.config import OperatingPoint, method_of
 from lte.errors import CheckpointError, ConfigError, NonFiniteLossError
-from lte.margins import Margins
 from lte.nn import Mode, Routing, ThresholdRouter, observe_routing, set_mode, sparse_ffns
 from lte.thresholds import (
     DIAL_TOKENS,
@@ -111,7 +110,6 @@ class LTETrainer(Trainer):
         self._step_tokens: Tensor | None = None
         self._reading: StepReading | None = None
         self._probe: Probe | None = None
-        self._probed: Margins | None = None
         target = self.args.target_sparsity
         if target is not None and not all(ffn.router.uses_threshold for ffn in sparse_ffns(self.model)):
             raise ConfigError("target_sparsity needs routers with a threshold; a top-k router takes its own sparsity")
@@ -293,7 +291,9 @@ class LTETrainer(Trainer):
         if tracker.factor < 1:
             for group in self.optimizer.param_groups:
                 group["lr"] = group["lr"] * tracker.factor
-        self._probed = probe.run()
+        if not tracker.waited:
+            tracker.look(probe.run())
+        tracker.pass_step(tokens)
 
     def leave_optimizer(self) -> None:
         """Give the next step its learning rate back."""
@@ -302,11 +302,10 @@ class LTETrainer(Trainer):
                 group["lr"] = group["lr"] / self.tracker.factor
 
     def leave_step(self) -> None:
-        """Move the thresholds for the next step."""
-        if self.tracker is None or self._probe is None or self._probed is None:
+        """Move the thresholds for the next step, if it is time to."""
+        if self.tracker is None or self._probe is None or not self.tracker.is_due:
             return
-        ramp = self._target_ramp(self.state.global_step)
-        shift = self.tracker.move(self._probed, self._probe.run(), ramp)
+        shift = self.tracker.move(self._probe.run(), self._target_ramp(self.state.global_step))
         set_thresholds(self.model, [shifted(threshold, shift) for threshold in thresholds_of(self.model)])
 
     def begin(self) -> None:
