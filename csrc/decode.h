@@ -147,6 +147,14 @@ static void decode_ffn(Team& team, const lte_decoder& model, const lte_layer& la
                        const float* scale, DecodeWork& work, int64_t stride) {
   const int64_t D = model.d_model;
   float *residual = work.residual.data, *plain = std::is_same_v<W, float> ? work.normed.data : work.plain.data;
+  const W* bias = static_cast<const W*>(layer.ffn.down.bias);
+  auto emit = [&](int64_t t, int64_t i, float value) {
+    residual[t * D + i] += value + (bias ? widen(bias[i]) : 0.0f);
+  };
+  if (layer.ffn.nested.down.codes) {
+    const float cut = layer.all_experts ? -1.0f : layer.ffn.copy.cut;
+    return nested_phases<W>(team, layer.ffn, cut, work.normed.data, stride, B, work.ffn, emit);
+  }
   if (scale) {
     team.begin();
     if (team.rank == 0) {
@@ -160,11 +168,7 @@ static void decode_ffn(Team& team, const lte_decoder& model, const lte_layer& la
   } else {
     decide_phase<W>(team, layer.ffn, plain, stride, B, work.ffn);
   }
-  const W* bias = static_cast<const W*>(layer.ffn.down.bias);
-  ffn_phases<W>(team, layer.ffn, work.normed.data, stride, B, work.ffn,
-                [&](int64_t t, int64_t i, float value) {
-                  residual[t * D + i] += value + (bias ? widen(bias[i]) : 0.0f);
-                });
+  ffn_phases<W>(team, layer.ffn, work.normed.data, stride, B, work.ffn, emit);
 }
 
 template <class W>

@@ -85,11 +85,14 @@ static void to_split(const W* x, int64_t n, float* out) {
   for (int64_t i = 0; i < n; ++i) put<W>(out, i, n, widen(x[i]));
 }
 
+struct Chosen;
 struct ThreadScratch {
   Buffer<float> gate, up, linear, attention;
   Buffer<float*> rows;
   Buffer<const int8_t*> values;
   Buffer<RoundedInputs> inputs;
+  Buffer<int32_t> neurons;
+  Buffer<Chosen> chosen;
 };
 static ThreadScratch& thread_scratch() {
   static thread_local ThreadScratch scratch;
@@ -387,6 +390,7 @@ static void router_phase(Team& team, const lte_ffn& ffn, const float* xs, int64_
 }
 
 #include "copies.h"
+#include "nested.h"
 
 static void run_all(Team& team, const lte_ffn& ffn, int64_t tokens, FfnWork& work) {
   team.begin();
@@ -433,11 +437,13 @@ static void sparse_ffn(const lte_ffn& ffn, const void* x, int64_t tokens, const 
   }
   const W* bias = static_cast<const W*>(ffn.down.bias);
   W* out = static_cast<W*>(y);
+  auto emit = [&](int64_t t, int64_t i, float value) {
+    narrow(value + (bias ? widen(bias[i]) : 0.0f), out + t * D + i);
+  };
   with_team(threads, [&](Team& team) {
+    if (ffn.nested.down.codes) return nested_phases<W>(team, ffn, ffn.copy.cut, xs, stride, tokens, shared, emit);
     if (routed) decide_phase<W>(team, ffn, plain, stride, tokens, shared);
-    ffn_phases<W>(team, ffn, xs, stride, tokens, shared, [&](int64_t t, int64_t i, float value) {
-      narrow(value + (bias ? widen(bias[i]) : 0.0f), out + t * D + i);
-    });
+    ffn_phases<W>(team, ffn, xs, stride, tokens, shared, emit);
   });
 }
 

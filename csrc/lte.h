@@ -40,6 +40,23 @@ struct lte_copy {
   float cut;
 };
 
+// [rows, cols] codes of 1 to 4 bits, row by row, as src/lte/ops/nested.py has them; codes is null where there are none.
+struct lte_rows {
+  const uint8_t* codes;
+  int32_t bits;
+};
+
+// An FFN in two planes. Its copy has the upper bits of gate and up; where nested.down.codes is not null, the matrices
+// have biases alone. Lower bits count 2^-bits of the upper ones' scales. A neuron runs where its score is above the
+// copy's `cut`, on all bits where it is above `fine_cut`.
+struct lte_nested {
+  lte_rows gate, up;              // lower bits
+  lte_rows down, down_lower;      // one row per neuron, upper and lower bits
+  const uint16_t* down_scales;    // [d_ff, down_groups], bf16, of the upper bits
+  int64_t down_groups, down_group;
+  float fine_cut;
+};
+
 // One feed-forward network; one row per neuron in every matrix. gate.weight is null for a plain FFN.
 // router: [n_experts, d_model], its weight and bias float32 whatever `dtype`; null where the caller gives a mask or the
 // copy decides.
@@ -47,6 +64,7 @@ struct lte_ffn {
   lte_matrix gate, up, down;  // down: transposed, its bias is [d_model]
   lte_matrix router;
   lte_copy copy;
+  lte_nested nested;
   int64_t d_model, d_ff, n_experts;
   float threshold;
   int32_t dtype, activation;

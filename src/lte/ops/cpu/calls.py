@@ -9,8 +9,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lte.ops.cpu.library import ACTIVATION_CODES, DTYPES, FFN, Copy, LowBit, Matrix, kernels, matrix
+from lte.ops.cpu.library import ACTIVATION_CODES, DTYPES, FFN, Copy, LowBit, Matrix, Nested, Rows, kernels, matrix
 from lte.ops.lowbit import FFNCopy, LowBitMatrix
+from lte.ops.nested import NestedFFN, RowCodes
 from lte.ops.quantized import QuantizedFFN
 from lte.ops.weights import FFNWeights
 
@@ -62,7 +63,7 @@ def _ffn_struct(
 ) -> FFN:
     """Building the struct costs more than a small FFN; a decode loop asks for the same ones again and again."""
     gate, up, down, router = (Matrix(*key) for key in matrices)
-    return FFN(gate, up, down, router, Copy(), d_model, d_ff, n_experts, threshold, dtype, activation)
+    return FFN(gate, up, down, router, Copy(), Nested(), d_model, d_ff, n_experts, threshold, dtype, activation)
 
 
 def describe_copied_ffn(weights: FFNWeights, n_experts: int, copy: FFNCopy, cut: float = 0.0) -> FFN:
@@ -94,7 +95,32 @@ def describe_quantized_ffn(
     )
     decide = matrix(None) if router is None else matrix(*router[:2])
     sizes = weights.d_model, weights.d_ff, n_experts, 0.5 if router is None else router[2]
-    return FFN(gate, up, down, decide, Copy(), *sizes, DTYPES[dtype], ACTIVATION_CODES[weights.activation])
+    return FFN(gate, up, down, decide, Copy(), Nested(), *sizes, DTYPES[dtype], ACTIVATION_CODES[weights.activation])
+
+
+def describe_nested_ffn(weights: NestedFFN, cut: float, fine_cut: float, dtype: torch.dtype) -> FFN:
+    """The C struct of an FFN in two planes, for inputs of a dtype."""
+    gate, up, down = (matrix(None, bias) for bias in (weights.gate_bias, weights.up_bias, weights.down_bias))
+    copy, rows = weights.copy, weights.down
+    nested = Nested(
+        *(_rows(codes) for codes in (weights.gate_lower, weights.up_lower, rows.upper, rows.lower)),
+        rows.scales.data_ptr(),
+        rows.scales.shape[1],
+        rows.group,
+        fine_cut,
+    )
+    its = Copy(_lowbit(copy.gate), _lowbit(copy.up), copy.norms.data_ptr(), cut)
+    sizes = weights.d_model, weights.d_ff, weights.d_ff, 0.5
+    return FFN(gate, up, down, matrix(None), its, nested, *sizes, DTYPES[dtype], ACTIVATION_CODES[weights.activation])
+
+
+def _rows(codes: RowCodes | None) -> Rows:
+    return Rows() if codes is None else Rows(codes.data.data_ptr(), codes.bits)
+
+
+def nested_ffn(x_TD: Tensor, weights: NestedFFN, cut: float, fine_cut: float) -> Tensor:
+    """An FFN in two planes; see :func:`lte.ops.nested.nested_ffn_reference`."""
+    return _run_ffn(describe_nested_ffn(weights, cut, fine_cut, x_TD.dtype), x_TD)
 
 
 def lowbit_matrix(weight: LowBitMatrix | None, bias: Tensor | None = None) -> Matrix:

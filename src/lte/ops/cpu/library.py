@@ -50,6 +50,27 @@ class Copy(ctypes.Structure):
     _fields_ = (("gate", LowBit), ("up", LowBit), ("norms", c_void_p), ("cut", c_float))
 
 
+class Rows(ctypes.Structure):
+    """``lte_rows``."""
+
+    _fields_ = (("codes", c_void_p), ("bits", c_int32))
+
+
+class Nested(ctypes.Structure):
+    """``lte_nested``."""
+
+    _fields_ = (
+        ("gate", Rows),
+        ("up", Rows),
+        ("down", Rows),
+        ("down_lower", Rows),
+        ("down_scales", c_void_p),
+        ("down_groups", c_int64),
+        ("down_group", c_int64),
+        ("fine_cut", c_float),
+    )
+
+
 class FFN(ctypes.Structure):
     """``lte_ffn``."""
 
@@ -59,6 +80,7 @@ class FFN(ctypes.Structure):
         ("down", Matrix),
         ("router", Matrix),
         ("copy", Copy),
+        ("nested", Nested),
         ("d_model", c_int64),
         ("d_ff", c_int64),
         ("n_experts", c_int64),
