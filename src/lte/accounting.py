@@ -25,6 +25,7 @@ class LayerCost:
         ffn_bytes: of these, at their dtype.
         experts: number of experts; 0 for a dense layer.
         router: what deciding takes; nothing for a dense layer.
+        spared: of the FFN's bytes, those that are not read where a neuron runs on its upper bits, had all run.
     """
 
     attention: int
@@ -32,6 +33,11 @@ class LayerCost:
     ffn_bytes: int
     experts: int
     router: RouterCost
+    spared: float = 0.0
+
+    def saved_bytes(self, sparsity: float) -> float:
+        """Bytes of the FFN that are not read."""
+        return self.ffn_bytes * sparsity + self.spared * (1 - sparsity)
 
     def multiplies(self, sparsity: float) -> float:
         """Multiply-adds of the FFN and of deciding."""
@@ -82,7 +88,7 @@ class ModelCost:
 
         The keys and ``sparsity_per_layer`` are those of :meth:`gflops_per_token`. The KV cache is not counted.
         """
-        saved = sum(layer.ffn_bytes * sparsity for layer, sparsity in self._sparse(sparsity_per_layer))
+        saved = sum(layer.saved_bytes(sparsity) for layer, sparsity in self._sparse(sparsity_per_layer))
         router = sum(layer.deciding(sparsity)[1] for layer, sparsity in self._sparse(sparsity_per_layer))
         return {"dense": self.dense_bytes, "sparse": self.dense_bytes - saved + router, "router": router}
 
@@ -108,28 +114,32 @@ def model_cost(model: Any) -> ModelCost:
 
 def _layer_cost(model: Any, block: nn.Module) -> LayerCost:
     ffn = next((module for module in block.modules() if isinstance(module, SparseFFN)), None)
-    few_bits = None if ffn is None else ffn.quantized()
+    spared = 0.0
     if ffn is None:
         parts = family_spec(model).parts()
         paths = [parts[role] for role in ("gate", "up", "gate_up", "down") if role in parts]
         matrices: list[Any] = [p for path in paths for p in block.get_submodule(path).parameters() if p.ndim == 2]
         router, experts, of_router = RouterCost(0, 0, 0), 0, set()
     else:
-        weights = few_bits or ffn.weights()
-        matrices = [matrix for matrix in (weights.gate, weights.up, weights.down) if matrix is not None]
+        rounded = [part for part in ffn.projections() if isinstance(part, QuantizedWeight)]
+        weights = None if rounded else ffn.weights()
+        matrices = (
+            [*rounded] if weights is None else [m for m in (weights.gate, weights.up, weights.down) if m is not None]
+        )
+        spared = sum(part.spared for part in rounded) * (1 - ffn.router.fine_share)
         router, experts, of_router = ffn.router.cost(), ffn.router.n_experts, {id(p) for p in ffn.router.parameters()}
     ffn_weights = sum(matrix.numel() for matrix in matrices)
     removed = 0 if ffn is None else ffn.removed_weights
     ffn_bytes = round(sum(matrix.nbytes for matrix in matrices) * (1 + removed / ffn_weights))
     every = sum(p.numel() for p in block.parameters() if p.ndim == 2 and id(p) not in of_router)
-    every += sum(module.matrix.numel() for module in block.modules() if isinstance(module, QuantizedWeight))
-    return LayerCost(every - ffn_weights, ffn_weights + removed, ffn_bytes, experts, router)
+    every += sum(module.numel() for module in block.modules() if isinstance(module, QuantizedWeight))
+    return LayerCost(every - ffn_weights, ffn_weights + removed, ffn_bytes, experts, router, spared)
 
 
 def parameter_counts(model: Any) -> dict[str, int]:
     """Parameters in all, in the FFNs and for the routers; tied ones once."""
     layers = model_cost(model).layers
-    rounded = sum(module.matrix.numel() for module in model.modules() if isinstance(module, QuantizedWeight))
+    rounded = sum(module.numel() for module in model.modules() if isinstance(module, QuantizedWeight))
     return {
         "total": sum(p.numel() for p in model.parameters() if p.ndim) + rounded,
         "ffn": sum(layer.ffn for layer in layers),

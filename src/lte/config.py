@@ -217,6 +217,10 @@ class WeightsConfig(pydantic.BaseModel):
         group: weights that share a scale.
         head_bits: of the weights of head and embeddings; None for as many.
         tied: whether the head multiplies with the embeddings' weights.
+        coarse: of the bits, those of FFNs of single neurons that are read of all of them and say which are needed; None
+            where no FFN is in two planes.
+        fine: score, its logarithm, above which a neuron that runs does so on all bits; None: all do.
+        fine_share: of those that run, on the text that this was found on.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
@@ -225,12 +229,19 @@ class WeightsConfig(pydantic.BaseModel):
     group: Annotated[int, pydantic.Field(ge=32, multiple_of=32)] = 32
     head_bits: Annotated[int, pydantic.Field(ge=1, le=8)] | None = None
     tied: bool = False
+    coarse: Annotated[int, pydantic.Field(ge=1, le=4)] | None = None
+    fine: float | None = None
+    fine_share: Annotated[float, pydantic.Field(ge=0, le=1)] = 1.0
 
     def __init__(self, **values: Any) -> None:
         try:
             super().__init__(**values)
         except pydantic.ValidationError as error:
             raise explain(error, type(self), "weights") from None
+        if self.coarse is not None and not 0 <= self.bits - self.coarse <= 4:
+            raise ConfigError(f"weights: coarse={self.coarse} of bits={self.bits}: from 0 to 4 others must be left")
+        if self.coarse is not None and self.group % 64:
+            raise ConfigError(f"weights: group={self.group} must be a multiple of 64 for neurons in two planes")
 
 
 class SparsityConfig(QuantizationConfigMixin):

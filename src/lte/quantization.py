@@ -14,8 +14,18 @@ from lte.config import WeightsConfig, method_config
 from lte.errors import ConfigError
 from lte.families import DECODERS, blocks_of
 from lte.memory import trim_heap
-from lte.nn import FastLinear, QuantizedEmbedding, QuantizedLinear, QuantizedWeight, TiedHead, sparse_ffns
+from lte.nn import (
+    FastLinear,
+    NestedDown,
+    NestedLinear,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    QuantizedWeight,
+    TiedHead,
+    sparse_ffns,
+)
 from lte.ops import lowbit
+from lte.precision import check_planes, check_reachable, is_by_neuron, round_to_planes, set_bits_per_token
 from lte.rounding import round_compensated
 from lte.sparsify import sparsify
 
@@ -30,7 +40,8 @@ class Place:
         name: in the model.
         parent, child: where it is put.
         module: the layer or embedding.
-        by_columns: whether the weights of a group of inputs are to lie together: of the neurons of a down projection.
+        role: in an FFN; empty elsewhere.
+        nested: whether it is put into two planes, for neurons that are left out one by one.
         block: index of the block it is in; None for head and embeddings.
     """
 
@@ -38,7 +49,8 @@ class Place:
     parent: nn.Module
     child: str
     module: nn.Module
-    by_columns: bool
+    role: str
+    nested: bool
     block: int | None
 
 
@@ -46,8 +58,10 @@ def quantize(
     model: AnyModel,
     *,
     bits: int,
-    group: int = 32,
+    group: int | None = None,
     head_bits: int | None = None,
+    coarse: int | None = None,
+    bits_per_token: float | None = None,
     calibration: Iterable[Mapping[str, Tensor]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> AnyModel:
@@ -57,12 +71,19 @@ def quantize(
     block, each seeing what the rounded ones before it put out; without, every group's scale is the one, of some, with
     the smallest squared error. A model without sparse FFNs becomes one under the method ``dense``.
 
+    FFNs of which the model's own copy picks single neurons (``self-prediction``) are put into two planes: the upper
+    bits take the copy's place, and with ``bits_per_token`` neurons that matter less run on these alone
+    (:func:`lte.precision.set_bits_per_token`). A dense model given ``bits_per_token`` is made one of these.
+
     Args:
         model: a causal language model of a family in :data:`lte.families.DECODERS`.
         bits: 1 to 8.
         group: weights that share a scale, a multiple of 32; of a down projection those of neighbouring neurons, of
-            which an expert must have whole groups.
+            which an expert must have whole groups. None for 32, or 64, which single neurons need.
         head_bits: of head and embeddings; None for as many.
+        coarse: upper bits of FFNs in two planes, 1 to 4; None for 3 of up to 5, 4 of more.
+        bits_per_token: bits of an FFN weight, scales included, that a token is to read in the mean; needs
+            ``calibration``. None leaves thresholds as they are, and what runs runs on all bits.
         calibration: some batches of model inputs, a few thousand tokens in all.
         progress: called with layers done and in all.
 
@@ -72,10 +93,23 @@ def quantize(
     Raises:
         ConfigError: the family is another, the weights are of few bits already, or experts are too small.
     """
-    settings = WeightsConfig(bits=bits, group=group, head_bits=head_bits)
+    batches = list(calibration or ())
+    if bits_per_token is not None and not batches:
+        raise ConfigError(f"bits_per_token={bits_per_token} needs calibration data, on which thresholds are found")
+    check_family(model)
+    ffns = sparse_ffns(model)
+    nested = any(map(is_by_neuron, ffns)) or (not ffns and bits_per_token is not None)
+    coarse = (coarse or min(bits, 3 if bits <= 5 else 4)) if nested else coarse
+    group = group or (64 if nested else 32)
+    settings = WeightsConfig(bits=bits, group=group, head_bits=head_bits, coarse=coarse)
+    if bits_per_token is not None:
+        if ffns and not nested:
+            raise ConfigError("bits_per_token needs neurons that the model's own copy picks: method self-prediction")
+        config: Any = model.config
+        check_reachable(bits_per_token, settings, config.hidden_size)
+    if not ffns:
+        sparsify(model, method_config("self-prediction" if nested else "dense", {}), calibration=batches)
     _check(model, settings)
-    if not sparse_ffns(model):
-        sparsify(model, method_config("dense", {}))
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
     tied = head.weight.data_ptr() == embedding.weight.data_ptr()
     settings = settings.model_copy(update={"tied": tied})
@@ -92,7 +126,6 @@ def quantize(
             if progress is not None:
                 progress(done, len(every))
 
-    batches = list(calibration or ())
     if batches:
         parts = [[place for place in every if place.block == index] for index in range(len(blocks_of(model)))]
         outside = [place for place in every if place.block is None]
@@ -101,6 +134,9 @@ def quantize(
     else:
         round_places(every, {})
     _finish(model, settings)
+    if bits_per_token is not None:
+        fine, share = set_bits_per_token(model, batches, bits_per_token)
+        settings = settings.model_copy(update={"fine": fine, "fine_share": share})
     model.config.quantization_config.weights = settings  # type: ignore[union-attr]
     return model
 
@@ -166,11 +202,15 @@ def _round(place: Place, settings: WeightsConfig, squares_DD: Tensor | None) -> 
     module: Any = place.module
     weight_ND = module.weight.detach()
     made = _empty(place, settings, weight_ND.device)
-    if squares_DD is None or len(squares_DD) != weight_ND.shape[1]:
+    if squares_DD is not None and len(squares_DD) != weight_ND.shape[1]:
+        squares_DD = None
+    if isinstance(made, NestedLinear | NestedDown):
+        round_to_planes(made, weight_ND, squares_DD, settings)
+    elif squares_DD is None:
         made.hold(lowbit.quantize(weight_ND, made.bits, made.group, by_columns=made.by_columns))
     else:
         made.hold(round_compensated(weight_ND, squares_DD, made.bits, made.group, by_columns=made.by_columns))
-    if isinstance(made, QuantizedLinear):
+    if isinstance(made, QuantizedLinear | NestedDown):
         made.bias = module.bias
     _put(place, made)
     trim_heap(weight_ND.device)
@@ -186,7 +226,11 @@ def install_quantized(model: nn.Module, settings: WeightsConfig) -> None:
 
 def places(model: nn.Module) -> Iterator[Place]:
     """What is rounded, in the order of the model."""
-    downs = {id(ffn._modules[ffn.roles["down"]]) for ffn in sparse_ffns(model) if "down" in ffn.roles}
+    of_ffn = {
+        id(getattr(ffn, name)): (role, is_by_neuron(ffn))
+        for ffn in sparse_ffns(model)
+        for role, name in ffn.roles.items()
+    }
     routers = {id(module) for ffn in sparse_ffns(model) for module in ffn.router.modules()}
     blocks = {id(module): index for index, block in enumerate(blocks_of(model)) for module in block.modules()}
     for name, module in list(model.named_modules()):
@@ -194,7 +238,8 @@ def places(model: nn.Module) -> Iterator[Place]:
             wanted = type(layer) in (nn.Linear, FastLinear) or isinstance(layer, nn.Embedding)
             if wanted and id(layer) not in routers:
                 full = f"{name}.{child}".lstrip(".")
-                yield Place(full, module, child, layer, id(layer) in downs, blocks.get(id(layer)))
+                role, nested = of_ffn.get(id(layer), ("", False))
+                yield Place(full, module, child, layer, role, nested, blocks.get(id(layer)))
 
 
 def quantized_modules(model: nn.Module) -> list[QuantizedWeight]:
@@ -202,7 +247,8 @@ def quantized_modules(model: nn.Module) -> list[QuantizedWeight]:
     return [module for module in model.modules() if isinstance(module, QuantizedWeight)]
 
 
-def _check(model: Any, settings: WeightsConfig) -> None:
+def check_family(model: Any) -> None:
+    """ConfigError where weights of this model cannot be of few bits, or are already."""
     family = getattr(model.config, "model_type", type(model).__name__)
     if family not in DECODERS or not hasattr(model, "lm_head"):
         raise ConfigError(
@@ -211,24 +257,37 @@ def _check(model: Any, settings: WeightsConfig) -> None:
         )
     if quantized_modules(model):
         raise ConfigError("the weights are of few bits already; load the model they were rounded from")
+
+
+def _check(model: Any, settings: WeightsConfig) -> None:
+    check_family(model)
     for ffn in sparse_ffns(model):
+        if is_by_neuron(ffn):
+            check_planes(ffn, settings)
+            continue
         size = ffn.weights().d_ff // ffn.n_experts
         if ffn.n_experts > 1 and size % settings.group:
             raise ConfigError(
                 f"experts of {size} neurons cannot be of few bits in groups of {settings.group}: their down projection "
-                "shares scales between as many neurons. Use a smaller group, or experts of more neurons"
+                "shares scales between as many neurons. Use a smaller group, experts of more neurons, or single ones "
+                "that the model's own copy picks (self-prediction)"
             )
 
 
-def _empty(place: Place, settings: WeightsConfig, device: torch.device) -> QuantizedLinear | QuantizedEmbedding:
+def _empty(
+    place: Place, settings: WeightsConfig, device: torch.device
+) -> QuantizedLinear | QuantizedEmbedding | NestedDown:
     bits = settings.bits if place.block is not None or settings.head_bits is None else settings.head_bits
     storage: dict[str, Any] = {"bits": bits, "group": settings.group, "device": device}
     module: Any = place.module
     if isinstance(module, nn.Embedding):
         size, scale = (module.num_embeddings, module.embedding_dim), getattr(module, "scalar_embed_scale", 1.0)
         return QuantizedEmbedding(*size, scale=scale, dtype=module.weight.dtype, **storage)
-    wide = module.in_features, module.out_features
-    return QuantizedLinear(*wide, bias=module.bias is not None, by_columns=place.by_columns, **storage)
+    wide, biased = (module.in_features, module.out_features), module.bias is not None
+    if place.nested:
+        kind = NestedDown if place.role == "down" else NestedLinear
+        return kind(*wide, bias=biased, coarse=settings.coarse or bits, **storage)
+    return QuantizedLinear(*wide, bias=biased, by_columns=place.role == "down", **storage)
 
 
 def _put(place: Place, made: nn.Module) -> None:
@@ -243,3 +302,4 @@ def _finish(model: Any, settings: WeightsConfig) -> None:
     model.all_tied_weights_keys = {}
     for ffn in sparse_ffns(model):
         ffn._packed = None
+        ffn.router.fine, ffn.router.fine_share = settings.fine, settings.fine_share

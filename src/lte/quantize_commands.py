@@ -29,8 +29,18 @@ def quantize(
     data: Annotated[
         str | None, typer.Option(help="Text by which weights are rounded: file, folder or hub name; best given.")
     ] = None,
-    group: Annotated[int, typer.Option(help="Weights that share a scale, a multiple of 32.")] = 32,
+    group: Annotated[
+        int | None,
+        typer.Option(help="Weights that share a scale; default 32, or 64 for single neurons."),
+    ] = None,
     head: Annotated[str | None, typer.Option(help="Of head and embeddings; default as --weights.")] = None,
+    coarse: Annotated[
+        int | None, typer.Option(help="Upper bits that are read of all single neurons; default 3 of 4, 4 of 6 or 8.")
+    ] = None,
+    bits_per_token: Annotated[
+        float | None,
+        typer.Option(help="Bits of an FFN weight a token reads in the mean: neurons are left out, coarse or exact."),
+    ] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of the data to use; default 16384.")] = None,
     task: TrainedTask = None,
     context_length: ContextLength = None,
@@ -46,11 +56,18 @@ def quantize(
     from lte.runs import quantize_checkpoint
     from lte.thresholds import DIAL_TOKENS
 
-    settings = WeightsConfig(bits=bits_of(weights), group=group, head_bits=None if head is None else bits_of(head))
+    wanted = {
+        "bits": bits_of(weights),
+        "group": group,
+        "head_bits": None if head is None else bits_of(head),
+        "coarse": coarse,
+        "bits_per_token": bits_per_token,
+    }
+    WeightsConfig(**{key: value for key, value in wanted.items() if value is not None and key != "bits_per_token"})
     built = task_as_trained(locals())
     with ProgressBar("rounding") as progress:
         summary = quantize_checkpoint(
-            model, out, settings, data=data, task=built, tokens=tokens or DIAL_TOKENS, progress=progress
+            model, out, wanted, data=data, task=built, tokens=tokens or DIAL_TOKENS, progress=progress
         )
     before, after = (summary["bytes_per_token"][key] / 1e6 for key in ("before", "after"))
     console.print(

@@ -10,46 +10,104 @@ from lte.ops.lowbit import LowBitMatrix, best_scales, levels_of, pack
 DAMPING = 0.01
 """Share of the mean square of the inputs that is added to each, so that those that hardly vary do no harm."""
 
+TOGETHER = 64
+"""Columns after which errors are passed on to all that follow, where scales do not say how many belong together."""
 
-@torch.no_grad()
+
 def round_compensated(
     matrix_ND: Tensor, squares_DD: Tensor, bits: int, group: int, *, by_columns: bool = False
 ) -> LowBitMatrix:
+    """A matrix by :func:`compensated_codes`.
+
+    Args:
+        matrix_ND, squares_DD, bits, group: as there.
+        by_columns: as of :func:`lte.ops.lowbit.quantize`.
+    """
+    codes_ND, scales_NG = compensated_codes(matrix_ND, squares_DD, bits, group)
+    return pack(codes_ND, scales_NG, bits, matrix_ND.shape[1], by_columns=by_columns)
+
+
+@torch.no_grad()
+def compensated_codes(
+    matrix_ND: Tensor, squares_DD: Tensor | None, bits: int, group: int, *, upper: int | None = None
+) -> tuple[Tensor, Tensor]:
     """GPTQ (Frantar et al., 2023): column by column, the error of the outputs is moved to the columns still to come.
 
     A group's scales are found when its first column is reached, on the weights as they then are.
 
     Args:
         matrix_ND: [N, D].
-        squares_DD: sum of ``x x^T`` over the inputs, float32 or wider.
-        bits, group, by_columns: as of :func:`lte.ops.lowbit.quantize`.
+        squares_DD: sum of ``x x^T`` over the inputs, float32 or wider; None moves no error.
+        bits, group: as of :func:`lte.ops.lowbit.quantize`.
+        upper: see :func:`lte.ops.lowbit.best_scales`.
+
+    Returns:
+        Codes [N, whole groups], float32, and scales [N, G].
     """
     columns = matrix_ND.shape[1]
-    factor_DD, weights_D = _factor(squares_DD.to(matrix_ND.device))
+    factor_DD, weights_D = _factor(squares_DD, columns, matrix_ND.device)
     left_ND = torch.nn.functional.pad(matrix_ND.detach().float(), (0, -columns % group))
-    levels_ND, scales = torch.empty_like(left_ND), []
+    codes_ND, scales = torch.zeros_like(left_ND), []
     middle = (2**bits - 1) / 2
     for first in range(0, columns, group):
         last = min(first + group, columns)
         part_Nk = left_ND[:, first : first + group]
-        scale_N = best_scales(part_Nk.unsqueeze(1), _padded(weights_D[first:last], group)[None], bits)[:, 0]
+        scale_N = best_scales(part_Nk.unsqueeze(1), _padded(weights_D[first:last], group)[None], bits, upper)[:, 0]
         scales.append(scale_N)
         errors_Nk = torch.zeros_like(part_Nk)
         for column in range(last - first):
             values_N = part_Nk[:, column]
             level_N = levels_of(values_N[:, None], scale_N, middle)[:, 0]
-            levels_ND[:, first + column] = level_N
+            codes_ND[:, first + column] = level_N + middle
             factors_k = factor_DD[first + column, first + column : last]
             errors_Nk[:, column] = (values_N - level_N * scale_N) / factors_k[0]
             part_Nk[:, column : last - first] -= errors_Nk[:, column, None] * factors_k
-        levels_ND[:, last : first + group] = -middle
         left_ND[:, last:columns] -= errors_Nk[:, : last - first] @ factor_DD[first:last, last:]
-    return pack(levels_ND + middle, torch.stack(scales, 1), bits, columns, by_columns=by_columns)
+    return codes_ND, torch.stack(scales, 1)
 
 
-def _factor(squares_DD: Tensor) -> tuple[Tensor, Tensor]:
+@torch.no_grad()
+def compensated_columns(
+    matrix_ND: Tensor, squares_DD: Tensor | None, bits: int, group: int, *, upper: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The same, where scales are those of one column, for groups of neighbouring rows: of single neurons' outputs.
+
+    Args:
+        matrix_ND, squares_DD, bits, upper: as of :func:`compensated_codes`.
+        group: rows that share a scale.
+
+    Returns:
+        Of the transposed matrix: codes [D, whole groups], float32, and scales [D, G].
+    """
+    rows, columns = matrix_ND.shape
+    factor_DD, _ = _factor(squares_DD, columns, matrix_ND.device)
+    left_DN = matrix_ND.detach().float().T.contiguous()
+    codes, scales, middle = [], [], (2**bits - 1) / 2
+    equal_Gk = torch.ones(-(-rows // group), group, device=matrix_ND.device)
+    for first in range(0, columns, TOGETHER):
+        last = min(first + TOGETHER, columns)
+        part_kN = left_DN[first:last]
+        errors_kN = torch.zeros_like(part_kN)
+        for column in range(last - first):
+            values_1Gg = torch.nn.functional.pad(part_kN[column], (0, -rows % group)).view(1, -1, group)
+            scale_1G = best_scales(values_1Gg, equal_Gk, bits, upper)
+            levels_1Gg = levels_of(values_1Gg, scale_1G, middle)
+            codes.append((levels_1Gg + middle).flatten())
+            scales.append(scale_1G[0])
+            factors_k = factor_DD[first + column, first + column : last]
+            rounded_N = (levels_1Gg * scale_1G.unsqueeze(-1)).flatten()[:rows]
+            errors_kN[column] = (part_kN[column] - rounded_N) / factors_k[0]
+            part_kN[column:] -= factors_k[:, None] * errors_kN[column]
+        left_DN[last:] -= factor_DD[first:last, last:].T @ errors_kN
+    return torch.stack(codes), torch.stack(scales)
+
+
+def _factor(squares_DD: Tensor | None, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Upper triangular factor of the inverse, and how much errors of each column count that nothing makes up for."""
-    exact = squares_DD.device.type == "cpu" and len(squares_DD) <= 2048
+    if squares_DD is None:
+        return torch.eye(columns, device=device), torch.ones(columns, device=device)
+    squares_DD = squares_DD.to(device)
+    exact = device.type == "cpu" and columns <= 2048
     squares_DD = squares_DD.double() if exact else squares_DD.float()
     diagonal_D = squares_DD.diagonal()
     mean = diagonal_D.mean().clamp_min(1e-30)

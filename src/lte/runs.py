@@ -18,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from lte.accounting import model_cost
 from lte.calibration import device_inputs, sample_batches
-from lte.config import MethodConfig, OperatingPoint, WeightsConfig, method_of
+from lte.config import MethodConfig, OperatingPoint, method_of
 from lte.errors import ConfigError
 from lte.evaluate import check_direction, load_for_evaluation, versions
 from lte.hub import default_device, is_sparse_config, load, load_dense, load_tokenizer, read_config
@@ -238,7 +238,7 @@ def calibrate_checkpoint(
 def quantize_checkpoint(
     path: str,
     out: Path,
-    settings: WeightsConfig,
+    wanted: Mapping[str, Any],
     *,
     data: str | None = None,
     task: Task,
@@ -250,7 +250,7 @@ def quantize_checkpoint(
     Args:
         path: folder, hub id or ``.gguf`` file.
         out: new folder.
-        settings: bits and groups.
+        wanted: arguments of :func:`lte.quantize`.
         data: text by which weights are rounded; None rounds every one by itself.
         task: how to read it.
         tokens: how much of it is used.
@@ -269,11 +269,10 @@ def quantize_checkpoint(
     sparse = is_sparse_config(read_config(path))
     model = (load(path) if sparse else load_dense(path, task.auto_class, dtype="auto")).to(default_device())
     before = model_cost(model).dense_bytes
-    wanted = settings.model_dump(exclude={"tied"})
     quantize(model, **wanted, calibration=batches, progress=progress)
     summary = {
         "model": path,
-        "weights": wanted,
+        "weights": dict(wanted),
         "data": data,
         "tokens": tokens if data is not None else 0,
         "bytes_per_token": {"before": before, "after": model_cost(model).dense_bytes},

@@ -23,6 +23,7 @@ FLOORS = [
     "calibration",
     "thresholds",
     "sparsify",
+    "precision",
     "quantization",
     "gguf",
     "hub",

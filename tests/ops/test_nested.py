@@ -19,7 +19,16 @@ def codes_of(matrix_ND: torch.Tensor, bits: int, group: int) -> tuple[torch.Tens
     return (levels_of(grouped, scales, middle) + middle).flatten(1), scales
 
 
-def nested(d_model: int, d_ff: int, bits: int, coarse: int, *, group: int = 64, gated: bool = True) -> NestedFFN:
+def nested(
+    d_model: int,
+    d_ff: int,
+    bits: int,
+    coarse: int,
+    *,
+    group: int = 64,
+    gated: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> NestedFFN:
     def tiles(seed: int) -> NestedMatrix:
         matrix = random(d_ff, d_model, seed=seed) / d_model**0.5
         return NestedMatrix.of(*codes_of(matrix, bits, group), bits, coarse, d_model)
@@ -31,8 +40,8 @@ def nested(d_model: int, d_ff: int, bits: int, coarse: int, *, group: int = 64, 
         down=down,
         up_lower=up.lower,
         gate_lower=None if gate is None else gate.lower,
-        up_bias=None if gated else 0.1 * random(d_ff, seed=5),
-        down_bias=None if gated else 0.1 * random(d_model, seed=6),
+        up_bias=None if gated else 0.1 * random(d_ff, seed=5).to(dtype),
+        down_bias=None if gated else 0.1 * random(d_model, seed=6).to(dtype),
         activation="silu" if gated else "relu",
     )
 
@@ -64,9 +73,7 @@ def test_planes_together_are_the_codes_and_the_upper_one_is_the_nearest_of_fewer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_neurons_are_out_coarse_or_fine(isa, bits, coarse, tokens, dtype):
     for d_model, d_ff, group, gated in ((100, 200, 64, True), (192, 64, 128, False), (64, 70, 64, True)):
-        weights = nested(d_model, d_ff, bits, coarse, group=group, gated=gated)
-        if dtype == torch.bfloat16 and not gated:
-            weights = NestedFFN(**{**vars(weights), "up_bias": weights.up_bias.to(dtype), "down_bias": weights.down_bias.to(dtype)})
+        weights = nested(d_model, d_ff, bits, coarse, group=group, gated=gated, dtype=dtype)
         x = random(tokens, d_model, seed=9).to(dtype)
         for cut, fine in ((-1.0, -1.0), (-1.0, math.inf), (0.1, 0.3), (0.2, -1.0), (-1.0, 0.2), (1e9, 1e9)):
             found, wanted = cpu.nested_ffn(x, weights, cut, fine), nested_ffn_reference(x, weights, cut, fine)

@@ -31,14 +31,24 @@ from lte.nn import (
     HalfForm,
     LinearForm,
     Mode,
+    NestedDown,
+    NestedForm,
+    NestedLinear,
     QuantizedLinear,
     QuantizedWeight,
     SparseFFN,
     TiedHead,
     sparse_ffns,
 )
+from lte.ops import FFNCopy
 from lte.ops.cpu import DTYPES, kernels
-from lte.ops.cpu.calls import describe_copied_ffn, describe_ffn, describe_quantized_ffn, lowbit_matrix
+from lte.ops.cpu.calls import (
+    describe_copied_ffn,
+    describe_ffn,
+    describe_nested_ffn,
+    describe_quantized_ffn,
+    lowbit_matrix,
+)
 from lte.ops.cpu.library import FFN, Cache, Decoder, Layer, Matrix, Step, matrix
 
 MAX_BATCH = 64
@@ -100,7 +110,7 @@ class DecodeStep:
         if {p.device.type for p in parameters} != {"cpu"}:
             return "the parameters are not all on the CPU"
         for name, module in _decoder_linears(model):
-            if type(module) is QuantizedLinear:
+            if type(module) in (QuantizedLinear, NestedLinear, NestedDown):
                 continue
             if type(module) not in (nn.Linear, FastLinear) or type(module.weight) is not nn.Parameter:
                 return f"{name} is a {type(module).__name__}, not a plain linear layer"
@@ -175,14 +185,14 @@ class _Built:
         self.slots += [(module._buffers, name) for module in rounded for name in module._buffers]
         self.ffns = sparse_ffns(model)
         self.modes = [ffn.mode for ffn in self.ffns]
-        self.thresholds = [ffn.router.threshold for ffn in self.ffns]
+        self.thresholds = [(ffn.router.threshold, ffn.router.fine) for ffn in self.ffns]
         forms = [ffn.router.form() for ffn in self.ffns]
         # Copies are of the weights as they are now, and the structs point into them.
-        self.copies = [form.copy for form in forms if isinstance(form, CopyForm)]
+        self.copies = [copy for form in forms if (copy := _copy_of(form)) is not None]
         self.copying = [
-            (ffn.router, form.copy)
+            (ffn.router, copy)
             for ffn, form in zip(self.ffns, forms, strict=True)
-            if isinstance(ffn.router, CopyRouter) and isinstance(form, CopyForm)
+            if isinstance(ffn.router, CopyRouter) and (copy := _copy_of(form)) is not None
         ]
         self.copied = [p for ffn in self.ffns for p in ffn.parameters()] if self.copies else []
         self.versions = [p._version for p in self.copied]
@@ -233,7 +243,7 @@ class _Built:
         """Whether the structs still describe the model."""
         if [ffn.mode for ffn in self.ffns] != self.modes:
             return False
-        if [ffn.router.threshold for ffn in self.ffns] != self.thresholds:
+        if [(ffn.router.threshold, ffn.router.fine) for ffn in self.ffns] != self.thresholds:
             return False
         if any(list(now.values()) != then for now, then in self.children):
             return False
@@ -273,6 +283,9 @@ class _Built:
         if few_bits is not None:
             router = (form.weight, form.bias, form.threshold) if isinstance(form, LinearForm) else None
             return describe_quantized_ffn(few_bits, experts, self.dtype, router)
+        if isinstance(form, NestedForm):
+            cuts = (-1.0, -1.0) if ffn.mode == Mode.DENSE else (form.cut, form.fine_cut)
+            return describe_nested_ffn(form.weights, *cuts, self.dtype)
         weights = ffn.packed_weights()
         if isinstance(form, CopyForm):
             return describe_copied_ffn(weights, experts, form.copy, form.cut)
@@ -381,6 +394,12 @@ def _matrix(layer: Any) -> Matrix:
     if isinstance(layer, QuantizedLinear | TiedHead):
         return lowbit_matrix(layer.matrix, layer.bias)
     return matrix(layer.weight, layer.bias)
+
+
+def _copy_of(form: Form | None) -> FFNCopy | None:
+    if isinstance(form, NestedForm):
+        return form.weights.copy
+    return form.copy if isinstance(form, CopyForm) else None
 
 
 def _is_asked(form: Form | None) -> bool:

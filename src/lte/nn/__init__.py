@@ -1,9 +1,11 @@
 """Sparse FFN modules and routers. PyTorch only."""
 
 from lte.nn.copies import CopyRouter
-from lte.nn.ffn import DeferredLinear, Mode, RoutingObserver, SparseFFN, SplitSparseFFN
+from lte.nn.ffn import Mode, RoutingObserver, SparseFFN, SplitSparseFFN
 from lte.nn.linear import FastLinear
+from lte.nn.nested import NestedDown, NestedLinear
 from lte.nn.observe import SparsityMeter, observe_routing, set_mode, sparse_ffns
+from lte.nn.projections import DeferredLinear
 from lte.nn.quantized import QuantizedEmbedding, QuantizedLinear, QuantizedWeight, TiedHead
 from lte.nn.router import (
     ROUTER_DTYPE,
@@ -18,7 +20,7 @@ from lte.nn.router import (
     TopKSoftmaxRouter,
     largest,
 )
-from lte.nn.routing import ConstantForm, CopyForm, Form, HalfForm, LinearForm, RouterCost, Routing
+from lte.nn.routing import ConstantForm, CopyForm, Form, HalfForm, LinearForm, NestedForm, RouterCost, Routing
 
 __all__ = [
     "ROUTER_DTYPE",
@@ -35,6 +37,9 @@ __all__ = [
     "LookingRouter",
     "LowRankRouter",
     "Mode",
+    "NestedDown",
+    "NestedForm",
+    "NestedLinear",
     "PredictorRouter",
     "QuantizedEmbedding",
     "QuantizedLinear",

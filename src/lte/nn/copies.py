@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lte.nn.nested import NestedDown, NestedLinear
 from lte.nn.router import LOGIT_RANGE, ROUTER_DTYPE, ScoreRouter
-from lte.nn.routing import CopyForm, RouterCost
-from lte.ops import FFNCopy, FFNWeights, copy_scores, copy_scores_run
+from lte.nn.routing import CopyForm, NestedForm, RouterCost
+from lte.ops import FFNCopy, FFNWeights, copy_scores, copy_scores_reference, copy_scores_run
 from lte.ops.lowbit import quantize, round_inputs, round_like
 from lte.ops.reference import neuron_scores
 
@@ -60,6 +61,8 @@ class CopyRouter(ScoreRouter):
         """The copy of the weights as they are: made anew after every step of a training, and of nothing else."""
         if self._made is not None and torch.compiler.is_compiling():  # a graph is made of weights that stay
             return self._made[1]
+        if self.ffn.is_nested:
+            return self._upper_planes()
         weights = self.ffn.weights()
         of = [t for t in (weights.gate, weights.up, weights.down, self.importance, self.sensitivity) if t is not None]
         state = [(tensor.data_ptr(), tensor._version) for tensor in of]
@@ -68,24 +71,43 @@ class CopyRouter(ScoreRouter):
             self._made = state, copy
         return self._made[1]
 
+    def _upper_planes(self) -> Copy:
+        """The weights' own upper bits."""
+        parts = [*self.ffn.projections(), self]
+        held = [t for part in parts for t in (*part._buffers.values(), *part._parameters.values()) if t is not None]
+        state = [(tensor.data_ptr(), tensor._version) for tensor in held]
+        if self._made is None or self._made[0] != state:
+            modules = {role: getattr(self.ffn, name) for role, name in self.ffn.roles.items()}
+            self._made = state, UpperPlanes(modules, self.ffn.activation, self.sensitivity.detach())
+        return self._made[1]
+
     def train(self, mode: bool = True) -> CopyRouter:
         """Forget the copy where training begins and ends: fused optimizers change weights and do not say so."""
         if mode or self.training:
             self._made = None
         return super().train(mode)
 
-    def form(self) -> CopyForm:
+    def form(self) -> CopyForm | NestedForm:
         """See :meth:`Router.form`."""
         everything = self.cut <= -LOGIT_RANGE + 1e-9  # it was a probability in between
-        return CopyForm(self.copy().packed, -1.0 if everything else math.exp(self.cut))
+        cut = -1.0 if everything else math.exp(self.cut)
+        if self.ffn.is_nested:
+            fine_cut = -1.0 if self.fine is None else math.exp(self.fine)
+            return NestedForm(self.ffn.nested(self.copy().packed), cut, fine_cut)
+        return CopyForm(self.copy().packed, cut)
 
     def cost(self) -> RouterCost:
-        """Of the low-bit products; a copy is held beside the weights, but it is no parameter."""
+        """Of the low-bit products; a copy is held beside the weights, but it is no parameter, or is a part of them."""
+        own = self.sensitivity.numel() + self.importance.numel()
+        if self.ffn.is_nested:
+            first = [part for part in self.ffn.projections() if isinstance(part, NestedLinear)]
+            read = sum(part.nbytes - part.spared for part in first) + 4 * self.n_experts
+            return RouterCost(sum(part.numel() for part in first), read, own, of_ffn=True)
         weights = self.ffn.weights()
         size = weights.up.numel() * (1 if weights.gate is None else 2)
         per_row = -(-weights.d_model // self.group) * (self.group * self.bits // 8 + 2)
         read = per_row * (size // weights.d_model) + 4 * weights.d_ff
-        return RouterCost(multiplies=size, bytes=read, parameters=self.sensitivity.numel() + self.importance.numel())
+        return RouterCost(multiplies=size, bytes=read, parameters=own)
 
     def scores(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., E], or of every neuron, [..., F].
@@ -138,6 +160,42 @@ class Copy:
         if name not in self._rounded:  # kernels read the packed form, and this one is ten times as large
             self._rounded[name] = round_like(self._exact[name], getattr(self.packed, name))
         return _as_rounded(self._exact[name], self._rounded[name])
+
+
+class UpperPlanes(Copy):
+    """The upper bits of weights that lie in two planes: no copy is made.
+
+    Args:
+        parts: role -> projection.
+        activation: of the FFN.
+        sensitivity_F: how much the loss minds each neuron.
+    """
+
+    trained = False
+
+    def __init__(self, parts: dict[str, nn.Module], activation: str, sensitivity_F: Tensor) -> None:
+        up, down, gate = parts["up"], parts["down"], parts.get("gate")
+        assert isinstance(up, NestedLinear)
+        assert isinstance(down, NestedDown)
+        assert gate is None or isinstance(gate, NestedLinear)
+        planes = down.planes
+        norms = (planes.coarse() + planes.correction()).norm(dim=1) * sensitivity_F
+        self.packed = FFNCopy(up.planes.upper, norms, None if gate is None else gate.planes.upper)
+        # Kernels look at biases, and at what the others are like.
+        dtype = torch.float32 if up.bias is None else up.bias.dtype
+        every = torch.zeros(1, up.columns, device=norms.device, dtype=dtype).expand(up.rows, -1)
+        gate_bias = None if gate is None else gate.bias
+        of_gate = None if gate is None else every
+        self.weights = FFNWeights(every, every, of_gate, up.bias, gate_bias, activation=activation)
+
+    def is_behind(self) -> bool:
+        """Never: it is the weights."""
+        return False
+
+    def scores(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., F], float32; no gradient passes."""
+        x_TD = x.detach().reshape(-1, x.shape[-1])
+        return copy_scores_reference(x_TD, self.packed, self.weights.d_ff, self.weights).view(*x.shape[:-1], -1)
 
 
 def _sample(matrix_ND: Tensor) -> Tensor:

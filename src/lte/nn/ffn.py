@@ -7,21 +7,32 @@ from enum import StrEnum
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lte.errors import ConfigError
 from lte.nn.gates import straight_through
-from lte.nn.linear import FastLinear
+from lte.nn.nested import NestedDown, NestedLinear
+from lte.nn.projections import (
+    DeferredLinear,
+    has_hooks,
+    is_packed,
+    is_plain,
+    keep_rows,
+    kept,
+    neuron_rows,
+    pack_rows,
+)
 from lte.nn.quantized import QuantizedLinear
 from lte.nn.router import Router
-from lte.nn.routing import ConstantForm, CopyForm, HalfForm, LinearForm, Routing
+from lte.nn.routing import ConstantForm, CopyForm, HalfForm, LinearForm, NestedForm, Routing
 from lte.ops import (
     SMALL_BATCH,
+    FFNCopy,
     FFNWeights,
+    NestedFFN,
     QuantizedFFN,
     copied_ffn,
     copies_run,
+    nested_ffn,
     project_down,
     quantized_ffn,
     requested_backend,
@@ -102,12 +113,15 @@ class SparseFFN(nn.Module):
         gradients and lets adapters and hooks on the projections work.
         """
         few_bits = self.quantized()
-        if few_bits is not None:
+        if self.is_nested:
+            if self._runs_planes(x):
+                return self._operate_on_planes(x)
+        elif few_bits is not None:
             if self._runs_codes(x):
                 return self._operate_on_codes(x, few_bits)
         elif self.mode == Mode.HARD and self._is_inference(x):
             impl, max_density = self.choose_path(x.numel() // x.shape[-1])
-            if impl != "reference" and (not self.keep_layout or _is_packed(self.weights())):
+            if impl != "reference" and (not self.keep_layout or is_packed(self.weights())):
                 return self._operate(x, impl, max_density)
         elif self.training and torch.is_grad_enabled():
             self.keep_layout = True
@@ -145,15 +159,47 @@ class SparseFFN(nn.Module):
                 gate, gate_bias = of_gate.matrix, of_gate.bias
         return QuantizedFFN(up, down.matrix, gate, up_bias, gate_bias, down.bias, self.activation)
 
-    def _runs_codes(self, x: Tensor) -> bool:
+    @property
+    def is_nested(self) -> bool:
+        """Whether the weights lie in two planes of bits, see :mod:`lte.ops.nested`."""
+        return isinstance(self._modules.get(self.roles.get("down", "")), NestedDown)
+
+    def nested(self, copy: FFNCopy) -> NestedFFN:
+        """The weights in two planes, those of the copy among them."""
+        up, down = self._part("up"), self._part("down")
+        gate = self._part("gate") if "gate" in self.roles else None
+        assert isinstance(up, NestedLinear)
+        assert isinstance(down, NestedDown)
+        assert gate is None or isinstance(gate, NestedLinear)
+        return NestedFFN(
+            copy=copy,
+            down=down.planes,
+            up_lower=up.planes.lower,
+            gate_lower=None if gate is None else gate.planes.lower,
+            up_bias=up.bias,
+            gate_bias=None if gate is None else gate.bias,
+            down_bias=down.bias,
+            activation=self.activation,
+        )
+
+    def _runs_planes(self, x: Tensor) -> bool:
         if self.mode != Mode.HARD or torch.is_grad_enabled() or self.training:
             return False
-        hooked = any(_has_hooks(part) for part in self.projections())
-        return x.numel() <= SMALL_BATCH * x.shape[-1] and not hooked and not torch.is_autocast_enabled(x.device.type)
+        return not any(map(has_hooks, self.projections())) and not torch.is_autocast_enabled(x.device.type)
+
+    def _runs_codes(self, x: Tensor) -> bool:
+        return x.numel() <= SMALL_BATCH * x.shape[-1] and self._runs_planes(x)
+
+    def _operate_on_planes(self, x: Tensor) -> Tensor:
+        if self.observer is not None:
+            self.observer(self.layer_index, self.router(x))
+        form = self.router.form()
+        assert isinstance(form, NestedForm)
+        return nested_ffn(x.reshape(-1, x.shape[-1]), form.weights, form.cut, form.fine_cut).view(x.shape)
 
     def _operate_on_codes(self, x: Tensor, weights: QuantizedFFN) -> Tensor:
         form, x_TD = self.router.form(), x.reshape(-1, x.shape[-1])
-        if self.observer is None and isinstance(form, LinearForm) and not _has_hooks(self.router):
+        if self.observer is None and isinstance(form, LinearForm) and not has_hooks(self.router):
             return quantized_ffn(x_TD, weights, router=(form.weight, form.bias, form.threshold)).view(x.shape)
         routing = None if self.observer is None and not self.router.decides else self.router(x)
         if self.observer is not None and routing is not None:
@@ -163,7 +209,7 @@ class SparseFFN(nn.Module):
 
     def _operate(self, x: Tensor, impl: str, max_density: float) -> Tensor:
         weights, form, x_TD = self.packed_weights(), self.router.form(), x.reshape(-1, x.shape[-1])
-        if self.observer is None and isinstance(form, LinearForm) and not _has_hooks(self.router):
+        if self.observer is None and isinstance(form, LinearForm) and not has_hooks(self.router):
             out = routed_ffn(x_TD, form.weight, form.bias, form.threshold, weights, impl=impl, max_density=max_density)
         elif self.observer is None and isinstance(form, CopyForm) and copies_run(x_TD, weights, impl):
             of, experts = (form.copy, form.cut), self.router.n_experts
@@ -191,6 +237,8 @@ class SparseFFN(nn.Module):
     @property
     def removed_weights(self) -> int:
         """Of the neurons that were taken out."""
+        if not self.removed:
+            return 0
         weights = self.quantized() or self.weights()
         return self.removed * weights.d_model * (2 if weights.gate is None else 3)
 
@@ -210,7 +258,7 @@ class SparseFFN(nn.Module):
         for role in self.roles:
             if role in PROJECTIONS:
                 rows = torch.cat([neurons, neurons + every]) if role == "gate_up" else neurons
-                _keep_rows(self._part(role), rows, of_inputs=role == "down")
+                keep_rows(self._part(role), rows, of_inputs=role == "down")
         self._keep_more(neurons)
         self.removed += every - len(neurons)
         self._packed = None
@@ -232,7 +280,7 @@ class SparseFFN(nn.Module):
     def _is_inference(self, x: Tensor) -> bool:
         if torch.is_grad_enabled() or self.training or torch.is_autocast_enabled(x.device.type):
             return False
-        return all(_is_plain(part) for part in self.projections())
+        return all(is_plain(part) for part in self.projections())
 
     def projections(self) -> list[nn.Module]:
         """The modules that hold the matrices."""
@@ -249,7 +297,7 @@ class SparseFFN(nn.Module):
         pointers = [p.data_ptr() for p in self._ffn_parameters()]
         if self._packed is None or self._packed[0] != pointers:
             weights = self.weights()
-            if not _is_packed(weights):
+            if not is_packed(weights):
                 self.pack()
                 weights = self.weights()
                 pointers = [p.data_ptr() for p in self._ffn_parameters()]
@@ -269,7 +317,7 @@ class SparseFFN(nn.Module):
         for role in self.roles:
             if role in PROJECTIONS:
                 module = self._part(role)
-                _pack_rows(module, copy, transpose=(role == "down") != hasattr(module, "nf"))
+                pack_rows(module, copy, transpose=(role == "down") != hasattr(module, "nf"))
 
     def hidden(self, x: Tensor) -> Tensor:
         """What enters the down projection: [..., D] -> [..., F]."""
@@ -296,7 +344,7 @@ class SparseFFN(nn.Module):
     def project_down(self, hidden: Tensor) -> Tensor:
         """[..., F] -> [..., D], with the family's output dropout where it has one."""
         down = self._part("down")
-        if type(down) is nn.Linear and not down.weight.is_contiguous() and not _has_hooks(down):
+        if type(down) is nn.Linear and not down.weight.is_contiguous() and not has_hooks(down):
             out = project_down(hidden, down.weight, down.bias)
         else:
             out = down(hidden)
@@ -342,43 +390,6 @@ def path_unmeasured(tokens: int) -> tuple[str, float]:
     return ("reference", 1.0) if forced in (None, "auto") else ("auto", 1.0)
 
 
-def _is_packed(weights: FFNWeights) -> bool:
-    """Whether every neuron's row is contiguous."""
-    return all(w is None or w.stride(1) == 1 for w in (weights.up, weights.gate, weights.down))
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether calling a projection is no more than multiplying with its weight, as an operator does."""
-    known = type(module) in (nn.Linear, FastLinear, DeferredLinear) or hasattr(module, "nf")
-    return known and type(module.weight) is nn.Parameter and not _has_hooks(module)
-
-
-def _pack_rows(module: nn.Module, copy: Callable[[Tensor], Tensor], *, transpose: bool) -> None:
-    weight = module.weight
-    assert isinstance(weight, nn.Parameter)
-    rows = copy(weight.data.T if transpose else weight.data)
-    weight.data = rows.T if transpose else rows
-
-
-def _keep_rows(module: Any, rows: Tensor, *, of_inputs: bool) -> None:
-    """Cut a projection, ``nn.Linear`` or ``Conv1D``, down to some of its inputs, or of its outputs."""
-    stored_as_inputs_first = hasattr(module, "nf")
-    module.weight = _kept(module.weight, rows, int(of_inputs != stored_as_inputs_first))
-    if not of_inputs and module.bias is not None:
-        module.bias = _kept(module.bias, rows, 0)
-    name = ("nx" if of_inputs else "nf") if stored_as_inputs_first else ("in_features" if of_inputs else "out_features")
-    setattr(module, name, len(rows))
-
-
-def _kept(parameter: Tensor, rows: Tensor, dim: int) -> nn.Parameter:
-    chosen = parameter.data.index_select(dim, rows.to(parameter.device))
-    return nn.Parameter(chosen, requires_grad=parameter.requires_grad)
-
-
 class SplitSparseFFN(SparseFFN):
     """A sparse FFN for families that keep the two projections apart (OPT in the block, BERT in two modules).
 
@@ -422,12 +433,12 @@ class SplitSparseFFN(SparseFFN):
     @torch.no_grad()
     def pack(self, copy: Callable[[Tensor], Tensor] = torch.Tensor.contiguous) -> None:
         """See :meth:`SparseFFN.pack`."""
-        _pack_rows(self._up[0], copy, transpose=False)
-        _pack_rows(self, copy, transpose=True)
+        pack_rows(self._up[0], copy, transpose=False)
+        pack_rows(self, copy, transpose=True)
 
     def _keep_more(self, neurons: Tensor) -> None:
-        _keep_rows(self._up[0], neurons, of_inputs=False)
-        self.weight = _kept(self.weight, neurons, 1)
+        keep_rows(self._up[0], neurons, of_inputs=False)
+        self.weight = kept(self.weight, neurons, 1)
 
     def project_down(self, hidden: Tensor) -> Tensor:
         """[..., F] -> [..., D]."""
@@ -439,35 +450,3 @@ class SplitSparseFFN(SparseFFN):
         return FFNWeights(
             up=up.weight, down=self.weight.T, up_bias=up.bias, down_bias=self.bias, activation=self.activation
         )
-
-
-class DeferredLinear(nn.Linear):
-    """A linear layer that passes its input through and does its work when asked (:meth:`project`)."""
-
-    @classmethod
-    def take(cls, linear: nn.Linear) -> DeferredLinear:
-        """Take over the parameters of ``linear``."""
-        new = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
-        new.weight, new.bias = linear.weight, linear.bias
-        return new
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``x`` itself."""
-        return x
-
-    def project(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., F]."""
-        return F.linear(x, self.weight, self.bias)
-
-
-def neuron_rows(projection: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight of a linear layer as [out, in], and its bias; transformers' ``Conv1D`` stores it as [in, out]."""
-    weight, bias = getattr(projection, "weight", None), getattr(projection, "bias", None)
-    if not isinstance(weight, Tensor):
-        raise ConfigError(
-            f"a {type(projection).__name__} stands in the place of an FFN's projection and has no weight to look at; "
-            "merge the adapter into the model first, or use linear routers (method=lte)"
-        )
-    assert bias is None or isinstance(bias, Tensor)
-    is_conv1d = hasattr(projection, "nf")
-    return (weight.T if is_conv1d else weight), bias

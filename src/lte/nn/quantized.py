@@ -48,6 +48,9 @@ class QuantizedWeight(nn.Module):
         # As integers, so that no cast of the model rounds them.
         self.register_buffer("scales", torch.empty(shape, dtype=torch.int16, device=device))
 
+    spared = 0
+    """Bytes of bits that are not always read."""
+
     def hold(self, matrix: LowBitMatrix) -> None:
         """Take over a matrix of these sizes."""
         self.codes, self.scales = matrix.planes, matrix.scales.view(torch.int16)
@@ -56,6 +59,10 @@ class QuantizedWeight(nn.Module):
     def matrix(self) -> LowBitMatrix:
         """What is held."""
         return LowBitMatrix(self.codes, self.scales.view(torch.bfloat16), self.rows, self.columns, self.by_columns)
+
+    def numel(self) -> int:
+        """Number of weights."""
+        return self.rows * self.columns
 
     @property
     def nbytes(self) -> int:

@@ -45,6 +45,12 @@ class Router(nn.Module):
     decides = True
     """False where all neurons that the FFN has run for every token."""
 
+    fine: float | None = None
+    """Logit above which an expert that runs does so on all bits, where weights lie in two planes; None: all do."""
+
+    fine_share = 1.0
+    """Of those that run, on the text that this was found on."""
+
     def __init__(self, n_experts: int, *, threshold: float = 0.5) -> None:
         super().__init__()
         self.n_experts = n_experts

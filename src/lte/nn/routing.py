@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lte.ops.lowbit import FFNCopy
+from lte.ops.nested import NestedFFN
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,20 @@ class CopyForm:
 
 
 @dataclass(frozen=True)
+class NestedForm:
+    """The same of an FFN whose copy is its weights' upper bits; neurons above a second norm run on all bits.
+
+    Attributes:
+        weights: of the FFN.
+        cut, fine_cut: the norms; negative where all neurons are above.
+    """
+
+    weights: NestedFFN
+    cut: float
+    fine_cut: float
+
+
+@dataclass(frozen=True)
 class ConstantForm:
     """Nothing is decided: all neurons run that the FFN has, and those that never would are not among them."""
 
@@ -80,7 +95,7 @@ class HalfForm:
     decide: Callable[[Tensor], Tensor]
 
 
-Form = LinearForm | CopyForm | ConstantForm | HalfForm
+Form = LinearForm | CopyForm | NestedForm | ConstantForm | HalfForm
 
 
 @dataclass(frozen=True)

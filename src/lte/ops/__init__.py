@@ -5,6 +5,7 @@ from lte.ops.backends import obstacle as backend_obstacle
 from lte.ops.backends import requested as requested_backend
 from lte.ops.cpu import instruction_set as cpu_instruction_set
 from lte.ops.lowbit import FFNCopy, LowBitMatrix
+from lte.ops.nested import NestedFFN
 from lte.ops.operator import (
     copied_ffn,
     copies_run,
@@ -12,6 +13,7 @@ from lte.ops.operator import (
     copy_scores_run,
     fast_linear,
     linear,
+    nested_ffn,
     quantized_ffn,
     quantized_linear,
     route,
@@ -28,6 +30,7 @@ __all__ = [
     "FFNCopy",
     "FFNWeights",
     "LowBitMatrix",
+    "NestedFFN",
     "QuantizedFFN",
     "backend_obstacle",
     "copied_ffn",
@@ -38,6 +41,7 @@ __all__ = [
     "cpu_instruction_set",
     "fast_linear",
     "linear",
+    "nested_ffn",
     "project_down",
     "quantized_ffn",
     "quantized_linear",

@@ -259,9 +259,16 @@ def _grouped(matrix_ND: Tensor, group: int) -> Tensor:
     return torch.nn.functional.pad(matrix_ND, (0, missing)).unflatten(1, (-1, group))
 
 
-def best_scales(grouped_NGk: Tensor, weights_Gk: Tensor, bits: int) -> Tensor:
-    """Of some scales, those with the smallest weighted squared error of each group; [N, G], as bfloat16 has them."""
-    middle = _middle(bits)
+def best_scales(grouped_NGk: Tensor, weights_Gk: Tensor, bits: int, upper: int | None = None) -> Tensor:
+    """Of some scales, those with the smallest weighted squared error of each group; [N, G], as bfloat16 has them.
+
+    Args:
+        grouped_NGk: numbers.
+        weights_Gk: of their errors.
+        bits: of a code.
+        upper: bits of a code that also serve alone; the error of what they mean then counts as much.
+    """
+    middle, lower = _middle(bits), bits - (upper or bits)
     largest = grouped_NGk.abs().amax(-1)
     best_error = torch.full_like(largest, torch.inf)
     best_scale = torch.ones_like(largest)
@@ -269,6 +276,9 @@ def best_scales(grouped_NGk: Tensor, weights_Gk: Tensor, bits: int) -> Tensor:
         scale = (largest * (1 - 0.05 * step) / middle).bfloat16().float().clamp_min(2**-64)
         levels = levels_of(grouped_NGk, scale, middle)
         error = ((levels * scale.unsqueeze(-1) - grouped_NGk).square() * weights_Gk).sum(-1)
+        if lower:
+            coarse = (((levels + middle) / 2**lower).floor() - _middle(bits - lower)) * 2**lower
+            error += ((coarse * scale.unsqueeze(-1) - grouped_NGk).square() * weights_Gk).sum(-1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)

@@ -1,4 +1,4 @@
-"""Feed-forward networks whose weights lie in two planes: upper bits that serve all neurons, lower ones for those in need."""
+"""Feed-forward networks in two planes of bits: upper ones serve all neurons, lower ones those in need."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class RowCodes:
         """Of codes from 0 to ``2 ** bits - 1``."""
         columns = codes_ND.shape[1]
         pieces = F.pad(codes_ND.int(), (0, -columns % PIECE)).unflatten(1, (-1, PIECE // LANES, LANES))
-        lanes = sum(pieces[:, :, k] << (bits * k) for k in range(PIECE // LANES))  # [N, pieces, lanes]
-        assert isinstance(lanes, Tensor)
+        places = bits * torch.arange(PIECE // LANES, device=codes_ND.device)
+        lanes = (pieces.long() << places[:, None]).sum(2)  # [N, pieces, lanes]
         byte = torch.stack([lanes >> (8 * b) & 255 for b in range(bits)], -1).to(torch.uint8)
         parts = (byte[..., :2], byte[..., 2:]) if bits == 3 else (byte,)
         return cls(torch.cat([part.flatten(1) for part in parts], 1).contiguous(), columns, bits)
@@ -52,7 +52,8 @@ class RowCodes:
             byte = torch.cat([first.unflatten(1, (pieces, LANES, 2)), last.unflatten(1, (pieces, LANES, 1))], -1)
         else:
             byte = self.data.unflatten(1, (pieces, LANES, self.bits))
-        lanes = sum(byte[..., b].long() << (8 * b) for b in range(self.bits))
+        places = 8 * torch.arange(self.bits, device=self.data.device)
+        lanes = (byte.long() << places).sum(-1)
         shifts = self.bits * torch.arange(PIECE // LANES, device=self.data.device)
         codes = lanes.unsqueeze(2) >> shifts[:, None] & (2**self.bits - 1)  # [N, pieces, 8, lanes]
         return codes.flatten(1)[:, : self.columns].to(torch.uint8)

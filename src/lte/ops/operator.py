@@ -15,6 +15,7 @@ from torch import Tensor
 from lte.errors import ConfigError
 from lte.ops import backends, cpu
 from lte.ops.lowbit import FFNCopy, LowBitMatrix
+from lte.ops.nested import NestedFFN, nested_ffn_reference
 from lte.ops.quantized import QuantizedFFN, quantized_ffn_reference, quantized_linear_reference
 from lte.ops.reference import ACTIVATIONS, copy_scores_reference, sparse_ffn_reference
 from lte.ops.weights import FFNWeights
@@ -214,6 +215,15 @@ def quantized_ffn(
     if router is not None:
         expert_weights_TE = route(x_TD, *router[:2]) > router[2]
     return quantized_ffn_reference(x_TD, weights, expert_weights_TE)
+
+
+def nested_ffn(x_TD: Tensor, weights: NestedFFN, cut: float, fine_cut: float) -> Tensor:
+    """An FFN in two planes of bits, by kernels where they can run; see :func:`nested_ffn_reference`."""
+    if backends.choose_for_codes(x_TD) != "cpu":
+        return nested_ffn_reference(x_TD, weights, cut, fine_cut)
+    if len(x_TD) <= backends.SMALL_BATCH:
+        return cpu.nested_ffn(x_TD, weights, cut, fine_cut)
+    return torch.cat([cpu.nested_ffn(part, weights, cut, fine_cut) for part in x_TD.split(backends.SMALL_BATCH)])
 
 
 def _flat(weights: FFNWeights) -> tuple[Tensor | str | None, ...]:

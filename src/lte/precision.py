@@ -1,0 +1,160 @@
+"""Precision by need: neurons that are left out, run on their weights' upper bits, or on all, token by token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lte.config import WeightsConfig
+from lte.errors import ConfigError
+from lte.margins import Margins
+from lte.nn import CopyRouter, NestedDown, NestedForm, NestedLinear, SparseFFN, sparse_ffns
+from lte.ops.nested import NestedFFN, NestedMatrix, NestedRows
+from lte.rounding import compensated_codes, compensated_columns
+from lte.thresholds import calibrate, measure_margins, set_thresholds, thresholds_of
+
+HALF = 0.5
+"""Of the ratio of the two thresholds that independent errors would ask for. Measured on stories-3m, at 2.9 to 4.8 bits
+in planes of 3 + 1, 3 + 2 and 4 + 2: best in all; what is left out errs all in one direction."""
+
+SEARCH = 40
+"""Halvings of the interval a threshold is searched in."""
+
+
+def is_by_neuron(ffn: SparseFFN) -> bool:
+    """Whether the FFN's own copy picks single neurons of it."""
+    return isinstance(ffn.router, CopyRouter) and ffn.router.n_experts > 1 and _size(ffn) == 1
+
+
+def _size(ffn: SparseFFN) -> int:
+    down = getattr(ffn, ffn.roles["down"]) if "down" in ffn.roles else None
+    features = getattr(down, "in_features", 0)
+    return features // ffn.router.n_experts
+
+
+def check_planes(ffn: SparseFFN, settings: WeightsConfig) -> None:
+    """ConfigError where an FFN of single neurons cannot be put into two planes."""
+    if settings.coarse is None:
+        raise ConfigError("weights: coarse is missing, but neurons are picked one by one")
+    if "gate_up" in ffn.roles:
+        raise ConfigError(
+            "gate and up of this family are one matrix, which cannot lie in two planes yet; use experts of 32 neurons"
+        )
+
+
+def round_to_planes(
+    module: NestedLinear | NestedDown, weight_ND: Tensor, squares_DD: Tensor | None, settings: WeightsConfig
+) -> None:
+    """Fill a projection with the codes of its weights, their scales such that both planes serve.
+
+    Args:
+        module: to hold them.
+        weight_ND: as ``nn.Linear`` has it.
+        squares_DD: of its inputs, or None; see :func:`lte.rounding.compensated_codes`.
+        settings: bits and group.
+    """
+    bits, coarse = settings.bits, settings.coarse
+    assert coarse is not None
+    if isinstance(module, NestedDown):
+        made = compensated_columns(weight_ND, squares_DD, bits, settings.group, upper=coarse)
+        module.hold_planes(NestedRows.of(*made, bits, coarse, weight_ND.shape[0]))
+    else:
+        made = compensated_codes(weight_ND, squares_DD, bits, settings.group, upper=coarse)
+        module.hold_planes(NestedMatrix.of(*made, bits, coarse, weight_ND.shape[1]))
+
+
+def check_reachable(bits_per_token: float, settings: WeightsConfig, d_model: int) -> None:
+    """ConfigError for bits that no thresholds give: more than the weights have, or less than gate and up alone take."""
+    assert settings.coarse is not None
+    of_scales, filled_up = 16 / settings.group, -(-d_model // settings.group) * settings.group / d_model
+    least, most = 2 / 3 * (settings.coarse + of_scales) * filled_up, (settings.bits + of_scales) * filled_up
+    if not least < bits_per_token <= most:
+        raise ConfigError(
+            f"bits_per_token={bits_per_token} is out of reach with {settings.bits} bits, {settings.coarse} of them "
+            f"read of every neuron: from {least:.2f} to {most:.2f}. Use other bits, or another coarse"
+        )
+
+
+def set_bits_per_token(
+    model: Any, batches: Iterable[Mapping[str, Tensor]], bits_per_token: float
+) -> tuple[float, float]:
+    """Move both thresholds of a model in two planes so that a token reads so many bits of an FFN weight in the mean.
+
+    A neuron's error, left out or on its upper bits, is its score times a factor, so for least error at some bits the
+    two thresholds have a ratio that the weights tell: of what a neuron's bits cost to what they gain, half of it.
+
+    Args:
+        model: of single neurons in two planes.
+        batches: model inputs.
+        bits_per_token: scales included.
+
+    Returns:
+        Score (its logarithm) from which neurons run on all bits, and their share of those that run, on the batches.
+    """
+    kept = list(batches)
+    ffns = sparse_ffns(model)
+    planes = [_planes(ffn) for ffn in ffns]
+    distance = _distance(ffns, planes[0])
+    for ffn in ffns:
+        ffn.router.fine = None
+    set_thresholds(model, [0.5] * len(ffns))
+    margins = measure_margins(model, kept)
+    low, high = margins.quantile(0.0), margins.quantile(1.0)
+    for _ in range(SEARCH):
+        middle = (low + high) / 2
+        read = planes[0].bits_read(1 - _below(margins, middle), 1 - _below(margins, middle + distance))
+        low, high = (middle, high) if read > bits_per_token else (low, middle)
+    off = _below(margins, low)
+    if 0.001 < off < 0.999:
+        calibrate(model, kept, off)
+    else:
+        set_thresholds(model, [1 / (1 + math.exp(-low))] * len(ffns))
+    return _set_fine(model, kept, bits_per_token, planes[0])
+
+
+def _set_fine(model: Any, batches: list[Mapping[str, Tensor]], bits: float, planes: NestedFFN) -> tuple[float, float]:
+    """The second threshold, for the bits that the first one leaves."""
+    margins = measure_margins(model, batches)
+    on = 1 - margins.sparsity
+    none, every = planes.bits_read(on, 0.0), planes.bits_read(on, on)
+    share = min(max((bits - none) / max(every - none, 1e-9), 0.0), 1.0)
+    threshold = thresholds_of(model)[0]
+    fine = math.log(threshold / (1 - threshold)) + max(margins.quantile(1 - on * share), 0.0)
+    for ffn in sparse_ffns(model):
+        ffn.router.fine, ffn.router.fine_share = fine, share
+    return fine, share
+
+
+def _planes(ffn: SparseFFN) -> NestedFFN:
+    form = ffn.router.form()
+    assert isinstance(form, NestedForm)
+    return form.weights
+
+
+def _distance(ffns: list[SparseFFN], planes: NestedFFN) -> float:
+    """Of the two thresholds, in logits."""
+    if planes.down.lower is None:
+        return 0.0
+    coarse, size = 0.0, 0.0
+    for ffn in ffns:
+        for part in ffn.projections():
+            assert isinstance(part, NestedLinear | NestedDown)
+            held = part.planes
+            correction = held.correction()
+            coarse += float(correction.square().sum())
+            size += float(part.weight.square().sum())
+    error = coarse / size  # of the upper bits, beside that of all, which is some part of it
+    upper, lower = planes.down.upper.bits, planes.down.lower.bits
+    return math.log(max(HALF * math.sqrt(lower / (upper / 3) * (1 - error) / error), 1.0))
+
+
+def _below(margins: Margins, at: float) -> float:
+    """Share of all decisions whose margin is below."""
+    low, high = 0.0, 1.0
+    for _ in range(SEARCH):
+        middle = (low + high) / 2
+        low, high = (middle, high) if margins.quantile(middle) < at else (low, middle)
+    return low

@@ -1,0 +1,138 @@
+"""Weights in two planes: a model of single neurons, quantised; thresholds for some bits per token."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import lte
+from lte.accounting import model_cost
+from lte.config import method_config
+from lte.errors import ConfigError
+from lte.inference.decode import DecodeStep
+from lte.nn import NestedDown, NestedLinear, SparseFFN, sparse_ffns
+from lte.ops import cpu
+from tests import models
+from tests.test_quantization import logits, off
+
+FAMILIES = ["llama", "llama-bias-relu", "qwen2", "gemma"]
+
+
+def batches():
+    return [{**models.inputs(8, 16), "labels": models.inputs(8, 16)["input_ids"]}]
+
+
+def wide(family="llama"):
+    """As wide as a group, so that nothing is filled up."""
+    config = copy.deepcopy(models.CONFIGS[family])
+    config.hidden_size, config.head_dim = 64, 16
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def by_neuron(family="llama"):
+    model = lte.sparsify(wide(family), method_config("self-prediction", {}), calibration=batches())
+    lte.calibrate(model, batches(), 0.5)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_of_single_neurons_comes_back_from_disk(family, tmp_path):
+    model = by_neuron(family)
+    wanted = logits(model)
+    lte.quantize(model, bits=8, calibration=batches())
+    assert {NestedLinear, NestedDown} <= {type(module) for module in model.modules()}
+    assert off(logits(model), wanted) < 0.15  # the upper four bits pick other neurons than three of a copy's own
+    model.save_pretrained(tmp_path)
+    loaded = lte.load(tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    assert loaded.config.quantization_config.weights.coarse == 4
+
+
+@pytest.mark.parametrize("bits", [2.6, 3.2, 4.0])
+def test_a_token_reads_the_bits_asked_for(bits, tmp_path):
+    model = lte.quantize(wide("llama"), bits=4, bits_per_token=bits, calibration=batches())
+    ffns, read = sparse_ffns(model), []
+
+    def count(layer, routing):
+        router = ffns[layer].router
+        form = router.form()
+        fine = (routing.margins + router.cut > router.fine) & routing.mask
+        read.append(form.weights.bits_read(float(routing.mask.float().mean()), float(fine.float().mean())))
+
+    with torch.no_grad(), lte.nn.observe_routing(model, count):
+        model(**models.inputs(8, 16))
+    assert sum(read) / len(read) == pytest.approx(bits, abs=0.05)
+    weights = model.config.quantization_config.weights
+    assert 0 <= weights.fine_share <= 1
+    model.save_pretrained(tmp_path)
+    loaded = lte.load(tmp_path)
+    assert [ffn.router.fine for ffn in sparse_ffns(loaded)] == [weights.fine] * len(ffns)
+    assert torch.equal(logits(loaded), logits(model))
+    # Bytes are those bits, of the FFNs.
+    layer = model_cost(model).layers[0]
+    assert layer.spared == pytest.approx((1 - weights.fine_share) * layer.ffn * 1 / 8, rel=0.01)
+
+
+@pytest.mark.skipif(bool(cpu.unavailable()), reason=cpu.unavailable() or "kernels built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_decode_step_is_one_call(family, batch, dtype, monkeypatch):
+    plain = lte.quantize(wide(family), bits=4, bits_per_token=3.2, calibration=batches()).to(dtype)
+    fast = lte.prepare_for_inference(copy.deepcopy(plain))
+    assert isinstance(fast.__dict__["forward"], DecodeStep)
+    prompt, token = models.inputs(batch, 9), models.inputs(batch, 1)["input_ids"]
+    prompt["attention_mask"][1:, :4] = 0
+    mask = torch.cat([prompt["attention_mask"], torch.ones(batch, 1, dtype=torch.int64)], 1)
+    with torch.no_grad():
+        caches = [plain(**prompt, use_cache=True).past_key_values for _ in range(2)]
+        monkeypatch.setenv("LTE_BACKEND", "reference")
+        wanted = plain(input_ids=token, attention_mask=mask, past_key_values=caches[0]).logits.float()
+        monkeypatch.delenv("LTE_BACKEND")
+        monkeypatch.setattr(SparseFFN, "forward", lambda *_: pytest.fail("a step ran module by module"))
+        found = fast(input_ids=token, attention_mask=mask, past_key_values=caches[1]).logits.float()
+    assert off(found, wanted) < (0.01 if dtype == torch.float32 else 0.05)
+
+
+@pytest.mark.skipif(bool(cpu.unavailable()), reason=cpu.unavailable() or "kernels built")
+@pytest.mark.parametrize("batch", [1, 4])
+def test_generated_tokens_are_the_references(batch, monkeypatch):
+    model = lte.quantize(wide("llama"), bits=4, bits_per_token=3.2, calibration=batches())
+    fast = lte.prepare_for_inference(copy.deepcopy(model))
+    prompt = models.inputs(batch, 9)
+    prompt["attention_mask"][1:, :4] = 0
+    found = fast.generate(**prompt, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    monkeypatch.setenv("LTE_BACKEND", "reference")
+    assert torch.equal(found, model.generate(**prompt, max_new_tokens=12, do_sample=False, pad_token_id=0))
+
+
+def test_the_dial_still_turns():
+    model = lte.quantize(by_neuron(), bits=4)
+    found = [lte.calibrate(model, batches(), sparsity).sparsity for sparsity in (0.25, 0.75)]
+    assert found == pytest.approx([0.25, 0.75], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bits": 4, "bits_per_token": 3.2}, "needs calibration data"),
+        ({"bits": 4, "bits_per_token": 1.0, "calibration": True}, "out of reach with 4 bits, 3 of them"),
+        ({"bits": 4, "bits_per_token": 5.0, "calibration": True}, "from 2.17 to 4.25"),
+        ({"bits": 8, "coarse": 3, "bits_per_token": 4.0, "calibration": True}, "from 0 to 4 others must be left"),
+        ({"bits": 4, "group": 32, "bits_per_token": 3.2, "calibration": True}, "must be a multiple of 64"),
+    ],
+)
+def test_what_cannot_be(settings, message):
+    settings = {**settings, "calibration": batches() if settings.get("calibration") else None}
+    with pytest.raises(ConfigError, match=message):
+        lte.quantize(wide("llama"), **settings)
+
+
+def test_experts_take_no_bits_per_token():
+    model = lte.sparsify(models.build("llama"), lte.LTEConfig(expert_size=32, grouping="random", router_init="random"))
+    with pytest.raises(ConfigError, match="method self-prediction"):
+        lte.quantize(model, bits=4, bits_per_token=3.2, calibration=batches())
