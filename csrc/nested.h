@@ -32,19 +32,20 @@ INLINE vu load_lanes(const uint8_t* low, const uint8_t* high) {
   return lanes;
 }
 
-// A row of codes. Where the last vector is half a piece too long, it must not be read past the end.
+// Vector v of a row of codes. Where the last one is half a piece too long, it must not be read past the end.
 template <int BITS>
 struct CodeRow {
   static constexpr int FIRST = BITS == 3 ? 2 : BITS;  // bytes of a lane that lie together
-  const uint8_t *low, *high;
+  const uint8_t* codes;
 
-  CodeRow(const lte_rows& rows, int64_t row, int64_t pieces)
-      : low(rows.codes + row * pieces * PIECE_LANES * BITS), high(low + pieces * PIECE_LANES * 2) {}
-  vu whole(int64_t v) const { return load_lanes<BITS>(low + v * VL * FIRST, high + v * VL); }
-  vu half(int64_t v) const {
+  static int64_t bytes(int64_t pieces) { return pieces * PIECE_LANES * BITS; }
+  vu whole(int64_t v, int64_t pieces) const {
+    return load_lanes<BITS>(codes + v * VL * FIRST, codes + pieces * PIECE_LANES * 2 + v * VL);
+  }
+  vu half(int64_t v, int64_t pieces) const {
     uint8_t first[VL * FIRST] = {}, last[VL] = {};
-    std::memcpy(first, low + v * VL * FIRST, PIECE_LANES * FIRST);
-    if constexpr (BITS == 3) std::memcpy(last, high + v * VL, PIECE_LANES);
+    std::memcpy(first, codes + v * VL * FIRST, PIECE_LANES * FIRST);
+    if constexpr (BITS == 3) std::memcpy(last, codes + pieces * PIECE_LANES * 2 + v * VL, PIECE_LANES);
     return load_lanes<BITS>(first, last);
   }
 };
@@ -63,14 +64,20 @@ INLINE vf levels(vu codes) {
 #endif
 }
 
-// by(piece) for the lanes of a vector.
-template <class By>
-INLINE vf of_lanes(int64_t v, int64_t pieces, By&& by) {
-  const int64_t first = v * VL / PIECE_LANES;
-  if constexpr (VL <= PIECE_LANES) return splat(by(first));
+// by[piece] for the lanes of a vector; by has one entry more than there are pieces.
+INLINE vf of_lanes(const float* by, int64_t v) {
+  const float* its = by + v * VL / PIECE_LANES;
+  if constexpr (VL <= PIECE_LANES) return splat(its[0]);
   vi lane;
   for (int i = 0; i < VL; ++i) lane[i] = i;
-  return lane < int(PIECE_LANES) ? splat(by(first)) : splat(by(std::min(first + 1, pieces - 1)));
+  return lane < int(PIECE_LANES) ? splat(its[0]) : splat(its[1]);
+}
+
+// by[piece] = factor * the scale of its group; scales: those of a row, `step` apart.
+static void spread_scales(const uint16_t* scales, int64_t step, int64_t of_group, int64_t pieces, float factor, float* by) {
+  for (int64_t piece = 0; piece < pieces; scales += step)
+    for (int64_t i = 0; i < of_group && piece < pieces; ++i) by[piece++] = widen(bf16(*scales)) * factor;
+  by[pieces] = 0;
 }
 
 // body(v, the lanes of vector v of every row).
@@ -81,46 +88,45 @@ INLINE void each_vector(const CodeRow<BITS>* rows, int64_t pieces, Body&& body) 
   int64_t v = 0;
   for (; (v + 1) * VL <= lanes; ++v) {
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) here[r] = rows[r].whole(v);
+    for (int r = 0; r < R; ++r) here[r] = rows[r].whole(v, pieces);
     body(v, here);
   }
   if (v * VL == lanes) return;
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) here[r] = rows[r].half(v);
+  for (int r = 0; r < R; ++r) here[r] = rows[r].half(v, pieces);
   body(v, here);
 }
 
-// A row by a token; scale(piece).
-template <int BITS, class Scale>
-static float dot_codes(const lte_rows& rows, int64_t row, int64_t pieces, const float* x, Scale&& scale) {
-  const CodeRow<BITS> its(rows, row, pieces);
+// A row by a token; scales: [pieces + 1].
+template <int BITS>
+static float dot_codes(const uint8_t* codes, int64_t pieces, const float* x, const float* scales) {
+  const CodeRow<BITS> row{codes};
   vf total = {};
-  each_vector<BITS, 1>(&its, pieces, [&](int64_t v, const vu* lanes) {
+  each_vector<BITS, 1>(&row, pieces, [&](int64_t v, const vu* lanes) {
     vf sums[2] = {};
     const float* here = x + v * CODES * VL;
 #pragma GCC unroll 8
     for (int k = 0; k < CODES; ++k) sums[k % 2] += levels<BITS>(lanes[0] >> (BITS * k)) * load(here + k * VL);
-    total += (sums[0] + sums[1]) * of_lanes(v, pieces, scale);
+    total += (sums[0] + sums[1]) * of_lanes(scales, v);
   });
   return sum(total);
 }
 
-// y += h[r] * row r, of R rows; scale(r, piece).
-template <int BITS, int R, class Scale>
-static void add_codes(const lte_rows& rows, const int32_t* which, const float* h, int64_t pieces, float* y, Scale&& scale) {
-  const CodeRow<BITS> first(rows, which[0], pieces), second(rows, which[R > 1 ? 1 : 0], pieces),
-      third(rows, which[R > 2 ? 2 : 0], pieces), last(rows, which[R - 1], pieces);
-  const CodeRow<BITS> its[4] = {first, second, third, last};
+// y += the numbers of R rows; by: [R, pieces + 1], their scales times what they are multiplied with.
+template <int BITS, int R>
+static void add_codes(const CodeRow<BITS>* rows, int64_t pieces, const float* by, float* y) {
+  CodeRow<BITS> its[R];
+  std::copy_n(rows, R, its);
   each_vector<BITS, R>(its, pieces, [&](int64_t v, const vu* lanes) {
-    vf by[R];
+    vf factors[R];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) by[r] = of_lanes(v, pieces, [&](int64_t piece) { return h[r] * scale(r, piece); });
+    for (int r = 0; r < R; ++r) factors[r] = of_lanes(by + r * (pieces + 1), v);
     float* here = y + v * CODES * VL;
 #pragma GCC unroll 8
     for (int k = 0; k < CODES; ++k) {
       vf sum = load(here + k * VL);
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) sum += levels<BITS>(lanes[r] >> (BITS * k)) * by[r];
+      for (int r = 0; r < R; ++r) sum += levels<BITS>(lanes[r] >> (BITS * k)) * factors[r];
       store(here + k * VL, sum);
     }
   });
@@ -148,32 +154,37 @@ struct Chosen {
 // Rows of the down projection that some neurons of a token need, of one plane; `factor` is of its scales.
 static void add_plane(const lte_nested& nested, const lte_rows& plane, float factor, const Chosen& chosen, int64_t pieces,
                       float* y) {
-  const int64_t of_group = nested.down_group / PIECE, groups = nested.down_groups;
+  constexpr int R = 4;
+  const int64_t of_group = nested.down_group / PIECE;
+  float* by = thread_scratch().attention.get(R * (pieces + 1));
   with_code_bits(plane.bits, [&](auto bits) {
-    constexpr int64_t R = 4;
-    int64_t n = 0;
-    auto add = [&](auto rows) {
-      const int32_t* which = chosen.neurons + n;
-      add_codes<bits(), rows()>(plane, which, chosen.hidden + n, pieces, y, [&](int r, int64_t piece) {
-        return widen(bf16(nested.down_scales[which[r] * groups + piece / of_group])) * factor;
-      });
-      n += rows();
-    };
-    while (n + R <= chosen.count) add(std::integral_constant<int, R>());
-    while (n < chosen.count) add(std::integral_constant<int, 1>());
+    CodeRow<bits()> rows[R];
+    for (int64_t n = 0; n < chosen.count;) {
+      const int64_t count = chosen.count - n >= R ? R : 1;
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t neuron = chosen.neurons[n + r];
+        rows[r].codes = plane.codes + neuron * CodeRow<bits()>::bytes(pieces);
+        spread_scales(nested.down_scales + neuron * nested.down_groups, 1, of_group, pieces, chosen.hidden[n + r] * factor,
+                      by + r * (pieces + 1));
+      }
+      if (count == R)
+        add_codes<bits(), R>(rows, pieces, by, y);
+      else
+        add_codes<bits(), 1>(rows, pieces, by, y);
+      n += count;
+    }
   });
 }
 
 // By how much all bits change the products of a row of gate or up.
 static float lower_dot(const lte_lowbit& upper, const lte_rows& lower, int64_t row, const float* x) {
-  const int64_t pieces = (upper.cols + PIECE - 1) / PIECE, of_group = upper.group / PIECE;
+  const int64_t pieces = (upper.cols + PIECE - 1) / PIECE;
   const uint16_t* scales = upper.scales + row / TOGETHER * upper.groups * TOGETHER + row % TOGETHER;
-  const float factor = 1.0f / float(1 << lower.bits);
+  float* by = thread_scratch().attention.get(pieces + 1);
+  spread_scales(scales, TOGETHER, upper.group / PIECE, pieces, 1.0f / float(1 << lower.bits), by);
   float out = 0;
   with_code_bits(lower.bits, [&](auto bits) {
-    out = dot_codes<bits()>(lower, row, pieces, x, [&](int64_t piece) {
-      return widen(bf16(scales[piece / of_group * TOGETHER])) * factor;
-    });
+    out = dot_codes<bits()>(lower.codes + row * CodeRow<bits()>::bytes(pieces), pieces, x, by);
   });
   return out;
 }

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lte.ops.lowbit import quantize
-from lte.rounding import round_compensated
+from lte.ops.nested import NestedMatrix, NestedRows
+from lte.rounding import compensated_codes, compensated_columns, round_compensated
 
 
 def inputs(columns: int, tokens: int = 512) -> torch.Tensor:
@@ -41,3 +42,25 @@ def test_inputs_that_never_vary_do_no_harm():
     assert torch.isfinite(made).all()
     assert (x @ (made - weight).T).norm() < 0.2 * (x @ weight.T).norm()
     assert torch.isfinite(round_compensated(weight, torch.zeros(64, 64), 4, 32).dequantize()).all()
+
+
+@pytest.mark.parametrize(("bits", "upper", "rows"), [(4, 3, 100), (3, 3, 64), (6, 4, 70)])
+def test_outputs_are_closer_where_every_column_has_scales_of_its_own(bits, upper, rows):
+    x, weight = inputs(96), torch.randn(rows, 96, generator=torch.Generator().manual_seed(1))
+    errors = []
+    for squares in (x.T @ x, None):
+        made = NestedRows.of(*compensated_columns(weight, squares, bits, 64, upper=upper), bits, upper, rows)
+        found = (made.coarse() + made.correction()).T
+        errors.append((x @ (found - weight).T).square().sum())
+    assert errors[0] < 0.75 * errors[1]
+
+
+def test_the_scales_serve_both_planes():
+    x, weight = inputs(128), torch.randn(64, 128, generator=torch.Generator().manual_seed(1))
+    errors = {}
+    for upper in (3, None):
+        codes, scales = compensated_codes(weight, x.T @ x, 4, 64, upper=upper)
+        made = NestedMatrix.of(codes, scales, 4, 3, 128)
+        errors[upper] = [float((x @ (m - weight).T).square().sum()) for m in (made.dequantize(), made.upper.dequantize())]
+    assert errors[3][1] < errors[None][1]
+    assert errors[3][0] < 1.3 * errors[None][0]

@@ -11,7 +11,7 @@ DAMPING = 0.01
 """Share of the mean square of the inputs that is added to each, so that those that hardly vary do no harm."""
 
 TOGETHER = 64
-"""Columns after which errors are passed on to all that follow, where scales do not say how many belong together."""
+"""Columns whose errors are passed on to all others at once, where scales do not say how many belong together."""
 
 
 def round_compensated(
@@ -72,6 +72,8 @@ def compensated_columns(
 ) -> tuple[Tensor, Tensor]:
     """The same, where scales are those of one column, for groups of neighbouring rows: of single neurons' outputs.
 
+    Scales are found for :data:`TOGETHER` columns at a time.
+
     Args:
         matrix_ND, squares_DD, bits, upper: as of :func:`compensated_codes`.
         group: rows that share a scale.
@@ -86,20 +88,20 @@ def compensated_columns(
     equal_Gk = torch.ones(-(-rows // group), group, device=matrix_ND.device)
     for first in range(0, columns, TOGETHER):
         last = min(first + TOGETHER, columns)
-        part_kN = left_DN[first:last]
-        errors_kN = torch.zeros_like(part_kN)
+        part_kN = torch.nn.functional.pad(left_DN[first:last], (0, -rows % group))
+        scales_kG = best_scales(part_kN.unflatten(1, (-1, group)), equal_Gk, bits, upper)
+        spread_kN = scales_kG.repeat_interleave(group, 1)
+        codes_kN, errors_kN = torch.empty_like(part_kN), torch.empty_like(part_kN)
         for column in range(last - first):
-            values_1Gg = torch.nn.functional.pad(part_kN[column], (0, -rows % group)).view(1, -1, group)
-            scale_1G = best_scales(values_1Gg, equal_Gk, bits, upper)
-            levels_1Gg = levels_of(values_1Gg, scale_1G, middle)
-            codes.append((levels_1Gg + middle).flatten())
-            scales.append(scale_1G[0])
+            level_N = (part_kN[column] / spread_kN[column] + middle).round().clamp(0, 2 * middle) - middle
+            codes_kN[column] = level_N + middle
             factors_k = factor_DD[first + column, first + column : last]
-            rounded_N = (levels_1Gg * scale_1G.unsqueeze(-1)).flatten()[:rows]
-            errors_kN[column] = (part_kN[column] - rounded_N) / factors_k[0]
+            errors_kN[column] = (part_kN[column] - level_N * spread_kN[column]) / factors_k[0]
             part_kN[column:] -= factors_k[:, None] * errors_kN[column]
-        left_DN[last:] -= factor_DD[first:last, last:].T @ errors_kN
-    return torch.stack(codes), torch.stack(scales)
+        left_DN[last:] -= factor_DD[first:last, last:].T @ errors_kN[:, :rows]
+        codes.append(codes_kN)
+        scales.append(scales_kG)
+    return torch.cat(codes), torch.cat(scales)
 
 
 def _factor(squares_DD: Tensor | None, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
