@@ -91,7 +91,7 @@ struct ThreadScratch {
   Buffer<float*> rows;
   Buffer<const int8_t*> values;
   Buffer<RoundedInputs> inputs;
-  Buffer<int32_t> neurons;
+  Buffer<int32_t> neurons, factors;
   Buffer<Chosen> chosen;
 };
 static ThreadScratch& thread_scratch() {

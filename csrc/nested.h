@@ -2,134 +2,179 @@
 // which are needed; the rows of the down projection, and all lower bits, are read for those alone. Part of kernels.cpp,
 // in its namespace.
 
-constexpr int64_t PIECE_LANES = 8, PIECE = 64, CODES = PIECE / PIECE_LANES;  // of a piece of a row; codes of a lane
-constexpr int64_t NESTED_UNIT = 64;                                          // neurons worked on at a time
+constexpr int64_t PIECE = 64;         // columns of a piece of a row of codes, 8 bytes for each of their bits
+constexpr int64_t NESTED_UNIT = 64;   // neurons worked on at a time
+constexpr int64_t ADDED = 8;          // rows of the down projection that are added at once
+constexpr int FINE = 128, MOST = 8000;  // of a factor in whole numbers: its upper part counts FINE; and the largest half
 
-// What is multiplied with a row lies as its codes do: [vector, code, VL lanes], where the lanes of all pieces follow each
-// other.
-static int64_t ordered_width(int64_t n) {
-  const int64_t lanes = (n + PIECE - 1) / PIECE * PIECE_LANES;
-  return (lanes + VL - 1) / VL * VL * CODES;
-}
-static int64_t ordered_index(int64_t i) {
-  const int64_t lane = i / PIECE * PIECE_LANES + i % PIECE_LANES;
-  return (lane / VL * CODES + i % PIECE / PIECE_LANES) * VL + lane % VL;
-}
-
-template <int BITS>
-INLINE vu load_lanes(const uint8_t* low, const uint8_t* high) {
-  typedef uint8_t vbytes_any __attribute__((vector_size(VL), aligned(1), may_alias));
-  if constexpr (BITS == 4) return *reinterpret_cast<const vu_any*>(low);
 #if defined(__AVX512BW__)
-  if constexpr (BITS == 1) return (vu)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)low));
-  vu lanes = (vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)low));
-  if constexpr (BITS == 3) lanes |= (vu)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)high)) << 16;
+typedef __m512i vpiece;
+// The codes of a piece, a byte each.
+template <int BITS>
+INLINE vpiece load_piece(const uint8_t* p) {
+  if constexpr (BITS == 4) {
+    const __m512i both = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)p));
+    return _mm512_and_si512(_mm512_srlv_epi64(both, _mm512_setr_epi64(0, 0, 0, 0, 4, 4, 4, 4)), _mm512_set1_epi8(15));
+  } else if constexpr (BITS == 1) {
+    int64_t word;
+    std::memcpy(&word, p, 8);
+    const __m512i all = _mm512_srlv_epi64(_mm512_set1_epi64(word), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
+    return _mm512_and_si512(all, _mm512_set1_epi8(1));
+  } else {
+    const __m512i four = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));
+    const __m512i low = _mm512_srlv_epi64(four, _mm512_setr_epi64(0, 0, 2, 2, 4, 4, 6, 6));
+    if constexpr (BITS == 2) return _mm512_and_si512(low, _mm512_set1_epi8(3));
+    int64_t word;
+    std::memcpy(&word, p + 16, 8);
+    const __m512i third = _mm512_rorv_epi64(_mm512_set1_epi64(word), _mm512_setr_epi64(62, 63, 0, 1, 2, 3, 4, 5));
+    const __m512i bits = _mm512_and_si512(third, _mm512_set1_epi8(4));
+    return _mm512_ternarylogic_epi64(low, _mm512_set1_epi8(3), bits, 0xea);  // low & 3 | bits
+  }
+}
+INLINE __m512i add_dots(__m512i sums, __m512i codes, __m512i values) {
+#if defined(__AVX512VNNI__)
+  return _mm512_dpbusd_epi32(sums, codes, values);
 #else
-  if constexpr (BITS == 1) return __builtin_convertvector(*reinterpret_cast<const vbytes_any*>(low), vu);
-  vu lanes = __builtin_convertvector(*reinterpret_cast<const vhalf_any*>(low), vu);
-  if constexpr (BITS == 3) lanes |= __builtin_convertvector(*reinterpret_cast<const vbytes_any*>(high), vu) << 16;
+  return _mm512_add_epi32(sums, _mm512_madd_epi16(_mm512_maddubs_epi16(codes, values), _mm512_set1_epi16(1)));
 #endif
-  return lanes;
+}
+// Where column i of the outputs is kept: the dot products of four rows at a time leave them in another order.
+static int64_t output_index(int64_t i) { return i / PIECE * PIECE + i % 16 / 4 * 16 + i % PIECE / 16 * 4 + i % 4; }
+#else
+struct vpiece {
+  uint8_t codes[PIECE];
+};
+template <int BITS>
+INLINE vpiece load_piece(const uint8_t* p) {
+  constexpr int WIDE = BITS == 3 ? 2 : BITS;
+  vpiece out;
+  for (int i = 0; i < 8 / WIDE; ++i)
+    for (int j = 0; j < 8 * WIDE; ++j) out.codes[8 * WIDE * i + j] = p[j] >> (WIDE * i) & ((1 << WIDE) - 1);
+  if constexpr (BITS == 3)
+    for (int i = 0; i < 8; ++i)
+      for (int j = 0; j < 8; ++j) out.codes[8 * i + j] |= (p[16 + j] >> i & 1) << 2;
+  return out;
+}
+static int64_t output_index(int64_t i) { return i; }
+#endif
+
+// A row by a token's rounded values. by[piece * TOGETHER]: scales of the row and of the token.
+template <int BITS>
+static float dot_codes(const uint8_t* row, int64_t pieces, const int8_t* x, const float* by) {
+#if defined(__AVX512BW__)
+  __m512 total = _mm512_setzero_ps();
+  for (int64_t piece = 0; piece < pieces; ++piece) {
+    const __m512i values = _mm512_loadu_si512(x + piece * PIECE);
+    const __m512i dots = add_dots(_mm512_setzero_si512(), load_piece<BITS>(row + piece * 8 * BITS), values);
+    total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots), _mm512_set1_ps(by[piece * TOGETHER]), total);
+  }
+  return _mm512_reduce_add_ps(total);
+#else
+  float total = 0;
+  for (int64_t piece = 0; piece < pieces; ++piece) {
+    const vpiece its = load_piece<BITS>(row + piece * 8 * BITS);
+    int32_t dot = 0;
+    for (int i = 0; i < PIECE; ++i) dot += int32_t(its.codes[i]) * x[piece * PIECE + i];
+    total += float(dot) * by[piece * TOGETHER];
+  }
+  return total;
+#endif
 }
 
-// Vector v of a row of codes. Where the last one is half a piece too long, it must not be read past the end.
-template <int BITS>
-struct CodeRow {
-  static constexpr int FIRST = BITS == 3 ? 2 : BITS;  // bytes of a lane that lie together
-  const uint8_t* codes;
+// What some rows of codes are multiplied with before they are added up, for every group of columns: whole numbers, cut
+// in two, times a common scale.
+struct Factors {
+  int32_t *upper[2], *lower[2];  // [groups], of four rows each, a byte for each
+  int32_t* start;                // what the middle of the codes' range comes to, taken off
+  float* scale;
 
-  static int64_t bytes(int64_t pieces) { return pieces * PIECE_LANES * BITS; }
-  vu whole(int64_t v, int64_t pieces) const {
-    return load_lanes<BITS>(codes + v * VL * FIRST, codes + pieces * PIECE_LANES * 2 + v * VL);
+  Factors(Buffer<int32_t>& buffer, int64_t groups) {
+    const int64_t size = (groups + VL - 1) / VL * VL;
+    int32_t* all = buffer.get(6 * size);
+    for (int half = 0; half < 2; ++half) upper[half] = all + half * size, lower[half] = all + (2 + half) * size;
+    start = all + 4 * size;
+    scale = reinterpret_cast<float*>(all + 5 * size);
   }
-  vu half(int64_t v, int64_t pieces) const {
-    uint8_t first[VL * FIRST] = {}, last[VL] = {};
-    std::memcpy(first, codes + v * VL * FIRST, PIECE_LANES * FIRST);
-    if constexpr (BITS == 3) std::memcpy(last, codes + pieces * PIECE_LANES * 2 + v * VL, PIECE_LANES);
-    return load_lanes<BITS>(first, last);
+
+  // Of values[r] times the scales of row r, [groups].
+  void set(const uint16_t* const* scales, const float* values, int64_t groups, int bits) {
+    for (int64_t g = 0; g < groups; g += VL) {
+      vf exact[ADDED], largest = splat(1e-30f);
+#pragma GCC unroll 8
+      for (int r = 0; r < ADDED; ++r) {
+        uint16_t here[VL] = {};
+        const bool whole = g + VL <= groups;
+        if (!whole) std::memcpy(here, scales[r] + g, (groups - g) * sizeof *here);
+        exact[r] = load_scales(whole ? scales[r] + g : here) * values[r];
+        const vf size = exact[r] < 0.0f ? -exact[r] : exact[r];
+        largest = size > largest ? size : largest;
+      }
+      // Halves, so that the middle of the codes' range, which lies between two, is a whole number of them.
+      const vf by = float(MOST) / largest;
+      vi sum = {}, uppers[2] = {}, lowers[2] = {};
+#pragma GCC unroll 8
+      for (int r = 0; r < ADDED; ++r) {
+        const vi half = __builtin_convertvector(round_even(exact[r] * by), vi), high = (2 * half + FINE / 2) >> 7;
+        uppers[r / 4] |= (high & 255) << (8 * (r % 4));
+        lowers[r / 4] |= ((2 * half - high * FINE) & 255) << (8 * (r % 4));
+        sum += half;
+      }
+      const vi off = -((1 << bits) - 1) * sum;
+      for (int half = 0; half < 2; ++half) {
+        std::memcpy(upper[half] + g, uppers + half, sizeof(vi));
+        std::memcpy(lower[half] + g, lowers + half, sizeof(vi));
+      }
+      std::memcpy(start + g, &off, sizeof off);
+      store(scale + g, largest / float(2 * MOST));
+    }
   }
 };
 
-// What codes mean, counted from the middle of their range; bits above them are ignored.
+// y += rows of codes, each times its factors. Those of all groups of columns, of `of_group` pieces.
 template <int BITS>
-INLINE vf levels(vu codes) {
-  constexpr float middle = ((1 << BITS) - 1) / 2.0f;
-#if defined(__AVX512F__)
-  const __m512i each = _mm512_and_si512(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-                                        _mm512_set1_epi32((1 << BITS) - 1));
-  const __m512 table = _mm512_sub_ps(_mm512_cvtepi32_ps(each), _mm512_set1_ps(middle));
-  return (vf)_mm512_permutexvar_ps((__m512i)codes, table);
+static void add_codes(const uint8_t* const* rows, int64_t pieces, int64_t of_group, const Factors& factors, float* y) {
+  for (int64_t piece = 0, g = 0; piece < pieces; ++g)
+    for (const int64_t end = std::min(pieces, piece + of_group); piece < end; ++piece) {
+#if defined(__AVX512BW__)
+      __m512i upper[4], lower[4];
+      for (int m = 0; m < 4; ++m) upper[m] = _mm512_setzero_si512(), lower[m] = _mm512_set1_epi32(factors.start[g]);
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        const __m512i by_upper = _mm512_set1_epi32(factors.upper[half][g]);
+        const __m512i by_lower = _mm512_set1_epi32(factors.lower[half][g]);
+        __m512i codes[4];
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r) codes[r] = load_piece<BITS>(rows[4 * half + r] + piece * 8 * BITS);
+        const __m512i a = _mm512_unpacklo_epi8(codes[0], codes[1]), b = _mm512_unpackhi_epi8(codes[0], codes[1]);
+        const __m512i c = _mm512_unpacklo_epi8(codes[2], codes[3]), d = _mm512_unpackhi_epi8(codes[2], codes[3]);
+        const __m512i of_four[4] = {_mm512_unpacklo_epi16(a, c), _mm512_unpackhi_epi16(a, c), _mm512_unpacklo_epi16(b, d),
+                                    _mm512_unpackhi_epi16(b, d)};
+#pragma GCC unroll 4
+        for (int m = 0; m < 4; ++m) {
+          upper[m] = add_dots(upper[m], of_four[m], by_upper);
+          lower[m] = add_dots(lower[m], of_four[m], by_lower);
+        }
+      }
+      float* here = y + piece * PIECE;
+#pragma GCC unroll 4
+      for (int m = 0; m < 4; ++m) {
+        const __m512i whole = _mm512_add_epi32(_mm512_slli_epi32(upper[m], 7), lower[m]);
+        const __m512 sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), _mm512_set1_ps(factors.scale[g]),
+                                           _mm512_loadu_ps(here + 16 * m));
+        _mm512_storeu_ps(here + 16 * m, sum);
+      }
 #else
-  return __builtin_convertvector((vi)(codes & uint32_t((1 << BITS) - 1)), vf) - middle;
+      int32_t sums[PIECE];
+      std::fill_n(sums, PIECE, factors.start[g]);
+      for (int r = 0; r < ADDED; ++r) {
+        const vpiece its = load_piece<BITS>(rows[r] + piece * 8 * BITS);
+        const int32_t upper = int8_t(factors.upper[r / 4][g] >> (8 * (r % 4)));
+        const int32_t by = upper * FINE + int8_t(factors.lower[r / 4][g] >> (8 * (r % 4)));
+        for (int i = 0; i < PIECE; ++i) sums[i] += by * int32_t(its.codes[i]);
+      }
+      for (int i = 0; i < PIECE; ++i) y[piece * PIECE + i] += float(sums[i]) * factors.scale[g];
 #endif
-}
-
-// by[piece] for the lanes of a vector; by has one entry more than there are pieces.
-INLINE vf of_lanes(const float* by, int64_t v) {
-  const float* its = by + v * VL / PIECE_LANES;
-  if constexpr (VL <= PIECE_LANES) return splat(its[0]);
-  vi lane;
-  for (int i = 0; i < VL; ++i) lane[i] = i;
-  return lane < int(PIECE_LANES) ? splat(its[0]) : splat(its[1]);
-}
-
-// by[piece] = factor * the scale of its group; scales: those of a row, `step` apart.
-static void spread_scales(const uint16_t* scales, int64_t step, int64_t of_group, int64_t pieces, float factor, float* by) {
-  for (int64_t piece = 0; piece < pieces; scales += step)
-    for (int64_t i = 0; i < of_group && piece < pieces; ++i) by[piece++] = widen(bf16(*scales)) * factor;
-  by[pieces] = 0;
-}
-
-// body(v, the lanes of vector v of every row).
-template <int BITS, int R, class Body>
-INLINE void each_vector(const CodeRow<BITS>* rows, int64_t pieces, Body&& body) {
-  const int64_t lanes = pieces * PIECE_LANES;
-  vu here[R];
-  int64_t v = 0;
-  for (; (v + 1) * VL <= lanes; ++v) {
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) here[r] = rows[r].whole(v, pieces);
-    body(v, here);
-  }
-  if (v * VL == lanes) return;
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) here[r] = rows[r].half(v, pieces);
-  body(v, here);
-}
-
-// A row by a token; scales: [pieces + 1].
-template <int BITS>
-static float dot_codes(const uint8_t* codes, int64_t pieces, const float* x, const float* scales) {
-  const CodeRow<BITS> row{codes};
-  vf total = {};
-  each_vector<BITS, 1>(&row, pieces, [&](int64_t v, const vu* lanes) {
-    vf sums[2] = {};
-    const float* here = x + v * CODES * VL;
-#pragma GCC unroll 8
-    for (int k = 0; k < CODES; ++k) sums[k % 2] += levels<BITS>(lanes[0] >> (BITS * k)) * load(here + k * VL);
-    total += (sums[0] + sums[1]) * of_lanes(scales, v);
-  });
-  return sum(total);
-}
-
-// y += the numbers of R rows; by: [R, pieces + 1], their scales times what they are multiplied with.
-template <int BITS, int R>
-static void add_codes(const CodeRow<BITS>* rows, int64_t pieces, const float* by, float* y) {
-  CodeRow<BITS> its[R];
-  std::copy_n(rows, R, its);
-  each_vector<BITS, R>(its, pieces, [&](int64_t v, const vu* lanes) {
-    vf factors[R];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) factors[r] = of_lanes(by + r * (pieces + 1), v);
-    float* here = y + v * CODES * VL;
-#pragma GCC unroll 8
-    for (int k = 0; k < CODES; ++k) {
-      vf sum = load(here + k * VL);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) sum += levels<BITS>(lanes[r] >> (BITS * k)) * factors[r];
-      store(here + k * VL, sum);
     }
-  });
 }
 
 template <class Body>
@@ -151,48 +196,76 @@ struct Chosen {
   void add(int64_t neuron, float value) { neurons[count] = int32_t(neuron), hidden[count++] = value; }
 };
 
+// Rows that are picked one by one are not foreseen by the processor.
+static void prefetch_row(const lte_rows& rows, int64_t row, int64_t pieces) {
+  const int64_t bytes = pieces * 8 * rows.bits;
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(rows.codes + row * bytes + at);
+}
+
 // Rows of the down projection that some neurons of a token need, of one plane; `factor` is of its scales.
 static void add_plane(const lte_nested& nested, const lte_rows& plane, float factor, const Chosen& chosen, int64_t pieces,
                       float* y) {
-  constexpr int R = 4;
-  const int64_t of_group = nested.down_group / PIECE;
-  float* by = thread_scratch().attention.get(R * (pieces + 1));
+  Factors factors(thread_scratch().factors, nested.down_groups);
   with_code_bits(plane.bits, [&](auto bits) {
-    CodeRow<bits()> rows[R];
-    for (int64_t n = 0; n < chosen.count;) {
-      const int64_t count = chosen.count - n >= R ? R : 1;
-      for (int64_t r = 0; r < count; ++r) {
-        const int64_t neuron = chosen.neurons[n + r];
-        rows[r].codes = plane.codes + neuron * CodeRow<bits()>::bytes(pieces);
-        spread_scales(nested.down_scales + neuron * nested.down_groups, 1, of_group, pieces, chosen.hidden[n + r] * factor,
-                      by + r * (pieces + 1));
+    const uint8_t* rows[ADDED];
+    const uint16_t* scales[ADDED];
+    float values[ADDED];
+    for (int64_t n = 0; n < chosen.count; n += ADDED) {
+      for (int64_t i = n + ADDED; i < std::min(chosen.count, n + 2 * ADDED); ++i) {
+        prefetch_row(plane, chosen.neurons[i], pieces);
+        __builtin_prefetch(nested.down_scales + chosen.neurons[i] * nested.down_groups);
       }
-      if (count == R)
-        add_codes<bits(), R>(rows, pieces, by, y);
-      else
-        add_codes<bits(), 1>(rows, pieces, by, y);
-      n += count;
+      for (int64_t r = 0; r < ADDED; ++r) {
+        const int64_t i = std::min(n + r, chosen.count - 1), neuron = chosen.neurons[i];
+        rows[r] = plane.codes + neuron * pieces * 8 * bits();
+        scales[r] = nested.down_scales + neuron * nested.down_groups;
+        values[r] = n + r < chosen.count ? chosen.hidden[i] * factor : 0.0f;
+      }
+      factors.set(scales, values, nested.down_groups, bits());
+      add_codes<bits()>(rows, pieces, nested.down_group / PIECE, factors, y);
     }
   });
 }
 
-// By how much all bits change the products of a row of gate or up.
-static float lower_dot(const lte_lowbit& upper, const lte_rows& lower, int64_t row, const float* x) {
-  const int64_t pieces = (upper.cols + PIECE - 1) / PIECE;
-  const uint16_t* scales = upper.scales + row / TOGETHER * upper.groups * TOGETHER + row % TOGETHER;
-  float* by = thread_scratch().attention.get(pieces + 1);
-  spread_scales(scales, TOGETHER, upper.group / PIECE, pieces, 1.0f / float(1 << lower.bits), by);
-  float out = 0;
-  with_code_bits(lower.bits, [&](auto bits) {
-    out = dot_codes<bits()>(lower.codes + row * CodeRow<bits()>::bytes(pieces), pieces, x, by);
-  });
-  return out;
-}
+// By how much all bits change the products of a block of rows of gate or up with a token.
+struct LowerDots {
+  const lte_lowbit& upper;
+  const lte_rows& lower;
+  const RoundedInputs& x;
+  float *by, middle[TOGETHER];  // [pieces, TOGETHER]: scales of rows and token
+  int64_t block = -1;
+
+  int64_t pieces() const { return (upper.cols + PIECE - 1) / PIECE; }
+  void enter(int64_t its) {
+    if (its == block) return;
+    block = its;
+    const float factor = 1.0f / float(1 << lower.bits), range = float((1 << lower.bits) - 1) / 2;
+    const int64_t of_group = upper.group / PIECE;
+    for (int64_t part = 0; part < TOGETHER; part += VL) {
+      vf offs = {};
+      for (int64_t g = 0, piece = 0; g < upper.groups; ++g) {
+        const uint16_t* scales = upper.scales + (block * upper.groups + g) * TOGETHER + part;
+        const vf here = load_scales(scales) * (x.scales[g] * factor);
+        offs += here * (range * float(x.sums[g]));
+        for (int64_t i = 0; i < of_group && piece < pieces(); ++i, ++piece) store(by + piece * TOGETHER + part, here);
+      }
+      store(middle + part, offs);
+    }
+  }
+  float of(int64_t row) {
+    enter(row / TOGETHER);
+    float out = 0;
+    with_code_bits(lower.bits, [&](auto bits) {
+      out = dot_codes<bits()>(lower.codes + row * pieces() * 8 * bits(), pieces(), x.values, by + row % TOGETHER);
+    });
+    return out - middle[row % TOGETHER];
+  }
+};
 
 // One token's share of some neurons: those that run are added to `on`, and to `fine` where all their bits count.
 // gate, up: products of the upper bits, biases included; up is null without a gate.
 static void choose(const lte_ffn& ffn, float cut, int64_t first, int64_t count, const float* gate, const float* up,
-                   const float* x, Chosen& on, Chosen& fine) {
+                   const RoundedInputs& x, Chosen& on, Chosen& fine) {
   float hidden[NESTED_UNIT + VL], gates[NESTED_UNIT + VL], ups[NESTED_UNIT + VL];
   int32_t needed[NESTED_UNIT];
   const lte_nested& nested = ffn.nested;
@@ -200,6 +273,10 @@ static void choose(const lte_ffn& ffn, float cut, int64_t first, int64_t count, 
   activate_all(ffn.activation, hidden, up, count);
   int64_t more = 0;
   const bool lower = nested.up.codes;
+  const int64_t size = (ffn.d_model + PIECE - 1) / PIECE * TOGETHER;
+  float* by = thread_scratch().attention.get(2 * size);
+  LowerDots first_dots{up ? ffn.copy.gate : ffn.copy.up, up ? nested.gate : nested.up, x, by}, up_dots{ffn.copy.up, nested.up, x, by + size};
+  const int64_t pieces = (ffn.d_model + PIECE - 1) / PIECE;
   for (int64_t i = 0; i < count; ++i) {
     const float score = std::fabs(hidden[i]) * ffn.copy.norms[first + i];
     if (!(score > cut)) continue;
@@ -207,9 +284,13 @@ static void choose(const lte_ffn& ffn, float cut, int64_t first, int64_t count, 
       on.add(first + i, hidden[i]);
       continue;
     }
-    gates[more] = gate[i] + lower_dot(up ? ffn.copy.gate : ffn.copy.up, up ? nested.gate : nested.up, first + i, x);
-    if (up) ups[more] = up[i] + lower_dot(ffn.copy.up, nested.up, first + i, x);
+    if (up) prefetch_row(nested.gate, first + i, pieces);
+    prefetch_row(nested.up, first + i, pieces);
     needed[more++] = int32_t(first + i);
+  }
+  for (int64_t i = 0; i < more; ++i) {
+    gates[i] = gate[needed[i] - first] + first_dots.of(needed[i]);
+    if (up) ups[i] = up[needed[i] - first] + up_dots.of(needed[i]);
   }
   std::fill_n(gates + more, VL, 0.0f), std::fill_n(ups + more, VL, 0.0f);
   activate_all(ffn.activation, gates, up ? ups : nullptr, more);
@@ -221,18 +302,12 @@ template <class W, class Emit>
 static void nested_phases(Team& team, const lte_ffn& ffn, float cut, const float* xs, int64_t xs_stride, int64_t tokens,
                           FfnWork& work, Emit&& emit) {
   const lte_nested& nested = ffn.nested;
-  const int64_t D = ffn.d_model, F = ffn.d_ff, width = ordered_width(D), size = tokens * width;
+  const int64_t D = ffn.d_model, F = ffn.d_ff, width = (D + PIECE - 1) / PIECE * PIECE, size = tokens * width;
   const int64_t pieces = (D + PIECE - 1) / PIECE, units = (F + NESTED_UNIT - 1) / NESTED_UNIT;
   const int64_t parts = std::min(PARTS, units), most = (units / parts + 1) * NESTED_UNIT;
   round_phase(team, ffn.copy.up, tokens, [&](int64_t t, int64_t i) { return get<W>(xs + t * xs_stride, i, D); });
   team.begin();
-  if (team.rank == 0) {
-    work.out.get(parts * size);
-    float* ordered = work.hidden.get(size);
-    std::fill_n(ordered, size, 0.0f);
-    for (int64_t t = 0; t < tokens; ++t)
-      for (int64_t i = 0; i < D; ++i) ordered[t * width + ordered_index(i)] = get<W>(xs + t * xs_stride, i, D);
-  }
+  if (team.rank == 0) work.out.get(parts * size);
   team.end();
   {
     Queue& queue = team.begin();
@@ -258,7 +333,7 @@ static void nested_phases(Team& team, const lte_ffn& ffn, float cut, const float
         if (gated) multiply(ffn.copy.up, ffn.up.bias, up);
         for (int64_t t = 0; t < tokens; ++t)
           choose(ffn, cut, first, count, gate + t * NESTED_UNIT, gated ? up + t * NESTED_UNIT : nullptr,
-                 work.hidden.data + t * width, chosen[2 * t], chosen[2 * t + 1]);
+                 team.rounded->inputs.data[t], chosen[2 * t], chosen[2 * t + 1]);
       }
       float* out = work.out.data + part * size;
       std::fill_n(out, size, 0.0f);
@@ -276,7 +351,7 @@ static void nested_phases(Team& team, const lte_ffn& ffn, float cut, const float
   for (int64_t s; queue.take((D + slice - 1) / slice, s);)
     for (int64_t t = 0; t < tokens; ++t)
       for (int64_t i = s * slice; i < std::min(D, (s + 1) * slice); ++i) {
-        const float* its = work.out.data + t * width + ordered_index(i);
+        const float* its = work.out.data + t * width + output_index(i);
         float sum = 0;
         for (int64_t part = 0; part < parts; ++part) sum += its[part * size];
         emit(t, i, sum);

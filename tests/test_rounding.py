@@ -61,6 +61,8 @@ def test_the_scales_serve_both_planes():
     for upper in (3, None):
         codes, scales = compensated_codes(weight, x.T @ x, 4, 64, upper=upper)
         made = NestedMatrix.of(codes, scales, 4, 3, 128)
-        errors[upper] = [float((x @ (m - weight).T).square().sum()) for m in (made.dequantize(), made.upper.dequantize())]
+        errors[upper] = [
+            float((x @ (m - weight).T).square().sum()) for m in (made.dequantize(), made.upper.dequantize())
+        ]
     assert errors[3][1] < errors[None][1]
     assert errors[3][0] < 1.3 * errors[None][0]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lte.nn.quantized import QuantizedLinear, QuantizedWeight
-from lte.ops.nested import LANES, PIECE, NestedMatrix, NestedRows, RowCodes
+from lte.ops.nested import PIECE, NestedMatrix, NestedRows, RowCodes
 
 
 class NestedLinear(QuantizedLinear):
@@ -125,7 +125,7 @@ class NestedDown(QuantizedWeight):
 
 
 def _row_bytes(columns: int, bits: int) -> int:
-    return -(-columns // PIECE) * LANES * bits
+    return -(-columns // PIECE) * 8 * bits
 
 
 def _add_lower(module: QuantizedWeight, rows: int, columns: int, bits: int, device: torch.device | str | None) -> None:

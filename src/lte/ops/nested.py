@@ -11,17 +11,20 @@ from torch import Tensor
 from lte.ops.lowbit import FFNCopy, LowBitMatrix, pack, round_inputs
 from lte.ops.reference import ACTIVATIONS
 
-LANES, PIECE = 8, 64
-"""Of a row of codes: lanes of a piece, and columns."""
+PIECE = 64
+"""Columns of a piece of a row of codes."""
+
+PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,)}
+"""Bits of a code -> of the planes it is stored in, lowest first."""
 
 
 @dataclass(frozen=True)
 class RowCodes:
     """[N, D] codes of 1 to 4 bits, a row being one stretch of memory.
 
-    A row is cut into pieces of 64 columns, of which lane i of 8 has columns i, 8 + i, ..., 56 + i, code k at its bits
-    ``bits * k`` and up: as many bytes as a code has bits, lowest first. Of lanes of three bytes the first two of all
-    pieces come first, then the third.
+    A row is cut into pieces of 64 columns, of 8 bytes for every bit. Of codes of w = 1, 2 or 4 bits byte j of 8 w has
+    columns j, j + 8 w, j + 16 w, ..., lowest bits first; of three bits the two lower ones come first, so stored, and then
+    the third. A kernel takes all of a piece by one shift of each of its words.
 
     Attributes:
         data: [N, pieces * 8 * bits] uint8.
@@ -36,27 +39,25 @@ class RowCodes:
     @classmethod
     def pack(cls, codes_ND: Tensor, bits: int) -> RowCodes:
         """Of codes from 0 to ``2 ** bits - 1``."""
-        columns = codes_ND.shape[1]
-        pieces = F.pad(codes_ND.int(), (0, -columns % PIECE)).unflatten(1, (-1, PIECE // LANES, LANES))
-        places = bits * torch.arange(PIECE // LANES, device=codes_ND.device)
-        lanes = (pieces.long() << places[:, None]).sum(2)  # [N, pieces, lanes]
-        byte = torch.stack([lanes >> (8 * b) & 255 for b in range(bits)], -1).to(torch.uint8)
-        parts = (byte[..., :2], byte[..., 2:]) if bits == 3 else (byte,)
-        return cls(torch.cat([part.flatten(1) for part in parts], 1).contiguous(), columns, bits)
+        columns, low, parts = codes_ND.shape[1], 0, []
+        pieces = F.pad(codes_ND.int(), (0, -columns % PIECE)).unflatten(1, (-1, PIECE))
+        for wide in PLANES[bits]:
+            plane = (pieces >> low & (2**wide - 1)).unflatten(2, (8 // wide, 8 * wide))
+            places = wide * torch.arange(8 // wide, device=codes_ND.device)
+            parts.append((plane << places[:, None]).sum(2).to(torch.uint8))
+            low += wide
+        return cls(torch.cat(parts, 2).flatten(1).contiguous(), columns, bits)
 
     def codes(self) -> Tensor:
         """[N, D] uint8."""
-        pieces = self.data.shape[1] // (LANES * self.bits)
-        if self.bits == 3:
-            first, last = self.data.split([2 * LANES * pieces, LANES * pieces], 1)
-            byte = torch.cat([first.unflatten(1, (pieces, LANES, 2)), last.unflatten(1, (pieces, LANES, 1))], -1)
-        else:
-            byte = self.data.unflatten(1, (pieces, LANES, self.bits))
-        places = 8 * torch.arange(self.bits, device=self.data.device)
-        lanes = (byte.long() << places).sum(-1)
-        shifts = self.bits * torch.arange(PIECE // LANES, device=self.data.device)
-        codes = lanes.unsqueeze(2) >> shifts[:, None] & (2**self.bits - 1)  # [N, pieces, 8, lanes]
-        return codes.flatten(1)[:, : self.columns].to(torch.uint8)
+        pieces, low = self.data.unflatten(1, (-1, 8 * self.bits)), 0
+        codes = torch.zeros((*pieces.shape[:2], PIECE), dtype=torch.uint8, device=self.data.device)
+        for wide in PLANES[self.bits]:
+            plane = pieces[:, :, 8 * low : 8 * (low + wide)].unsqueeze(2)
+            places = wide * torch.arange(8 // wide, dtype=torch.uint8, device=self.data.device)
+            codes |= (plane >> places[:, None] & (2**wide - 1)).flatten(2) << low
+            low += wide
+        return codes.flatten(1)[:, : self.columns]
 
     def levels(self) -> Tensor:
         """[N, D] float32: codes counted from the middle of their range."""
@@ -170,7 +171,7 @@ class NestedFFN:
 
 
 def nested_ffn_reference(x_TD: Tensor, weights: NestedFFN, cut: float, fine_cut: float) -> Tensor:
-    """What kernels compute, in plain PyTorch: products with upper planes of gate and up see inputs in 8 bits.
+    """What kernels compute, in plain PyTorch: gate and up see inputs in 8 bits.
 
     Args:
         x_TD: [T, D] inputs.
@@ -182,13 +183,13 @@ def nested_ffn_reference(x_TD: Tensor, weights: NestedFFN, cut: float, fine_cut:
         [T, D], in the dtype of ``x_TD``.
     """
     copy, act = weights.copy, ACTIVATIONS[weights.activation]
-    rounded, x = round_inputs(x_TD, copy.up.group), x_TD.float()
+    rounded = round_inputs(x_TD, copy.up.group)
 
     def product(upper: LowBitMatrix, bias: Tensor | None) -> Tensor:
         return F.linear(rounded, upper.dequantize(), None if bias is None else bias.float())
 
     def correction(upper: LowBitMatrix, lower: RowCodes | None) -> Tensor:
-        return F.linear(x, NestedMatrix(upper, lower).correction())
+        return F.linear(rounded, NestedMatrix(upper, lower).correction())
 
     up = product(copy.up, weights.up_bias)
     gate = None if copy.gate is None else product(copy.gate, weights.gate_bias)
