@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import lte
 from lte.accounting import model_cost
+from lte.bench.decode import bench_decode
+from lte.cli import app
 from lte.config import method_config
-from lte.errors import ConfigError
+from lte.errors import CheckpointError, ConfigError
 from lte.inference.decode import DecodeStep
+from lte.models import train_tokenizer
 from lte.nn import NestedDown, NestedLinear, SparseFFN, sparse_ffns
 from lte.ops import cpu
 from tests import models
@@ -136,3 +142,57 @@ def test_experts_take_no_bits_per_token():
     model = lte.sparsify(models.build("llama"), lte.LTEConfig(expert_size=32, grouping="random", router_init="random"))
     with pytest.raises(ConfigError, match="method self-prediction"):
         lte.quantize(model, bits=4, bits_per_token=3.2, calibration=batches())
+
+
+def test_damaged_checkpoints(tmp_path):
+    lte.quantize(wide(), bits=4, bits_per_token=3.2, calibration=batches()).save_pretrained(tmp_path)
+    file, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    tensors, text = load_file(file), config.read_text()
+
+    def refused(match, *, without="", **weights):
+        save_file({k: v for k, v in tensors.items() if k != without}, file, metadata={"format": "pt"})
+        values = json.loads(text)
+        values["quantization_config"]["weights"] |= weights
+        config.write_text(json.dumps(values))
+        with pytest.raises(CheckpointError, match=match) as error:
+            lte.load(tmp_path)
+        assert "\n" not in str(error.value)
+
+    refused("lacks FFN weights: layers.1.mlp.down_proj.lower", without="model.layers.1.mlp.down_proj.lower")
+    refused("lacks FFN weights: layers.0.mlp.gate_proj.codes", without="model.layers.0.mlp.gate_proj.codes")
+    refused("has shape", coarse=2)
+    refused("has shape", bits=5)
+    refused("has shape", group=128)
+    refused("coarse is missing", coarse=None)
+    refused("fine_share", fine_share=2)
+
+
+def test_the_command(tmp_path):
+    text, folder = tmp_path / "text.txt", tmp_path / "dense"
+    text.write_text("A small text, of some words and few lines, that is read again and again.\n" * 60)
+    model = wide()
+    model.resize_token_embeddings(300)
+    model.save_pretrained(folder)
+    train_tokenizer([text.read_text()], 300).save_pretrained(folder)
+    words = ["quantize", str(folder), "--weights", "int4", "--bits-per-token", "3.2", "--context-length", "16"]
+    result = CliRunner().invoke(app, [*words, "--data", str(text), "--out", str(tmp_path / "small")])
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    loaded = lte.load(tmp_path / "small")
+    assert loaded.config.quantization_config.method.method == "self-prediction"
+    assert loaded.config.quantization_config.weights.coarse == 3
+    result = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "other")])
+    assert "needs calibration data" in str(result.exception)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.skipif(bool(cpu.unavailable()), reason=cpu.unavailable() or "kernels built")
+def test_decoding_is_timed_at_some_bits(tmp_path):
+    wide().config.to_json_file(tmp_path / "config.json")
+    settings = {"compiled": False, "with_llama_cpp": False, "new_tokens": 3, "rounds": 1}
+    method = method_config("self-prediction", {})
+    of = {"weights": [4], "bits_per_token": [3.2], "sparsities": [0.5], "method": method}
+    rows, _ = bench_decode(config_name=str(tmp_path / "config.json"), **of, **settings)
+    assert [row["weights"] for row in rows if row["engine"] == "lte"] == ["bf16", "int4", "int4 at 3.2"]
+    assert not [row["status"] for row in rows if row["status"].startswith("failed")]
+    with pytest.raises(ConfigError, match="--method self-prediction and --weights"):
+        bench_decode(bits_per_token=[3.2])

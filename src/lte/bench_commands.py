@@ -158,6 +158,9 @@ def bench_decode(
     weights: Annotated[
         str, typer.Option(help="Also models of the shape with weights of few bits, e.g. int8,int4.")
     ] = "",
+    bits_per_token: Annotated[
+        str, typer.Option(help="Of an FFN weight of few bits, with --method self-prediction, e.g. 4,3.2.")
+    ] = "",
     method: Annotated[str, typer.Option(help="lte: linear routers; self-prediction: the FFN's own copy.")] = "lte",
     expert_size: Annotated[int | None, typer.Option(help="Neurons per expert; the method's own by default.")] = None,
     compile_: Annotated[
@@ -187,6 +190,7 @@ def bench_decode(
             rounds=rounds,
             method=method_config(method, {} if expert_size is None else {"expert_size": expert_size}),
             weights=[bits_of(name) for name in weights.split(",") if name and name != dtype],
+            bits_per_token=numbers(bits_per_token, "bits_per_token") if bits_per_token else (),
             compiled=compile_,
             with_llama_cpp=llama_cpp,
             device=where,

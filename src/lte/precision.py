@@ -4,24 +4,64 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lte.config import WeightsConfig
+from lte.calibration import every_nth
+from lte.config import MethodConfig, OperatingPoint, WeightsConfig
 from lte.errors import ConfigError
 from lte.margins import Margins
 from lte.nn import CopyRouter, NestedDown, NestedForm, NestedLinear, SparseFFN, sparse_ffns
 from lte.ops.nested import NestedFFN, NestedMatrix, NestedRows
 from lte.rounding import compensated_codes, compensated_columns
-from lte.thresholds import calibrate, measure_margins, set_thresholds, thresholds_of
+from lte.thresholds import find_thresholds, measure_margins, set_thresholds, thresholds_of
 
 HALF = 0.5
 """Of the ratio of the two thresholds that independent errors would ask for. Measured on stories-3m, at 2.9 to 4.8 bits
 in planes of 3 + 1, 3 + 2 and 4 + 2: best in all; what is left out errs all in one direction."""
 
+TOKENS = 4096
+"""Most that thresholds are found on."""
+
 SEARCH = 40
 """Halvings of the interval a threshold is searched in."""
+
+
+class Precision(NamedTuple):
+    """Two thresholds.
+
+    Attributes:
+        fine: score, its logarithm, from which neurons run on all bits.
+        fine_share: of those that run, on the text that the thresholds were found on.
+        point: from which they run at all, and how many do.
+    """
+
+    fine: float
+    fine_share: float
+    point: OperatingPoint
+
+
+def weights_config(
+    bits: int, *, by_neuron: bool, group: int | None = None, coarse: int | None = None, **settings: Any
+) -> WeightsConfig:
+    """Settings of weights of few bits, with what is best known for what is not given.
+
+    Args:
+        bits: of a weight.
+        by_neuron: whether FFNs are put into two planes.
+        group: weights that share a scale; None for 64 in two planes, else 32.
+        coarse: bits of the upper plane; None for 3 of up to 5, 4 of more.
+        **settings: others of :class:`WeightsConfig`.
+    """
+    if by_neuron:
+        coarse = coarse or min(bits, 3 if bits <= 5 else 4)
+    return WeightsConfig(bits=bits, group=group or (64 if by_neuron else 32), coarse=coarse, **settings)
+
+
+def picks_neurons(method: MethodConfig) -> bool:
+    """Whether FFNs under a method are put into two planes: their own copy picks single neurons."""
+    return method.method == "self-prediction" and method.expert_size == 1
 
 
 def is_by_neuron(ffn: SparseFFN) -> bool:
@@ -78,9 +118,7 @@ def check_reachable(bits_per_token: float, settings: WeightsConfig, d_model: int
         )
 
 
-def set_bits_per_token(
-    model: Any, batches: Iterable[Mapping[str, Tensor]], bits_per_token: float
-) -> tuple[float, float]:
+def set_bits_per_token(model: Any, batches: Iterable[Mapping[str, Tensor]], bits_per_token: float) -> Precision:
     """Move both thresholds of a model in two planes so that a token reads so many bits of an FFN weight in the mean.
 
     A neuron's error, left out or on its upper bits, is its score times a factor, so for least error at some bits the
@@ -88,16 +126,16 @@ def set_bits_per_token(
 
     Args:
         model: of single neurons in two planes.
-        batches: model inputs.
+        batches: model inputs, of which some are used.
         bits_per_token: scales included.
 
     Returns:
-        Score (its logarithm) from which neurons run on all bits, and their share of those that run, on the batches.
+        Where the thresholds are now.
     """
-    kept = list(batches)
+    kept = every_nth(list(batches), TOKENS)
     ffns = sparse_ffns(model)
-    planes = [_planes(ffn) for ffn in ffns]
-    distance = _distance(ffns, planes[0])
+    planes = planes_of(ffns[0])
+    distance = _distance(ffns, planes)
     for ffn in ffns:
         ffn.router.fine = None
     set_thresholds(model, [0.5] * len(ffns))
@@ -105,14 +143,11 @@ def set_bits_per_token(
     low, high = margins.quantile(0.0), margins.quantile(1.0)
     for _ in range(SEARCH):
         middle = (low + high) / 2
-        read = planes[0].bits_read(1 - _below(margins, middle), 1 - _below(margins, middle + distance))
+        read = planes.bits_read(1 - _below(margins, middle), 1 - _below(margins, middle + distance))
         low, high = (middle, high) if read > bits_per_token else (low, middle)
-    off = _below(margins, low)
-    if 0.001 < off < 0.999:
-        calibrate(model, kept, off)
-    else:
-        set_thresholds(model, [1 / (1 + math.exp(-low))] * len(ffns))
-    return _set_fine(model, kept, bits_per_token, planes[0])
+    off = min(max(_below(margins, low), 1e-3), 1 - 1e-3)
+    point = find_thresholds(model, kept, off)
+    return Precision(*_set_fine(model, kept, bits_per_token, planes), point)
 
 
 def _set_fine(model: Any, batches: list[Mapping[str, Tensor]], bits: float, planes: NestedFFN) -> tuple[float, float]:
@@ -128,7 +163,8 @@ def _set_fine(model: Any, batches: list[Mapping[str, Tensor]], bits: float, plan
     return fine, share
 
 
-def _planes(ffn: SparseFFN) -> NestedFFN:
+def planes_of(ffn: SparseFFN) -> NestedFFN:
+    """The weights of an FFN in two planes."""
     form = ffn.router.form()
     assert isinstance(form, NestedForm)
     return form.weights

@@ -25,9 +25,17 @@ from lte.nn import (
     sparse_ffns,
 )
 from lte.ops import lowbit
-from lte.precision import check_planes, check_reachable, is_by_neuron, round_to_planes, set_bits_per_token
+from lte.precision import (
+    check_planes,
+    check_reachable,
+    is_by_neuron,
+    round_to_planes,
+    set_bits_per_token,
+    weights_config,
+)
 from lte.rounding import round_compensated
 from lte.sparsify import sparsify
+from lte.thresholds import remember
 
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
 
@@ -99,9 +107,7 @@ def quantize(
     check_family(model)
     ffns = sparse_ffns(model)
     nested = any(map(is_by_neuron, ffns)) or (not ffns and bits_per_token is not None)
-    coarse = (coarse or min(bits, 3 if bits <= 5 else 4)) if nested else coarse
-    group = group or (64 if nested else 32)
-    settings = WeightsConfig(bits=bits, group=group, head_bits=head_bits, coarse=coarse)
+    settings = weights_config(bits, by_neuron=nested, group=group, coarse=coarse, head_bits=head_bits)
     if bits_per_token is not None:
         if ffns and not nested:
             raise ConfigError("bits_per_token needs neurons that the model's own copy picks: method self-prediction")
@@ -134,10 +140,14 @@ def quantize(
     else:
         round_places(every, {})
     _finish(model, settings)
+    sparse: Any = model.config.quantization_config  # type: ignore[union-attr]
+    if nested:  # they were of another copy's scores
+        sparse.operating_points = []
     if bits_per_token is not None:
-        fine, share = set_bits_per_token(model, batches, bits_per_token)
-        settings = settings.model_copy(update={"fine": fine, "fine_share": share})
-    model.config.quantization_config.weights = settings  # type: ignore[union-attr]
+        found = set_bits_per_token(model, batches, bits_per_token)
+        settings = settings.model_copy(update={"fine": found.fine, "fine_share": found.fine_share})
+        remember(model, found.point)
+    sparse.weights = settings
     return model
 
 

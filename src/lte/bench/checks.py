@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from lte.bench.rows import TOLERANCE
-from lte.nn import SparsityMeter, observe_routing, sparse_ffns
-from lte.ops import QuantizedFFN, sparse_ffn_reference
+from lte.nn import NestedForm, QuantizedWeight, SparsityMeter, observe_routing, sparse_ffns
+from lte.ops import FFNWeights, QuantizedFFN, sparse_ffn_reference
 from lte.ops.backends import ENVIRONMENT
+from lte.ops.nested import nested_ffn_reference
 from lte.ops.quantized import quantized_ffn_reference
 
 LOGITS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
@@ -27,7 +28,7 @@ either side, in every layer, and after it the scores near a threshold."""
 
 def tolerances(model: Any) -> tuple[float, float]:
     """Of the FFNs' error and the logits'."""
-    if sparse_ffns(model)[0].quantized() is not None:
+    if any(isinstance(module, QuantizedWeight) for module in model.modules()):
         return max(TOLERANCE[model.dtype], CODES_TOLERANCE[0]), CODES_TOLERANCE[1]
     return TOLERANCE[model.dtype], LOGITS_TOLERANCE[model.dtype]
 
@@ -76,14 +77,17 @@ def ffn_error(model: Any, tokens: int) -> float:
     """Largest error of any layer's FFN against the float32 reference, relative to its largest value."""
     worst = 0.0
     for ffn in sparse_ffns(model):
-        weights = ffn.quantized() or ffn.weights()
+        form = ffn.router.form()
+        weights = form.weights if isinstance(form, NestedForm) else ffn.quantized() or ffn.weights()
         x_TD = torch.randn(tokens, weights.d_model, generator=torch.Generator().manual_seed(ffn.layer_index))
         x_TD = x_TD.to(model.device, model.dtype)
-        mask = ffn.router(x_TD).mask
-        if isinstance(weights, QuantizedFFN):
-            wanted = quantized_ffn_reference(x_TD.float(), weights, mask)
+        if isinstance(form, NestedForm):
+            wanted = nested_ffn_reference(x_TD.float(), form.weights, form.cut, form.fine_cut)
+        elif isinstance(weights, QuantizedFFN):
+            wanted = quantized_ffn_reference(x_TD.float(), weights, ffn.router(x_TD).mask)
         else:
-            wanted = sparse_ffn_reference(x_TD.float(), weights.float(), mask)
+            assert isinstance(weights, FFNWeights)
+            wanted = sparse_ffn_reference(x_TD.float(), weights.float(), ffn.router(x_TD).mask)
         error = (ffn(x_TD).float() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6)
         worst = max(worst, float(error))
     return worst

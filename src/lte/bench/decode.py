@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import CompileConfig
 
+from lte.accounting import model_cost
 from lte.bench import llama_cpp
 from lte.bench.checks import check_logits, ffn_error, tolerances
 from lte.bench.ffn import DTYPES
@@ -32,8 +33,9 @@ from lte.inference.decode import DecodeStep
 from lte.inference.packing import streaming_copy
 from lte.methods import DenseConfig, LTEConfig
 from lte.nn import sparse_ffns
+from lte.ops import FFNWeights
+from lte.precision import picks_neurons, planes_of, set_bits_per_token, weights_config
 from lte.sparsify import sparsify
-from lte.thresholds import thresholds_of
 
 PROMPT_TOKENS = 16
 
@@ -69,6 +71,7 @@ def bench_decode(
     rounds: int = 3,
     method: MethodConfig | None = None,
     weights: Sequence[int] = (),
+    bits_per_token: Sequence[float] = (),
     compiled: bool = True,
     with_llama_cpp: bool = True,
     device: torch.device | None = None,
@@ -88,6 +91,7 @@ def bench_decode(
         new_tokens, rounds: tokens per turn, turns per engine.
         method: of a random model; linear routers on experts of 32 by default.
         weights: bits of the weights of further models of the shape; llama.cpp then runs such formats too.
+        bits_per_token: of an FFN weight, for models in two planes: neurons are left out, coarse or exact.
         compiled: whether to measure ``torch.compile`` too, which takes a minute or more to compile.
         with_llama_cpp: whether to measure llama.cpp, where ``llama-cpp-python`` and ``gguf`` are installed.
         device: CPU by default.
@@ -105,6 +109,8 @@ def bench_decode(
         )
     progress("building the model")
     method = method or LTEConfig(expert_size=32)
+    if bits_per_token and not (weights and picks_neurons(method)):
+        raise ConfigError("bits per token are of weights in two planes; give --method self-prediction and --weights")
     if model_folder is not None and weights:
         raise ConfigError("weights of few bits are timed on random models; give a model of `lte quantize` as --model")
     if model_folder is None:
@@ -133,10 +139,12 @@ def bench_decode(
         for bits in weights:
             progress(f"building the model of {bits} bits")
             config = model_config(config_name)
-            rounded = WeightsConfig(bits=bits, tied=config.tie_word_embeddings)
+            rounded = weights_config(bits, by_neuron=picks_neurons(method), tied=config.tie_word_embeddings)
             small = random_model(config, DTYPES[dtype], device, method, weights=rounded)
             each = _Bench(prepare_for_inference(small), ids, _of_bits(count, rounded), new_tokens)
             engines += [each.sparse_engine(sparsity, calibration, progress) for sparsity in sparsities]
+            if rounded.coarse is not None:
+                engines += [each.precise_engine(wanted, calibration, progress) for wanted in bits_per_token]
         for engine in engines:
             engine.row["limit_speedup"] = count.dense / engine.n_bytes
         engines += _llama_cpp_engines(bench, model, dtype, weights, with_llama_cpp and batch == 1, stack, progress)
@@ -186,14 +194,14 @@ def _fused(model: Any) -> str:
 class _Bench:
     def __init__(self, model: Any, ids: Tensor, count: DecodeBytes, new_tokens: int) -> None:
         self.model, self.ids, self.count, self.new_tokens = model, ids, count, new_tokens
-        few_bits = sparse_ffns(model)[0].quantized()
-        weights = few_bits or sparse_ffns(model)[0].weights()
+        ffn = sparse_ffns(model)[0]
+        weights = planes_of(ffn) if ffn.is_nested else ffn.quantized() or ffn.weights()
         dtype = {v: k for k, v in DTYPES.items()}[model.dtype]
         self.common = {
             "d_model": weights.d_model,
             "d_ff": weights.d_ff,
             "dtype": dtype,
-            "weights": dtype if few_bits is None else f"int{few_bits.up.bits}",
+            "weights": dtype if isinstance(weights, FFNWeights) else f"int{weights.bits}",
             "tokens": len(ids),
             "threads": torch.get_num_threads(),
             "status": "ok",
@@ -230,11 +238,24 @@ class _Bench:
         model = self.model
         if sparsity >= 0:
             set_sparsity(model, sparsity, calibration)
-        thresholds = thresholds_of(model)
+        return self._engine()
+
+    def precise_engine(self, bits: float, calibration: Tensor, progress: Callable[[str], None]) -> Engine:
+        """The same where a token reads so many bits of an FFN weight in the mean."""
+        progress(f"setting thresholds for {bits:g} bits")
+        set_bits_per_token(self.model, [{"input_ids": calibration}], bits)
+        engine = self._engine()
+        engine.row["weights"] += f" at {bits:g}"
+        return engine
+
+    def _engine(self) -> Engine:
+        model = self.model
+        routers = [ffn.router for ffn in sparse_ffns(model)]
+        settings = [(router.threshold, router.fine, router.fine_share) for router in routers]
 
         def prepare() -> None:
-            for ffn, threshold in zip(sparse_ffns(model), thresholds, strict=True):
-                ffn.router.threshold = threshold
+            for router, values in zip(routers, settings, strict=True):
+                router.threshold, router.fine, router.fine_share = values
 
         prepare()
         reached, logits_error = check_logits(model, self.ids, self.new_tokens)
@@ -261,9 +282,15 @@ class _Bench:
         return Engine(
             row,
             lambda n: generate_seconds(model, self.ids, n, static=static),
-            self.count.sparse(reached, router=reached > 0),
+            self._bytes(reached),
             prepare,
         )
+
+    def _bytes(self, sparsity: float) -> float:
+        if sparse_ffns(self.model)[0].is_nested:
+            cost, layers = model_cost(self.model), len(sparse_ffns(self.model))
+            return self.count.cache + cost.bytes_per_token([sparsity] * layers)["sparse"]
+        return self.count.sparse(sparsity, router=sparsity > 0)
 
 
 def _dense_twin(model: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lte.config import MethodConfig, WeightsConfig
+from lte.config import MethodConfig, SparsityConfig, WeightsConfig
 from lte.errors import ConfigError
 from lte.gguf import split_path
 from lte.hub import read_config
 from lte.inference.packing import streaming_copy
-from lte.nn import QuantizedWeight, Router, ScoreRouter, SparseFFN, sparse_ffns
+from lte.nn import NestedDown, NestedLinear, QuantizedWeight, Router, ScoreRouter, SparseFFN, sparse_ffns
 from lte.quantization import install_quantized
 from lte.sparsify import install_sparse_ffns
 from lte.thresholds import shifted
@@ -135,6 +136,7 @@ def random_model(
         model.get_submodule(owner).register_buffer(leaf, buffer.to(device), persistent=False)
     if weights is None:
         model.tie_weights()
+    model.config.quantization_config = SparsityConfig(method, version("learn-to-be-efficient"), weights=weights)
     return model.eval()
 
 
@@ -145,6 +147,8 @@ def _draw_codes(module: QuantizedWeight, generator: torch.Generator) -> None:
     module.codes = streaming_copy(_tile(pattern, module.codes.shape))
     scale = torch.tensor((12 / module.columns) ** 0.5 / 2**module.bits, dtype=torch.bfloat16, device=device)
     module.scales = scale.view(torch.int16).expand(module.scales.shape).clone()
+    if isinstance(module, NestedLinear | NestedDown) and module.lower.numel():
+        module.lower = streaming_copy(_tile(pattern, module.lower.shape))
 
 
 def _one_layer(config: Any) -> Any:

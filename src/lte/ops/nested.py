@@ -23,8 +23,8 @@ class RowCodes:
     """[N, D] codes of 1 to 4 bits, a row being one stretch of memory.
 
     A row is cut into pieces of 64 columns, of 8 bytes for every bit. Of codes of w = 1, 2 or 4 bits byte j of 8 w has
-    columns j, j + 8 w, j + 16 w, ..., lowest bits first; of three bits the two lower ones come first, so stored, and then
-    the third. A kernel takes all of a piece by one shift of each of its words.
+    columns j, j + 8 w, j + 16 w, ..., lowest bits first; of three bits the two lower ones come first, so stored, and
+    then the third. A kernel takes all of a piece by one shift of each of its words.
 
     Attributes:
         data: [N, pieces * 8 * bits] uint8.
@@ -156,6 +156,11 @@ class NestedFFN:
         """Width D of the residual stream."""
         return self.copy.up.columns
 
+    @property
+    def bits(self) -> int:
+        """Of a weight, in both planes."""
+        return self.down.upper.bits + (0 if self.down.lower is None else self.down.lower.bits)
+
     def bits_read(self, on: float, fine: float) -> float:
         """Bits of a weight that a token reads in the mean, scales included, where shares of the neurons run.
 
@@ -165,7 +170,7 @@ class NestedFFN:
         """
         matrices = [matrix for matrix in (self.copy.gate, self.copy.up) if matrix is not None]
         down = self.down.upper.bits + 8 * self.down.scales.nbytes / (self.d_ff * self.d_model)
-        low = 0 if self.down.lower is None else self.down.lower.bits
+        low = self.bits - self.down.upper.bits
         read = sum(matrix.bits_per_weight for matrix in matrices) + on * down + fine * low * (len(matrices) + 1)
         return read / (len(matrices) + 1)
 

@@ -55,6 +55,11 @@ class QuantizedFFN:
         )
 
     @property
+    def bits(self) -> int:
+        """Of a weight."""
+        return self.up.bits
+
+    @property
     def d_ff(self) -> int:
         """Number of neurons F."""
         return self.up.rows
