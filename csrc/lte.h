@@ -54,6 +54,9 @@ struct lte_nested {
   lte_rows down, down_lower;      // one row per neuron, upper and lower bits
   const uint16_t* down_scales;    // [d_ff, down_groups], bf16, of the upper bits
   int64_t down_groups, down_group;
+  const int32_t* exact;           // [n_exact], ascending: neurons whose down row is exact, and has scales 0
+  const uint16_t* exact_rows;     // [n_exact, d_model], bf16
+  int64_t n_exact;
   float fine_cut;
 };
 

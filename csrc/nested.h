@@ -262,10 +262,18 @@ struct LowerDots {
   }
 };
 
-// One token's share of some neurons: those that run are added to `on`, and to `fine` where all their bits count.
+// Where the hidden value of a neuron whose row is exact is put; null for others, whose scales are not 0.
+static float* exact_value(const lte_nested& nested, int64_t neuron, float* exact) {
+  if (nested.down_scales[neuron * nested.down_groups]) return nullptr;
+  const int32_t *end = nested.exact + nested.n_exact, *its = std::lower_bound(nested.exact, end, int32_t(neuron));
+  return its != end && *its == neuron ? exact + (its - nested.exact) : nullptr;
+}
+
+// One token's share of some neurons: those that run are added to `on`, and to `fine` where all their bits count; of those
+// whose rows are exact the hidden values are put into `exact`.
 // gate, up: products of the upper bits, biases included; up is null without a gate.
 static void choose(const lte_ffn& ffn, float cut, int64_t first, int64_t count, const float* gate, const float* up,
-                   const RoundedInputs& x, Chosen& on, Chosen& fine) {
+                   const RoundedInputs& x, Chosen& on, Chosen& fine, float* exact) {
   float hidden[NESTED_UNIT + VL], gates[NESTED_UNIT + VL], ups[NESTED_UNIT + VL];
   int32_t needed[NESTED_UNIT];
   const lte_nested& nested = ffn.nested;
@@ -281,7 +289,10 @@ static void choose(const lte_ffn& ffn, float cut, int64_t first, int64_t count, 
     const float score = std::fabs(hidden[i]) * ffn.copy.norms[first + i];
     if (!(score > cut)) continue;
     if (!lower || !(score > nested.fine_cut)) {
-      on.add(first + i, hidden[i]);
+      if (float* its = exact_value(nested, first + i, exact))
+        *its = hidden[i];
+      else
+        on.add(first + i, hidden[i]);
       continue;
     }
     if (up) prefetch_row(nested.gate, first + i, pieces);
@@ -294,7 +305,11 @@ static void choose(const lte_ffn& ffn, float cut, int64_t first, int64_t count, 
   }
   std::fill_n(gates + more, VL, 0.0f), std::fill_n(ups + more, VL, 0.0f);
   activate_all(ffn.activation, gates, up ? ups : nullptr, more);
-  for (int64_t i = 0; i < more; ++i) on.add(needed[i], gates[i]), fine.add(needed[i], gates[i]);
+  for (int64_t i = 0; i < more; ++i)
+    if (float* its = exact_value(nested, needed[i], exact))
+      *its = gates[i];
+    else
+      on.add(needed[i], gates[i]), fine.add(needed[i], gates[i]);
 }
 
 // Tokens xs (as `put` has them) through the neurons whose score is above the cut; emit as of ffn_phases.
@@ -307,7 +322,10 @@ static void nested_phases(Team& team, const lte_ffn& ffn, float cut, const float
   const int64_t parts = std::min(PARTS, units), most = (units / parts + 1) * NESTED_UNIT;
   round_phase(team, ffn.copy.up, tokens, [&](int64_t t, int64_t i) { return get<W>(xs + t * xs_stride, i, D); });
   team.begin();
-  if (team.rank == 0) work.out.get(parts * size);
+  if (team.rank == 0) {
+    work.out.get(parts * size);
+    std::fill_n(work.hidden.get(tokens * nested.n_exact + 1), tokens * nested.n_exact, 0.0f);
+  }
   team.end();
   {
     Queue& queue = team.begin();
@@ -333,7 +351,8 @@ static void nested_phases(Team& team, const lte_ffn& ffn, float cut, const float
         if (gated) multiply(ffn.copy.up, ffn.up.bias, up);
         for (int64_t t = 0; t < tokens; ++t)
           choose(ffn, cut, first, count, gate + t * NESTED_UNIT, gated ? up + t * NESTED_UNIT : nullptr,
-                 team.rounded->inputs.data[t], chosen[2 * t], chosen[2 * t + 1]);
+                 team.rounded->inputs.data[t], chosen[2 * t], chosen[2 * t + 1],
+                 work.hidden.data + t * nested.n_exact);
       }
       float* out = work.out.data + part * size;
       std::fill_n(out, size, 0.0f);
@@ -348,13 +367,21 @@ static void nested_phases(Team& team, const lte_ffn& ffn, float cut, const float
   }
   Queue& queue = team.begin();
   const int64_t slice = (D + team.size - 1) / team.size;
+  float* sums = thread_scratch().linear.get(slice);
   for (int64_t s; queue.take((D + slice - 1) / slice, s);)
-    for (int64_t t = 0; t < tokens; ++t)
-      for (int64_t i = s * slice; i < std::min(D, (s + 1) * slice); ++i) {
-        const float* its = work.out.data + t * width + output_index(i);
-        float sum = 0;
-        for (int64_t part = 0; part < parts; ++part) sum += its[part * size];
-        emit(t, i, sum);
+    for (int64_t t = 0; t < tokens; ++t) {
+      const int64_t from = s * slice, count = std::min(D, from + slice) - from;
+      for (int64_t i = 0; i < count; ++i) {
+        const float* its = work.out.data + t * width + output_index(from + i);
+        sums[i] = 0;
+        for (int64_t part = 0; part < parts; ++part) sums[i] += its[part * size];
       }
+      for (int64_t k = 0; k < nested.n_exact; ++k) {
+        const float hidden = work.hidden.data[t * nested.n_exact + k];
+        const bf16* row = nested.exact_rows + k * D + from;
+        for (int64_t i = 0; hidden != 0.0f && i < count; ++i) sums[i] += hidden * widen(row[i]);
+      }
+      for (int64_t i = 0; i < count; ++i) emit(t, from + i, sums[i]);
+    }
   team.end();
 }

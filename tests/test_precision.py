@@ -196,3 +196,12 @@ def test_decoding_is_timed_at_some_bits(tmp_path):
     assert not [row["status"] for row in rows if row["status"].startswith("failed")]
     with pytest.raises(ConfigError, match="--method self-prediction and --weights"):
         bench_decode(bits_per_token=[3.2])
+
+
+@pytest.mark.parametrize(("bits", "coarse"), [(3, None), (5, None), (6, 4), (4, 2)])
+def test_planes_of_other_bits_come_back_from_disk(bits, coarse, tmp_path):
+    model = lte.quantize(by_neuron(), bits=bits, coarse=coarse)
+    weights = model.config.quantization_config.weights
+    assert (weights.bits, weights.coarse) == (bits, coarse or 3)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(lte.load(tmp_path)), logits(model))

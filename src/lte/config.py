@@ -219,6 +219,7 @@ class WeightsConfig(pydantic.BaseModel):
         tied: whether the head multiplies with the embeddings' weights.
         coarse: of the bits, those of FFNs of single neurons that are read of all of them and say which are needed; None
             where no FFN is in two planes.
+        exact: neurons of an FFN in two planes whose rows of the down projection are not rounded, in bfloat16.
         fine: score, its logarithm, above which a neuron that runs does so on all bits; None: all do.
         fine_share: of those that run, on the text that this was found on.
     """
@@ -230,6 +231,7 @@ class WeightsConfig(pydantic.BaseModel):
     head_bits: Annotated[int, pydantic.Field(ge=1, le=8)] | None = None
     tied: bool = False
     coarse: Annotated[int, pydantic.Field(ge=1, le=4)] | None = None
+    exact: Annotated[int, pydantic.Field(ge=0)] = 0
     fine: float | None = None
     fine_share: Annotated[float, pydantic.Field(ge=0, le=1)] = 1.0
 

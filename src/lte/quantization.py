@@ -295,8 +295,10 @@ def _empty(
         return QuantizedEmbedding(*size, scale=scale, dtype=module.weight.dtype, **storage)
     wide, biased = (module.in_features, module.out_features), module.bias is not None
     if place.nested:
-        kind = NestedDown if place.role == "down" else NestedLinear
-        return kind(*wide, bias=biased, coarse=settings.coarse or bits, **storage)
+        storage |= {"bias": biased, "coarse": settings.coarse or bits}
+        if place.role == "down":
+            return NestedDown(*wide, exact=min(settings.exact, module.in_features), **storage)
+        return NestedLinear(*wide, **storage)
     return QuantizedLinear(*wide, bias=biased, by_columns=place.role == "down", **storage)
 
 

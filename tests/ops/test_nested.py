@@ -34,7 +34,9 @@ def nested(
         return NestedMatrix.of(*codes_of(matrix, bits, group), bits, coarse, d_model)
 
     up, gate = tiles(1), tiles(2) if gated else None
-    down = NestedRows.of(*codes_of(random(d_ff, d_model, seed=3) / d_ff**0.5, bits, group), bits, coarse, d_model)
+    rows = random(d_ff, d_model, seed=3) / d_ff**0.5
+    exact = torch.tensor([2, 31, d_ff - 1])
+    down = NestedRows.of(*codes_of(rows, bits, group), bits, coarse, d_model, exact, rows[exact])
     return NestedFFN(
         copy=FFNCopy(up.upper, 0.5 + random(d_ff, seed=4).abs(), None if gate is None else gate.upper),
         down=down,
@@ -85,5 +87,6 @@ def test_neurons_are_out_coarse_or_fine(isa, bits, coarse, tokens, dtype):
 
 def test_bits_are_counted():
     weights = nested(128, 64, 4, 3)
-    assert weights.bits_read(1.0, 1.0) == pytest.approx(4.25)
-    assert weights.bits_read(0.5, 0.2) == pytest.approx((2 * 3.25 + 0.5 * 3.25 + 0.2 * 3) / 3)
+    exact = 16 * 3 / 64  # three rows of 64 are in 16 bits
+    assert weights.bits_read(1.0, 1.0) == pytest.approx(4.25 + exact / 3)
+    assert weights.bits_read(0.5, 0.2) == pytest.approx((2 * 3.25 + 0.5 * (3.25 + exact) + 0.2 * 3) / 3)

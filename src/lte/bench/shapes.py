@@ -149,6 +149,10 @@ def _draw_codes(module: QuantizedWeight, generator: torch.Generator) -> None:
     module.scales = scale.view(torch.int16).expand(module.scales.shape).clone()
     if isinstance(module, NestedLinear | NestedDown) and module.lower.numel():
         module.lower = streaming_copy(_tile(pattern, module.lower.shape))
+    if isinstance(module, NestedDown):
+        module.exact = torch.arange(len(module.exact), dtype=torch.int32, device=device)
+        module.scales[: len(module.exact)] = 0
+        module.exact_rows.zero_()
 
 
 def _one_layer(config: Any) -> Any:

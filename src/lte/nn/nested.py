@@ -65,9 +65,12 @@ class NestedDown(QuantizedWeight):
     Args:
         in_features, out_features: F and D.
         bits, coarse, bias, group, device: as of :class:`NestedLinear`.
+        exact: neurons whose rows are not rounded.
     """
 
     lower: Tensor
+    exact: Tensor
+    exact_rows: Tensor
 
     def __init__(
         self,
@@ -77,6 +80,7 @@ class NestedDown(QuantizedWeight):
         bits: int,
         coarse: int,
         group: int,
+        exact: int = 0,
         bias: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
@@ -88,12 +92,15 @@ class NestedDown(QuantizedWeight):
         groups = -(-out_features // group)
         self.register_buffer("scales", torch.empty((in_features, groups), dtype=torch.int16, device=device))
         _add_lower(self, in_features, out_features, bits - coarse, device)
+        self.register_buffer("exact", torch.empty(exact, dtype=torch.int32, device=device))
+        self.register_buffer("exact_rows", torch.empty((exact, out_features), dtype=torch.int16, device=device))
         bias_D = torch.empty(out_features, device=device, dtype=torch.get_default_dtype())
         self.bias = nn.Parameter(bias_D) if bias else None
 
     def hold_planes(self, made: NestedRows) -> None:
         """Take over rows of these sizes."""
         self.codes, self.scales = made.upper.data, made.scales.view(torch.int16)
+        self.exact, self.exact_rows = made.exact, made.exact_rows.view(torch.int16)
         if made.lower is not None:
             self.lower = made.lower.data
 
@@ -101,7 +108,8 @@ class NestedDown(QuantizedWeight):
     def planes(self) -> NestedRows:
         """What is held."""
         upper = RowCodes(self.codes, self.rows, self.bits)
-        return NestedRows(upper, _lower(self, self.rows), self.scales.view(torch.bfloat16), self.group)
+        scales, rows = (tensor.view(torch.bfloat16) for tensor in (self.scales, self.exact_rows))
+        return NestedRows(upper, _lower(self, self.rows), scales, self.group, self.exact, rows)
 
     @property
     def spared(self) -> int:  # type: ignore[override]
@@ -111,7 +119,7 @@ class NestedDown(QuantizedWeight):
     @property
     def nbytes(self) -> int:
         """Of all bits, and scales."""
-        return self.codes.nbytes + self.scales.nbytes + self.lower.nbytes
+        return self.codes.nbytes + self.scales.nbytes + self.lower.nbytes + self.exact_rows.nbytes
 
     @property
     def weight(self) -> Tensor:

@@ -100,24 +100,43 @@ class NestedRows:
         upper, lower: codes; no lower ones where all bits are upper.
         scales: [F, G] bfloat16, of the upper plane.
         group: neighbours in a row that share a scale, a multiple of 64.
+        exact: [K] int32, ascending: of rows that count much and round badly, those of the few neurons with massive
+            activations; their scales are 0, and ``exact_rows`` has them.
+        exact_rows: [K, D] bfloat16.
     """
 
     upper: RowCodes
     lower: RowCodes | None
     scales: Tensor
     group: int
+    exact: Tensor
+    exact_rows: Tensor
 
     @classmethod
-    def of(cls, codes_FD: Tensor, scales_FG: Tensor, bits: int, coarse: int, columns: int) -> NestedRows:
-        """As :meth:`NestedMatrix.of`, of whole groups in every row."""
+    def of(
+        cls,
+        codes_FD: Tensor,
+        scales_FG: Tensor,
+        bits: int,
+        coarse: int,
+        columns: int,
+        exact: Tensor | None = None,
+        exact_rows: Tensor | None = None,
+    ) -> NestedRows:
+        """As :meth:`NestedMatrix.of`, of whole groups in every row; with no exact rows, or some."""
         low, group = bits - coarse, codes_FD.shape[1] // scales_FG.shape[1]
         scales = (scales_FG.float() * 2**low).bfloat16().contiguous()
         upper, lower = RowCodes.pack(codes_FD[:, :columns].int() >> low, coarse), _lower(codes_FD[:, :columns], low)
-        return cls(upper, lower, scales, group)
+        if exact is None or exact_rows is None:
+            exact, exact_rows = codes_FD.new_empty(0, dtype=torch.int32), codes_FD.new_empty(0, columns)
+        scales[exact.long()] = 0
+        return cls(upper, lower, scales, group, exact.int(), exact_rows.bfloat16())
 
     def coarse(self) -> Tensor:
-        """[F, D] float32, the upper plane's numbers."""
-        return self.upper.levels() * _spread(self.scales, self.group, self.upper.columns)
+        """[F, D] float32, the upper plane's numbers, or the exact ones."""
+        numbers = self.upper.levels() * _spread(self.scales, self.group, self.upper.columns)
+        numbers[self.exact.long()] = self.exact_rows.float()
+        return numbers
 
     def correction(self) -> Tensor:
         """As :meth:`NestedMatrix.correction`."""
@@ -169,7 +188,8 @@ class NestedFFN:
             fine: share that runs on all bits.
         """
         matrices = [matrix for matrix in (self.copy.gate, self.copy.up) if matrix is not None]
-        down = self.down.upper.bits + 8 * self.down.scales.nbytes / (self.d_ff * self.d_model)
+        more = self.down.scales.nbytes + self.down.exact_rows.nbytes
+        down = self.down.upper.bits + 8 * more / (self.d_ff * self.d_model)
         low = self.bits - self.down.upper.bits
         read = sum(matrix.bits_per_weight for matrix in matrices) + on * down + fine * low * (len(matrices) + 1)
         return read / (len(matrices) + 1)

@@ -107,6 +107,9 @@ def describe_nested_ffn(weights: NestedFFN, cut: float, fine_cut: float, dtype: 
         rows.scales.data_ptr(),
         rows.scales.shape[1],
         rows.group,
+        rows.exact.data_ptr(),
+        rows.exact_rows.data_ptr(),
+        len(rows.exact),
         fine_cut,
     )
     its = Copy(_lowbit(copy.gate), _lowbit(copy.up), copy.norms.data_ptr(), cut)

@@ -67,6 +67,9 @@ class Nested(ctypes.Structure):
         ("down_scales", c_void_p),
         ("down_groups", c_int64),
         ("down_group", c_int64),
+        ("exact", c_void_p),
+        ("exact_rows", c_void_p),
+        ("n_exact", c_int64),
         ("fine_cut", c_float),
     )
 
