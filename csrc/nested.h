@@ -196,12 +196,6 @@ struct Chosen {
   void add(int64_t neuron, float value) { neurons[count] = int32_t(neuron), hidden[count++] = value; }
 };
 
-// Rows that are picked one by one are not foreseen by the processor.
-static void prefetch_row(const lte_rows& rows, int64_t row, int64_t pieces) {
-  const int64_t bytes = pieces * 8 * rows.bits;
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(rows.codes + row * bytes + at);
-}
-
 // Rows of the down projection that some neurons of a token need, of one plane; `factor` is of its scales.
 static void add_plane(const lte_nested& nested, const lte_rows& plane, float factor, const Chosen& chosen, int64_t pieces,
                       float* y) {
@@ -211,10 +205,6 @@ static void add_plane(const lte_nested& nested, const lte_rows& plane, float fac
     const uint16_t* scales[ADDED];
     float values[ADDED];
     for (int64_t n = 0; n < chosen.count; n += ADDED) {
-      for (int64_t i = n + ADDED; i < std::min(chosen.count, n + 2 * ADDED); ++i) {
-        prefetch_row(plane, chosen.neurons[i], pieces);
-        __builtin_prefetch(nested.down_scales + chosen.neurons[i] * nested.down_groups);
-      }
       for (int64_t r = 0; r < ADDED; ++r) {
         const int64_t i = std::min(n + r, chosen.count - 1), neuron = chosen.neurons[i];
         rows[r] = plane.codes + neuron * pieces * 8 * bits();
@@ -269,9 +259,9 @@ static float* exact_value(const lte_nested& nested, int64_t neuron, float* exact
   return its != end && *its == neuron ? exact + (its - nested.exact) : nullptr;
 }
 
-// One token's share of some neurons: those that run are added to `on`, and to `fine` where all their bits count; of those
-// whose rows are exact the hidden values are put into `exact`.
-// gate, up: products of the upper bits, biases included; up is null without a gate.
+// One token's share of some neurons: those that run are added to `on`, and to `fine` where all their bits count; of
+// those whose rows are exact, hidden values are put into `exact`. gate, up: products of the upper bits, biases
+// included; up is null without a gate.
 static void choose(const lte_ffn& ffn, float cut, int64_t first, int64_t count, const float* gate, const float* up,
                    const RoundedInputs& x, Chosen& on, Chosen& fine, float* exact) {
   float hidden[NESTED_UNIT + VL], gates[NESTED_UNIT + VL], ups[NESTED_UNIT + VL];
@@ -283,8 +273,8 @@ static void choose(const lte_ffn& ffn, float cut, int64_t first, int64_t count, 
   const bool lower = nested.up.codes;
   const int64_t size = (ffn.d_model + PIECE - 1) / PIECE * TOGETHER;
   float* by = thread_scratch().attention.get(2 * size);
-  LowerDots first_dots{up ? ffn.copy.gate : ffn.copy.up, up ? nested.gate : nested.up, x, by}, up_dots{ffn.copy.up, nested.up, x, by + size};
-  const int64_t pieces = (ffn.d_model + PIECE - 1) / PIECE;
+  LowerDots first_dots{up ? ffn.copy.gate : ffn.copy.up, up ? nested.gate : nested.up, x, by};
+  LowerDots up_dots{ffn.copy.up, nested.up, x, by + size};
   for (int64_t i = 0; i < count; ++i) {
     const float score = std::fabs(hidden[i]) * ffn.copy.norms[first + i];
     if (!(score > cut)) continue;
@@ -295,8 +285,6 @@ static void choose(const lte_ffn& ffn, float cut, int64_t first, int64_t count, 
         on.add(first + i, hidden[i]);
       continue;
     }
-    if (up) prefetch_row(nested.gate, first + i, pieces);
-    prefetch_row(nested.up, first + i, pieces);
     needed[more++] = int32_t(first + i);
   }
   for (int64_t i = 0; i < more; ++i) {

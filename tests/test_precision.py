@@ -17,12 +17,11 @@ from lte.bench.decode import bench_decode
 from lte.cli import app
 from lte.config import method_config
 from lte.errors import CheckpointError, ConfigError
-from lte.inference.decode import DecodeStep
 from lte.models import train_tokenizer
-from lte.nn import NestedDown, NestedLinear, SparseFFN, sparse_ffns
+from lte.nn import NestedDown, NestedLinear, sparse_ffns
 from lte.ops import cpu
 from tests import models
-from tests.test_quantization import logits, off
+from tests.test_quantization import check_decode_step, logits, off
 
 FAMILIES = ["llama", "llama-bias-relu", "qwen2", "gemma"]
 
@@ -89,19 +88,7 @@ def test_a_token_reads_the_bits_asked_for(bits, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_decode_step_is_one_call(family, batch, dtype, monkeypatch):
     plain = lte.quantize(wide(family), bits=4, bits_per_token=3.2, calibration=batches()).to(dtype)
-    fast = lte.prepare_for_inference(copy.deepcopy(plain))
-    assert isinstance(fast.__dict__["forward"], DecodeStep)
-    prompt, token = models.inputs(batch, 9), models.inputs(batch, 1)["input_ids"]
-    prompt["attention_mask"][1:, :4] = 0
-    mask = torch.cat([prompt["attention_mask"], torch.ones(batch, 1, dtype=torch.int64)], 1)
-    with torch.no_grad():
-        caches = [plain(**prompt, use_cache=True).past_key_values for _ in range(2)]
-        monkeypatch.setenv("LTE_BACKEND", "reference")
-        wanted = plain(input_ids=token, attention_mask=mask, past_key_values=caches[0]).logits.float()
-        monkeypatch.delenv("LTE_BACKEND")
-        monkeypatch.setattr(SparseFFN, "forward", lambda *_: pytest.fail("a step ran module by module"))
-        found = fast(input_ids=token, attention_mask=mask, past_key_values=caches[1]).logits.float()
-    assert off(found, wanted) < (0.01 if dtype == torch.float32 else 0.05)
+    check_decode_step(plain, batch, dtype, monkeypatch)
 
 
 @pytest.mark.skipif(bool(cpu.unavailable()), reason=cpu.unavailable() or "kernels built")

@@ -89,6 +89,11 @@ def test_a_tied_head_is_saved_once(tmp_path):
 def test_a_decode_step_is_one_call(made, family, batch, dtype, monkeypatch):
     model = sparse(family) if made == "sparse" else models.build(family)
     plain = lte.quantize(tie(model) if made == "tied" else model, bits=4).to(dtype)
+    check_decode_step(plain, batch, dtype, monkeypatch)
+
+
+def check_decode_step(plain, batch, dtype, monkeypatch):
+    """One call into the kernels gives the logits of the definition, some tokens of the prompt being padding."""
     fast = lte.prepare_for_inference(copy.deepcopy(plain))
     assert isinstance(fast.__dict__["forward"], DecodeStep)
     prompt, token = models.inputs(batch, 9), models.inputs(batch, 1)["input_ids"]

@@ -24,8 +24,8 @@ in planes of 3 + 1, 3 + 2 and 4 + 2: best in all; what is left out errs all in o
 
 EXACT = 16
 """Neurons of an FFN whose rows of the down projection are not rounded. A language model has a few with massive
-activations: in SmolLM2-135M, of 1536, 4 make the difference between +4.3 and +0.16 nats (4 bits, rounded one by one), and
-16 bring it to +0.11."""
+activations: in SmolLM2-135M, of 1536, 4 make the difference between +4.3 and +0.16 nats (4 bits, rounded one by one),
+and 16 bring it to +0.11."""
 
 TOKENS = 4096
 """Most that thresholds are found on."""
