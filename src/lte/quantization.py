@@ -25,7 +25,7 @@ from lte.nn import (
     sparse_ffns,
 )
 from lte.ops import lowbit
-from lte.precision import (
+from lte.planes import (
     check_planes,
     check_reachable,
     is_by_neuron,
@@ -81,7 +81,7 @@ def quantize(
 
     FFNs of which the model's own copy picks single neurons (``self-prediction``) are put into two planes: the upper
     bits take the copy's place, and with ``bits_per_token`` neurons that matter less run on these alone
-    (:func:`lte.precision.set_bits_per_token`). A dense model given ``bits_per_token`` is made one of these.
+    (:func:`lte.planes.set_bits_per_token`). A dense model given ``bits_per_token`` is made one of these.
 
     Args:
         model: a causal language model of a family in :data:`lte.families.DECODERS`.

@@ -23,7 +23,7 @@ FLOORS = [
     "calibration",
     "thresholds",
     "sparsify",
-    "precision",
+    "planes",
     "quantization",
     "gguf",
     "hub",

@@ -34,7 +34,7 @@ from lte.inference.packing import streaming_copy
 from lte.methods import DenseConfig, LTEConfig
 from lte.nn import sparse_ffns
 from lte.ops import FFNWeights
-from lte.precision import picks_neurons, planes_of, set_bits_per_token, weights_config
+from lte.planes import picks_neurons, planes_of, set_bits_per_token, weights_config
 from lte.sparsify import sparsify
 
 PROMPT_TOKENS = 16
