@@ -14,12 +14,14 @@ from typer.testing import CliRunner
 import lte
 from lte.accounting import model_cost
 from lte.bench.decode import bench_decode
+from lte.bench.shapes import random_model
 from lte.cli import app
 from lte.config import method_config
 from lte.errors import CheckpointError, ConfigError
 from lte.models import train_tokenizer
 from lte.nn import NestedDown, NestedLinear, sparse_ffns
 from lte.ops import cpu
+from lte.planes import weights_config
 from tests import models
 from tests.test_quantization import check_decode_step, logits, off
 
@@ -192,3 +194,10 @@ def test_planes_of_other_bits_come_back_from_disk(bits, coarse, tmp_path):
     assert (weights.bits, weights.coarse) == (bits, coarse or 3)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(lte.load(tmp_path)), logits(model))
+
+
+def test_a_random_model_in_two_planes_has_memory_behind_all_of_it():
+    method = method_config("self-prediction", {})
+    weights = weights_config(4, by_neuron=True)
+    model = random_model(wide().config, torch.float32, torch.device("cpu"), method, weights=weights)
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"cpu"}

@@ -152,7 +152,7 @@ def _draw_codes(module: QuantizedWeight, generator: torch.Generator) -> None:
     if isinstance(module, NestedDown):
         module.exact = torch.arange(len(module.exact), dtype=torch.int32, device=device)
         module.scales[: len(module.exact)] = 0
-        module.exact_rows.zero_()
+        module.exact_rows = torch.zeros(module.exact_rows.shape, dtype=torch.int16, device=device)
 
 
 def _one_layer(config: Any) -> Any:
