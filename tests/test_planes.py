@@ -169,6 +169,9 @@ def test_the_command(tmp_path):
     loaded = lte.load(tmp_path / "small")
     assert loaded.config.quantization_config.method.method == "self-prediction"
     assert loaded.config.quantization_config.weights.coarse == 3
+    result = CliRunner().invoke(app, [*words, "--coarse", "2", "--data", str(text), "--out", str(tmp_path / "two")])
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    assert lte.load(tmp_path / "two").config.quantization_config.weights.coarse == 2
     result = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "other")])
     assert "needs calibration data" in str(result.exception)
     assert not (tmp_path / "other").exists()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lte.ops.lowbit import quantize
+from lte.ops.lowbit import nearest_codes, quantize
 from lte.ops.nested import NestedMatrix, NestedRows
 from lte.rounding import compensated_codes, compensated_columns, round_compensated
 
@@ -48,8 +48,9 @@ def test_inputs_that_never_vary_do_no_harm():
 def test_outputs_are_closer_where_every_column_has_scales_of_its_own(bits, upper, rows):
     x, weight = inputs(96), torch.randn(rows, 96, generator=torch.Generator().manual_seed(1))
     errors = []
-    for squares in (x.T @ x, None):
-        made = NestedRows.of(*compensated_columns(weight, squares, bits, 64, upper=upper), bits, upper, rows)
+    compensated = compensated_columns(weight, x.T @ x, bits, 64, upper=upper)
+    for codes in (compensated, nearest_codes(weight.T, bits, 64, upper=upper)):
+        made = NestedRows.of(*codes, bits, upper, rows)
         found = (made.coarse() + made.correction()).T
         errors.append((x @ (found - weight).T).square().sum())
     assert errors[0] < 0.75 * errors[1]

@@ -104,10 +104,9 @@ trained() { # the real language model, 253,952 tokens; ours at more sparsities t
   set -- smollm2-trained --model "$SMOLLM2" --task lm --context-length 512 --set task.stride=511 --set training.bf16=true \
     --data $DATA/text/wikitext2/train_part.txt --eval-data "$(beginning $DATA/text/wikitext2/validation.txt -c 64000)" \
     --steps 124 --batch-size 4 --learning-rate 1e-4 --decode-tokens 0 --tasks $HARNESS --include-path recipes/tasks
-  part "$@" --methods self-prediction,self-prediction:untrained --sparsities 0.7
-  part "$@" --methods self-prediction,lte-paper,dejavu:trained,self-prediction:untrained,teal --sparsities 0.5
+  part "$@" --methods self-prediction,self-prediction:untrained,teal --sparsities 0.7
+  part "$@" --methods self-prediction,self-prediction:untrained,teal,lte-paper,dejavu:trained --sparsities 0.5
   part "$@" --methods self-prediction --sparsities 0.8,0.9
-  part "$@" --methods teal --sparsities 0.7
 }
 
 pretraining() { # continued on mixed text, then several tasks without any tuning to them

@@ -122,10 +122,10 @@ def _layer_cost(model: Any, block: nn.Module) -> LayerCost:
         router, experts, of_router = RouterCost(0, 0, 0), 0, set()
     else:
         rounded = [part for part in ffn.projections() if isinstance(part, QuantizedWeight)]
-        weights = None if rounded else ffn.weights()
-        matrices = (
-            [*rounded] if weights is None else [m for m in (weights.gate, weights.up, weights.down) if m is not None]
-        )
+        matrices = [*rounded]
+        if not rounded:
+            weights = ffn.weights()
+            matrices = [matrix for matrix in (weights.gate, weights.up, weights.down) if matrix is not None]
         spared = sum(part.spared for part in rounded) * (1 - ffn.router.fine_share)
         router, experts, of_router = ffn.router.cost(), ffn.router.n_experts, {id(p) for p in ffn.router.parameters()}
     ffn_weights = sum(matrix.numel() for matrix in matrices)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -82,6 +83,14 @@ class Margins:
     def quantile(self, share: float) -> float:
         """The margin below which a share of all decisions lies, every layer counting the same."""
         return _quantile((self.counts / self.seen[:, None]).mean(0), share)
+
+    def share_below(self, margin: float) -> float:
+        """The share of all decisions whose margin is smaller, every layer counting the same."""
+        histogram = (self.counts / self.seen[:, None]).mean(0)
+        place = (math.asinh(margin / FINEST) + REACH) * BINS / (2 * REACH)
+        index = min(max(int(place), 0), BINS - 1)
+        inside = min(max(place - index, 0.0), 1.0)
+        return float((histogram[:index].sum() + inside * histogram[index]) / histogram.sum())
 
     def quantile_of(self, layer: int, share: float) -> float:
         """The same of one layer."""

@@ -12,15 +12,16 @@ from torch import Tensor
 from lte.calibration import every_nth
 from lte.config import MethodConfig, OperatingPoint, WeightsConfig
 from lte.errors import ConfigError
-from lte.margins import Margins
 from lte.nn import CopyRouter, NestedDown, NestedForm, NestedLinear, SparseFFN, sparse_ffns
+from lte.ops.lowbit import nearest_codes
 from lte.ops.nested import NestedFFN, NestedMatrix, NestedRows
 from lte.rounding import compensated_codes, compensated_columns
-from lte.thresholds import find_thresholds, measure_margins, set_thresholds, thresholds_of
+from lte.thresholds import find_thresholds, measure_margins, set_thresholds
 
 HALF = 0.5
 """Of the ratio of the two thresholds that independent errors would ask for. Measured on stories-3m, at 2.9 to 4.8 bits
-in planes of 3 + 1, 3 + 2 and 4 + 2: best in all; what is left out errs all in one direction."""
+in planes of 3 + 1, 3 + 2 and 4 + 2: best, or next to it; what is left out errs all in one
+direction."""
 
 EXACT = 16
 """Neurons of an FFN whose rows of the down projection are not rounded. A language model has a few with massive
@@ -108,7 +109,11 @@ def round_to_planes(
     if isinstance(module, NestedDown):
         module.hold_planes(_round_down(weight_ND, squares_DD, settings))
     else:
-        made = compensated_codes(weight_ND, squares_DD, bits, settings.group, upper=coarse)
+        of = bits, settings.group
+        if squares_DD is None:
+            made = nearest_codes(weight_ND, *of, upper=coarse)
+        else:
+            made = compensated_codes(weight_ND, squares_DD, *of, upper=coarse)
         module.hold_planes(NestedMatrix.of(*made, bits, coarse, weight_ND.shape[1]))
 
 
@@ -117,9 +122,9 @@ def _round_down(weight_DF: Tensor, squares_FF: Tensor | None, settings: WeightsC
     bits, coarse = settings.bits, settings.coarse
     assert coarse is not None
     d_model, group = len(weight_DF), settings.group
-    codes_FD, scales_FG = compensated_columns(weight_DF, None, bits, group, upper=coarse)
+    codes_FD, scales_FG = nearest_codes(weight_DF.T, bits, group, upper=coarse)
     plain = NestedRows.of(codes_FD, scales_FG, bits, coarse, d_model)
-    errors_F = (plain.coarse() + plain.correction() - weight_DF.T.float()).square().sum(1)
+    errors_F = (plain.dequantize() - weight_DF.T.float()).square().sum(1)
     if squares_FF is not None:
         errors_F = errors_F * squares_FF.diagonal()
     exact = errors_F.topk(min(settings.exact, len(errors_F))).indices.sort().values
@@ -127,7 +132,8 @@ def _round_down(weight_DF: Tensor, squares_FF: Tensor | None, settings: WeightsC
         rest = torch.ones_like(errors_F, dtype=torch.bool)
         rest[exact] = False
         squares = squares_FF[rest][:, rest]
-        codes_FD[rest], scales_FG[rest] = compensated_columns(weight_DF[:, rest], squares, bits, group, upper=coarse)
+        codes, scales_FG[rest] = compensated_columns(weight_DF[:, rest], squares, bits, group, upper=coarse)
+        codes_FD[rest] = codes.to(codes_FD.dtype)
     return NestedRows.of(codes_FD, scales_FG, bits, coarse, d_model, exact, weight_DF.T[exact])
 
 
@@ -168,9 +174,9 @@ def set_bits_per_token(model: Any, batches: Iterable[Mapping[str, Tensor]], bits
     low, high = margins.quantile(0.0), margins.quantile(1.0)
     for _ in range(SEARCH):
         middle = (low + high) / 2
-        read = planes.bits_read(1 - _below(margins, middle), 1 - _below(margins, middle + distance))
+        read = planes.bits_read(1 - margins.share_below(middle), 1 - margins.share_below(middle + distance))
         low, high = (middle, high) if read > bits_per_token else (low, middle)
-    off = min(max(_below(margins, low), 1e-3), 1 - 1e-3)
+    off = min(max(margins.share_below(low), 1e-3), 1 - 1e-3)
     point = find_thresholds(model, kept, off)
     return Precision(*_set_fine(model, kept, bits_per_token, planes), point)
 
@@ -181,8 +187,7 @@ def _set_fine(model: Any, batches: list[Mapping[str, Tensor]], bits: float, plan
     on = 1 - margins.sparsity
     none, every = planes.bits_read(on, 0.0), planes.bits_read(on, on)
     share = min(max((bits - none) / max(every - none, 1e-9), 0.0), 1.0)
-    threshold = thresholds_of(model)[0]
-    fine = math.log(threshold / (1 - threshold)) + max(margins.quantile(1 - on * share), 0.0)
+    fine = sparse_ffns(model)[0].router.cut + max(margins.quantile(1 - on * share), 0.0)
     for ffn in sparse_ffns(model):
         ffn.router.fine, ffn.router.fine_share = fine, share
     return fine, share
@@ -210,12 +215,3 @@ def _distance(ffns: list[SparseFFN], planes: NestedFFN) -> float:
     error = coarse / size  # of the upper bits, beside that of all, which is some part of it
     upper, lower = planes.down.upper.bits, planes.down.lower.bits
     return math.log(max(HALF * math.sqrt(lower / (upper / 3) * (1 - error) / error), 1.0))
-
-
-def _below(margins: Margins, at: float) -> float:
-    """Share of all decisions whose margin is below."""
-    low, high = 0.0, 1.0
-    for _ in range(SEARCH):
-        middle = (low + high) / 2
-        low, high = (middle, high) if margins.quantile(middle) < at else (low, middle)
-    return low

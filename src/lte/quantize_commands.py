@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -52,18 +52,19 @@ def quantize(
     limit: Limit = None,
 ) -> None:
     """Round a model's weights to a few bits: FFNs, attention, head and embeddings."""
-    from lte.config import WeightsConfig
+    from lte.planes import weights_config
     from lte.runs import quantize_checkpoint
     from lte.thresholds import DIAL_TOKENS
 
-    wanted = {
+    wanted: dict[str, Any] = {
         "bits": bits_of(weights),
         "group": group,
         "head_bits": None if head is None else bits_of(head),
         "coarse": coarse,
         "bits_per_token": bits_per_token,
     }
-    WeightsConfig(**{key: value for key, value in wanted.items() if value is not None and key != "bits_per_token"})
+    by_neuron = coarse is not None or bits_per_token is not None
+    weights_config(by_neuron=by_neuron, **{key: value for key, value in wanted.items() if key != "bits_per_token"})
     built = task_as_trained(locals())
     with ProgressBar("rounding") as progress:
         summary = quantize_checkpoint(

@@ -29,7 +29,7 @@ def round_compensated(
 
 @torch.no_grad()
 def compensated_codes(
-    matrix_ND: Tensor, squares_DD: Tensor | None, bits: int, group: int, *, upper: int | None = None
+    matrix_ND: Tensor, squares_DD: Tensor, bits: int, group: int, *, upper: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """GPTQ (Frantar et al., 2023): column by column, the error of the outputs is moved to the columns still to come.
 
@@ -37,7 +37,7 @@ def compensated_codes(
 
     Args:
         matrix_ND: [N, D].
-        squares_DD: sum of ``x x^T`` over the inputs, float32 or wider; None moves no error.
+        squares_DD: sum of ``x x^T`` over the inputs, float32 or wider.
         bits, group: as of :func:`lte.ops.lowbit.quantize`.
         upper: see :func:`lte.ops.lowbit.best_scales`.
 
@@ -45,7 +45,7 @@ def compensated_codes(
         Codes [N, whole groups], float32, and scales [N, G].
     """
     columns = matrix_ND.shape[1]
-    factor_DD, weights_D = _factor(squares_DD, columns, matrix_ND.device)
+    factor_DD, weights_D = _factor(squares_DD.to(matrix_ND.device))
     left_ND = torch.nn.functional.pad(matrix_ND.detach().float(), (0, -columns % group))
     codes_ND, scales = torch.zeros_like(left_ND), []
     middle = (2**bits - 1) / 2
@@ -68,7 +68,7 @@ def compensated_codes(
 
 @torch.no_grad()
 def compensated_columns(
-    matrix_ND: Tensor, squares_DD: Tensor | None, bits: int, group: int, *, upper: int | None = None
+    matrix_ND: Tensor, squares_DD: Tensor, bits: int, group: int, *, upper: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """The same, where scales are those of one column, for groups of neighbouring rows: of single neurons' outputs.
 
@@ -82,10 +82,10 @@ def compensated_columns(
         Of the transposed matrix: codes [D, whole groups], float32, and scales [D, G].
     """
     rows, columns = matrix_ND.shape
-    factor_DD, _ = _factor(squares_DD, columns, matrix_ND.device)
+    factor_DD, _ = _factor(squares_DD.to(matrix_ND.device))
     left_DN = matrix_ND.detach().float().T.contiguous()
     codes, scales, middle = [], [], (2**bits - 1) / 2
-    equal_Gk = torch.ones(-(-rows // group), group, device=matrix_ND.device)
+    equal_Gk = torch.nn.functional.pad(torch.ones(rows, device=matrix_ND.device), (0, -rows % group)).view(-1, group)
     for first in range(0, columns, TOGETHER):
         last = min(first + TOGETHER, columns)
         part_kN = torch.nn.functional.pad(left_DN[first:last], (0, -rows % group))
@@ -104,12 +104,9 @@ def compensated_columns(
     return torch.cat(codes), torch.cat(scales)
 
 
-def _factor(squares_DD: Tensor | None, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _factor(squares_DD: Tensor) -> tuple[Tensor, Tensor]:
     """Upper triangular factor of the inverse, and how much errors of each column count that nothing makes up for."""
-    if squares_DD is None:
-        return torch.eye(columns, device=device), torch.ones(columns, device=device)
-    squares_DD = squares_DD.to(device)
-    exact = device.type == "cpu" and columns <= 2048
+    exact = squares_DD.device.type == "cpu" and len(squares_DD) <= 2048
     squares_DD = squares_DD.double() if exact else squares_DD.float()
     diagonal_D = squares_DD.diagonal()
     mean = diagonal_D.mean().clamp_min(1e-30)

@@ -178,8 +178,7 @@ class UpperPlanes(Copy):
         assert isinstance(up, NestedLinear)
         assert isinstance(down, NestedDown)
         assert gate is None or isinstance(gate, NestedLinear)
-        planes = down.planes
-        norms = (planes.coarse() + planes.correction()).norm(dim=1) * sensitivity_F
+        norms = down.planes.dequantize().norm(dim=1) * sensitivity_F
         self.packed = FFNCopy(up.planes.upper, norms, None if gate is None else gate.planes.upper)
         # Kernels look at biases, and at what the others are like.
         dtype = torch.float32 if up.bias is None else up.bias.dtype

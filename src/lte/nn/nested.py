@@ -124,8 +124,7 @@ class NestedDown(QuantizedWeight):
     @property
     def weight(self) -> Tensor:
         """[D, F], written out at every access."""
-        planes = self.planes
-        return (planes.coarse() + planes.correction()).T
+        return self.planes.dequantize().T
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., F] -> [..., D]."""

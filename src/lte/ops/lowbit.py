@@ -161,17 +161,31 @@ def quantize(
     matrix_ND = matrix_ND.detach()
     if _kernels_take(matrix_ND):
         return _quantize_fast(matrix_ND, bits, group, importance_D, by_columns)
+    codes, scales = nearest_codes(matrix_ND, bits, group, importance_D)
+    return pack(codes, scales, bits, matrix_ND.shape[1], by_columns=by_columns)
+
+
+@torch.no_grad()
+def nearest_codes(
+    matrix_ND: Tensor, bits: int, group: int, importance_D: Tensor | None = None, *, upper: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """What :func:`quantize` packs: codes [N, whole groups] uint8 and scales [N, G].
+
+    Args:
+        matrix_ND, bits, group, importance_D: as there.
+        upper: see :func:`best_scales`.
+    """
     columns = matrix_ND.shape[1]
     weights_D = torch.ones(columns, device=matrix_ND.device) if importance_D is None else importance_D.float()
     weights_Gk = _grouped(weights_D[None], group)[0]
     made = []
-    for part in matrix_ND.split(max(1, CHUNK // columns // ROWS) * ROWS):
+    for part in matrix_ND.detach().split(max(1, CHUNK // columns // ROWS) * ROWS):
         grouped = _grouped(part.float(), group)
-        scale = best_scales(grouped, weights_Gk, bits)
+        scale = best_scales(grouped, weights_Gk, bits, upper)
         codes = levels_of(grouped, scale, _middle(bits)) + _middle(bits)
         made.append((codes.flatten(1).to(torch.uint8), scale))
     codes, scales = (torch.cat(each) for each in zip(*made, strict=True))
-    return pack(codes, scales, bits, columns, by_columns=by_columns)
+    return codes, scales
 
 
 def pack(codes_ND: Tensor, scales_NG: Tensor, bits: int, columns: int, *, by_columns: bool = False) -> LowBitMatrix:

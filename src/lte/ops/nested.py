@@ -142,6 +142,10 @@ class NestedRows:
         """As :meth:`NestedMatrix.correction`."""
         return _correction(self.lower, self.scales, self.group, self.upper.columns)
 
+    def dequantize(self) -> Tensor:
+        """[F, D] float32."""
+        return self.coarse() + self.correction()
+
 
 @dataclass(frozen=True)
 class NestedFFN:
