@@ -186,7 +186,8 @@ static void list_groups(Team& team, const lte_ffn& ffn, int64_t tokens, FfnWork&
   team.begin();
   if (team.rank == 0) {
     work.scattered = ffn.d_ff / E < ROWS && E > 1;
-    work.out_stride = (ffn.d_model + STEP - 1) / STEP * STEP;
+    constexpr int64_t whole = std::max<int64_t>(STEP, TOGETHER);  // what a vector, or a block of rows, writes
+    work.out_stride = (ffn.d_model + whole - 1) / whole * whole;
     work.out.get((tokens <= FEW ? PARTS : 1) * tokens * work.out_stride);
     if (work.scattered) {
       // Blocks write whole experts before they know whether to keep them, hence the room behind the last.

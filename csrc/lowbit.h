@@ -241,19 +241,12 @@ static void lowbit_columns(const lte_lowbit& matrix, int64_t g, const int8_t* co
 
 constexpr int MOST_TOKENS = VL == 16 ? 8 : 4;  // at a time
 
-// Calls body with the width as a constant.
-template <class Body>
+// Calls body with the width, up to WIDEST, as a constant.
+template <int WIDEST = 8, class Body>
 INLINE void with_bits(int bits, Body&& body) {
-  switch (bits) {
-    case 1: return body(std::integral_constant<int, 1>());
-    case 2: return body(std::integral_constant<int, 2>());
-    case 3: return body(std::integral_constant<int, 3>());
-    case 4: return body(std::integral_constant<int, 4>());
-    case 5: return body(std::integral_constant<int, 5>());
-    case 6: return body(std::integral_constant<int, 6>());
-    case 7: return body(std::integral_constant<int, 7>());
-    default: return body(std::integral_constant<int, 8>());
-  }
+  if constexpr (WIDEST > 1)
+    if (bits < WIDEST) return with_bits<WIDEST - 1>(bits, body);
+  body(std::integral_constant<int, WIDEST>());
 }
 // Calls body(first, count), count a constant, for pieces of so many tokens.
 template <class Body>

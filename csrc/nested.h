@@ -177,16 +177,6 @@ static void add_codes(const uint8_t* const* rows, int64_t pieces, int64_t of_gro
     }
 }
 
-template <class Body>
-INLINE void with_code_bits(int bits, Body&& body) {
-  switch (bits) {
-    case 1: return body(std::integral_constant<int, 1>());
-    case 2: return body(std::integral_constant<int, 2>());
-    case 3: return body(std::integral_constant<int, 3>());
-    default: return body(std::integral_constant<int, 4>());
-  }
-}
-
 // Some neurons of a token: how many, which, and their hidden values.
 struct Chosen {
   int64_t count = 0;
@@ -200,7 +190,7 @@ struct Chosen {
 static void add_plane(const lte_nested& nested, const lte_rows& plane, float factor, const Chosen& chosen, int64_t pieces,
                       float* y) {
   Factors factors(thread_scratch().factors, nested.down_groups);
-  with_code_bits(plane.bits, [&](auto bits) {
+  with_bits<4>(plane.bits, [&](auto bits) {
     const uint8_t* rows[ADDED];
     const uint16_t* scales[ADDED];
     float values[ADDED];
@@ -245,7 +235,7 @@ struct LowerDots {
   float of(int64_t row) {
     enter(row / TOGETHER);
     float out = 0;
-    with_code_bits(lower.bits, [&](auto bits) {
+    with_bits<4>(lower.bits, [&](auto bits) {
       out = dot_codes<bits()>(lower.codes + row * pieces() * 8 * bits(), pieces(), x.values, by + row % TOGETHER);
     });
     return out - middle[row % TOGETHER];

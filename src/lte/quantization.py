@@ -104,7 +104,7 @@ def quantize(
     batches = list(calibration or ())
     if bits_per_token is not None and not batches:
         raise ConfigError(f"bits_per_token={bits_per_token} needs calibration data, on which thresholds are found")
-    check_family(model)
+    _check_family(model)
     ffns = sparse_ffns(model)
     nested = any(map(is_by_neuron, ffns)) or (not ffns and bits_per_token is not None)
     settings = weights_config(bits, by_neuron=nested, group=group, coarse=coarse, head_bits=head_bits)
@@ -228,6 +228,7 @@ def _round(place: Place, settings: WeightsConfig, squares_DD: Tensor | None) -> 
 
 def install_quantized(model: nn.Module, settings: WeightsConfig) -> None:
     """Put modules that hold nothing yet in the place of those that are rounded: what loading does."""
+    _check_family(model)
     _check(model, settings)
     for place in list(places(model)):
         _put(place, _empty(place, settings, place.module.weight.device))  # type: ignore[arg-type]
@@ -257,7 +258,7 @@ def quantized_modules(model: nn.Module) -> list[QuantizedWeight]:
     return [module for module in model.modules() if isinstance(module, QuantizedWeight)]
 
 
-def check_family(model: Any) -> None:
+def _check_family(model: Any) -> None:
     """ConfigError where weights of this model cannot be of few bits, or are already."""
     family = getattr(model.config, "model_type", type(model).__name__)
     if family not in DECODERS or not hasattr(model, "lm_head"):
@@ -270,7 +271,6 @@ def check_family(model: Any) -> None:
 
 
 def _check(model: Any, settings: WeightsConfig) -> None:
-    check_family(model)
     for ffn in sparse_ffns(model):
         if is_by_neuron(ffn):
             check_planes(ffn, settings)

@@ -105,3 +105,17 @@ def test_experts_must_have_whole_groups():
     for n_experts in (96, 6, 5, 0):
         with pytest.raises(ConfigError, match=f"{n_experts} experts of 96 neurons"):
             made.check_experts(n_experts)
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_threads_do_not_write_over_each_other(isa, tokens):
+    """Where the width is no whole number of blocks of rows, the last one writes beyond it."""
+    weights = ffn(100, 128, gated=True, biased=False, activation="silu", dtype=torch.float32)
+    made, x = QuantizedFFN.of(weights, 4, 32), random(tokens, 100, seed=9)
+    wanted, before = quantized_ffn_reference(x, made), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for _ in range(50):
+            close(cpu.quantized_ffn(x, made), wanted)
+    finally:
+        torch.set_num_threads(before)
