@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def test_compiles_without_spills(capability):
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-4000:]
     usage = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(usage) == 4 * len(CASES)
+    assert len(usage) == 4 * len(CASES) + 4 * sum(dtype != "float32" for _, dtype, *_ in CASES)
     limit = ARCHITECTURES[capability][1]
     assert [row for row in usage if row["stack"] or row["local"] or row["shared"] > limit] == []
 
@@ -91,8 +92,8 @@ def resources(compiled: Any) -> dict[str, int]:
 
 def planned(capability: int) -> Any:
     """Yield every case and its four launches, on tensors without memory."""
-    from lte.ops import FFNCopy, FFNWeights, LowBitMatrix
-    from lte.ops.triton import configs, launch
+    from lte.ops import FFNCopy, FFNWeights, LowBitMatrix, QuantizedFFN
+    from lte.ops.triton import configs, launch, quantized
 
     gpu = configs.GPU("compiled for", (capability // 10, capability % 10), ARCHITECTURES[capability][0])
     for (d, f, n), dtype_name, gated, activation, n_tokens, scaled in CASES:
@@ -105,6 +106,16 @@ def planned(capability: int) -> Any:
             planes = tensor(rows // 16, columns // 64, 2, bits, 64, dtype=torch.uint8)
             return LowBitMatrix(planes, tensor(rows // 16, columns // 64, 16, dtype=torch.bfloat16), rows, columns)
 
+        def small(f: int, d: int, x: Any, mask: Any, gated: bool, activation: str, sms: int) -> Iterator[Any]:
+            for bits in (4, 8):
+                up, down = (codes(*shape, bits) for shape in ((f, d), (d, f)))
+                made = QuantizedFFN(up, down, up if gated else None, activation=activation)
+                yield from quantized.plan_ffn(x, made, mask, sms)[1]
+
+        def codes(rows: int, columns: int, bits: int, tensor: Any = tensor) -> LowBitMatrix:
+            planes = tensor(rows // 16, columns // 32, 1, bits, 64, dtype=torch.uint8)
+            return LowBitMatrix(planes, tensor(rows // 16, columns // 32, 16, dtype=torch.bfloat16), rows, columns)
+
         weights = FFNWeights(
             up=tensor(f, d), down=tensor(f, d), gate=tensor(f, d) if gated else None,
             up_bias=None if gated else tensor(f), down_bias=None if gated else tensor(d), activation=activation,
@@ -112,12 +123,13 @@ def planned(capability: int) -> Any:
         x, mask = tensor(n_tokens, d), tensor(n_tokens, f // n, dtype=torch.uint8)
         config = configs.default_config(gpu, launch.problem_of(x, weights, mask))
         router_weight, router_bias = tensor(f // n, d, dtype=torch.float32), tensor(f // n, dtype=torch.float32)
-        router = launch.plan_router(x, router_weight, router_bias, 0.5, mask, config)
+        router = launch.plan_router(x, router_weight, router_bias, 0.5, mask, pdl=config.pdl)
         scales = tensor(n_tokens, f // n, dtype=torch.float32) if scaled else mask
         _, ffn = launch.plan_ffn(x, weights, scales, config, gpu.sms, after_router=True)
         copy = FFNCopy(lowbit(f, d), tensor(f, dtype=torch.float32), lowbit(f, d) if gated else None)
         scores = launch.plan_copy_scores(x, copy, weights, tensor(n_tokens, f, dtype=torch.float32))
-        for one in (router, scores, *ffn):
+        few_bits = [] if dtype_name == "float32" else small(f, d, x, mask, gated, activation, gpu.sms)
+        for one in (router, scores, *ffn, *few_bits):
             yield f"{dtype_name} {activation} T={n_tokens}", one
 
 

@@ -10,7 +10,17 @@ import torch
 from lte.errors import LTEError
 from lte.ops import ACTIVATIONS, FFNCopy, FFNWeights, copy_scores_reference, sparse_ffn_reference
 from lte.ops.lowbit import quantize
-from lte.ops.triton import autotune, configs, copy_scores, launch, routed_ffn, sparse_ffn
+from lte.ops.quantized import QuantizedFFN
+from lte.ops.triton import (
+    autotune,
+    configs,
+    copy_scores,
+    launch,
+    quantized_ffn,
+    quantized_linear,
+    routed_ffn,
+    sparse_ffn,
+)
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -175,6 +185,56 @@ def test_scores_of_a_copy(bits, group, gated, biased, n, dtype, n_tokens):
     found, wanted = (scores(x, copy, 60 // n, w) for scores in (copy_scores, copy_scores_reference))
     # A value half-way between two integers may go either way.
     torch.testing.assert_close(found, wanted, atol=3e-3 * float(wanted.max() if n_tokens else 1), rtol=3e-3)
+
+
+@pytest.mark.parametrize("n_tokens", [0, 1, 5, 17])
+@pytest.mark.parametrize(
+    ("bits", "group", "d", "dtype"),
+    [
+        (4, 32, 100, torch.float32),
+        (4, 64, 200, torch.bfloat16),
+        (8, 32, 40, torch.bfloat16),
+        (8, 64, 130, torch.float16),
+        (2, 32, 64, torch.float32),
+        (1, 32, 33, torch.bfloat16),
+    ],
+)
+def test_weights_of_few_bits(bits, group, d, dtype, n_tokens):
+    gated, biased = bits != 2, bits < 8
+    w = make("silu" if gated else "relu", gated=gated, biased=biased, dtype=dtype, d=d, n=2 * group, e=3)
+    made, x = QuantizedFFN.of(w, bits, group), inputs(n_tokens, dtype, d)
+    plain = in_float32(made.dequantize())
+    # One token's sums begin from 1 + code / 2^bits; a tile of tokens rounds weights and hidden values.
+    tolerance = TOLERANCE[dtype] * 4
+
+    def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
+        assert found.dtype == dtype
+        atol = tolerance * max(1.0, float(wanted.abs().max()) if n_tokens else 1.0)
+        torch.testing.assert_close(found.float(), wanted, atol=atol, rtol=0)
+
+    mask = masks(n_tokens, 3)
+    mask[:1, :2] = torch.tensor([True, False])
+    for weights in (mask, mask.to(dtype) * 0.5, None):
+        close(quantized_ffn(x, made, weights), sparse_ffn_reference(x.float(), plain, weights))
+    router, bias = draw(3, d, seed=9).to(DEVICE), draw(3, seed=10).to(DEVICE)
+    decided = torch.sigmoid(x.float() @ router.T + bias) > 0.4
+    close(quantized_ffn(x, made, router=(router, bias, 0.4)), sparse_ffn_reference(x.float(), plain, decided))
+    close(quantized_linear(x, made.up, w.up_bias), torch.nn.functional.linear(x.float(), plain.up, plain.up_bias))
+
+
+def test_codes_of_inactive_experts_are_not_read():
+    w, x = make(d=64, n=32, e=4), inputs(1, d=64)
+    made, mask = QuantizedFFN.of(w, 4, 32), masks(1, 4)
+    mask[0] = torch.tensor([True, False, False, True])
+    wanted = quantized_ffn(x, made, mask)
+    made.up.scales[2:4] = made.gate.scales[4:6] = torch.nan
+    made.down.scales[1:3] = torch.nan
+    assert torch.equal(quantized_ffn(x, made, mask), wanted)
+
+
+def test_widths_that_are_not_unpacked_are_refused():
+    with pytest.raises(LTEError, match="weights of 3 bits; the Triton kernels take 1, 2, 4, 8"):
+        quantized_linear(inputs(1), quantize(make().up, 3, 32))
 
 
 def test_rows_of_a_fused_matrix_and_strided_inputs():

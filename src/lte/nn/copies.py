@@ -118,9 +118,9 @@ class CopyRouter(ScoreRouter):
         if self.learned and torch.is_grad_enabled() and (x.requires_grad or copy.trained):
             return copy.scores(x)
         x_TD = x.detach().reshape(-1, x.shape[-1]).to(copy.weights.up.dtype)
-        if copy_scores_run(x_TD, copy.weights):
-            return copy_scores(x_TD, copy.packed, self.n_experts, copy.weights).view(*x.shape[:-1], self.n_experts)
         with torch.no_grad():
+            if copy_scores_run(x_TD, copy.weights):
+                return copy_scores(x_TD, copy.packed, self.n_experts, copy.weights).view(*x.shape[:-1], self.n_experts)
             return copy.scores(x)
 
 

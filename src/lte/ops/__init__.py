@@ -4,6 +4,7 @@ from lte.ops.backends import SMALL_BATCH
 from lte.ops.backends import obstacle as backend_obstacle
 from lte.ops.backends import requested as requested_backend
 from lte.ops.cpu import instruction_set as cpu_instruction_set
+from lte.ops.few_bits import nested_ffn, quantized_ffn, quantized_linear
 from lte.ops.lowbit import FFNCopy, LowBitMatrix
 from lte.ops.nested import NestedFFN
 from lte.ops.operator import (
@@ -13,9 +14,6 @@ from lte.ops.operator import (
     copy_scores_run,
     fast_linear,
     linear,
-    nested_ffn,
-    quantized_ffn,
-    quantized_linear,
     route,
     routed_ffn,
     sparse_ffn,

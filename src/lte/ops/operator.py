@@ -15,8 +15,6 @@ from torch import Tensor
 from lte.errors import ConfigError
 from lte.ops import backends, cpu
 from lte.ops.lowbit import FFNCopy, LowBitMatrix
-from lte.ops.nested import NestedFFN, nested_ffn_reference
-from lte.ops.quantized import QuantizedFFN, quantized_ffn_reference, quantized_linear_reference
 from lte.ops.reference import ACTIVATIONS, copy_scores_reference, sparse_ffn_reference
 from lte.ops.weights import FFNWeights
 
@@ -180,50 +178,6 @@ def fast_linear(
     if not fits or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return torch.nn.functional.linear(x, weight_ND, bias_N)
     return linear(x.reshape(-1, x.shape[-1]), weight_ND, bias_N).view(*x.shape[:-1], len(weight_ND))
-
-
-def quantized_linear(x_TD: Tensor, weight: LowBitMatrix, bias_N: Tensor | None = None) -> Tensor:
-    """``x W^T + b``, [T, D] to [T, N], with weights of few bits and inputs rounded to 8; by kernels where they run."""
-    if backends.choose_for_codes(x_TD) == "cpu":
-        return cpu.quantized_linear(x_TD, weight, None if bias_N is None else bias_N.to(x_TD.dtype))
-    return quantized_linear_reference(x_TD, weight, bias_N)
-
-
-def quantized_ffn(
-    x_TD: Tensor,
-    weights: QuantizedFFN,
-    expert_weights_TE: Tensor | None = None,
-    router: tuple[Tensor, Tensor | None, float] | None = None,
-) -> Tensor:
-    """An FFN of few bits over some experts, inputs and hidden values rounded to 8; by kernels where they can run.
-
-    Args:
-        x_TD: [T, D] inputs.
-        weights: the FFN.
-        expert_weights_TE: [T, E], a bool mask or weights of the experts.
-        router: weight, bias and threshold, as :func:`routed_ffn` takes them, instead of those; neither runs all.
-
-    Raises:
-        ConfigError: experts that do not have whole groups of the down projection.
-    """
-    if expert_weights_TE is not None:
-        weights.check_experts(expert_weights_TE.shape[1])
-    elif router is not None:
-        weights.check_experts(len(router[0]))
-    if backends.choose_for_codes(x_TD) == "cpu":
-        return cpu.quantized_ffn(x_TD, weights, expert_weights_TE, router)
-    if router is not None:
-        expert_weights_TE = route(x_TD, *router[:2]) > router[2]
-    return quantized_ffn_reference(x_TD, weights, expert_weights_TE)
-
-
-def nested_ffn(x_TD: Tensor, weights: NestedFFN, cut: float, fine_cut: float) -> Tensor:
-    """An FFN in two planes of bits, by kernels where they can run; see :func:`nested_ffn_reference`."""
-    if backends.choose_for_codes(x_TD) != "cpu":
-        return nested_ffn_reference(x_TD, weights, cut, fine_cut)
-    if len(x_TD) <= backends.SMALL_BATCH:
-        return cpu.nested_ffn(x_TD, weights, cut, fine_cut)
-    return torch.cat([cpu.nested_ffn(part, weights, cut, fine_cut) for part in x_TD.split(backends.SMALL_BATCH)])
 
 
 def _flat(weights: FFNWeights) -> tuple[Tensor | str | None, ...]:

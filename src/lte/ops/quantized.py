@@ -91,13 +91,13 @@ class QuantizedFFN:
 
 
 def quantized_linear_reference(x: Tensor, weight: LowBitMatrix, bias: Tensor | None = None) -> Tensor:
-    """[..., D] by [N, D] to [..., N], the inputs rounded to 8 bits as kernels do; in the dtype of ``x``."""
-    y = F.linear(round_inputs(x, weight.group), weight.dequantize())
+    """[..., D] by [N, D] to [..., N], in the dtype of ``x``; on the CPU inputs are rounded to 8 bits, as kernels do."""
+    y = F.linear(_taken(x, weight.group), weight.dequantize())
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
 def quantized_ffn_reference(x_TD: Tensor, weights: QuantizedFFN, expert_weights_TE: Tensor | None = None) -> Tensor:
-    """What kernels compute, in plain PyTorch: inputs, and hidden values before the down projection, in 8 bits.
+    """What kernels compute, in plain PyTorch: on the CPU with inputs, and what enters the down projection, in 8 bits.
 
     Args:
         x_TD: [T, D] inputs.
@@ -108,7 +108,7 @@ def quantized_ffn_reference(x_TD: Tensor, weights: QuantizedFFN, expert_weights_
         [T, D], in the dtype of ``x_TD``.
     """
     plain = replace(weights.dequantize(), down_bias=None)
-    x = round_inputs(x_TD, weights.up.group)
+    x = _taken(x_TD, weights.up.group)
     act = ACTIVATIONS[weights.activation]
 
     def product(matrix: Tensor, bias: Tensor | None) -> Tensor:
@@ -120,5 +120,9 @@ def quantized_ffn_reference(x_TD: Tensor, weights: QuantizedFFN, expert_weights_
         hidden_TF = act(product(plain.gate, plain.gate_bias)) * product(plain.up, plain.up_bias)
     if expert_weights_TE is not None:
         hidden_TF = scale_experts(hidden_TF, expert_weights_TE)
-    y_TD = round_inputs(hidden_TF, weights.down.group) @ plain.down
+    y_TD = _taken(hidden_TF, weights.down.group) @ plain.down
     return (y_TD if weights.down_bias is None else y_TD + weights.down_bias.float()).to(x_TD.dtype)
+
+
+def _taken(x: Tensor, group: int) -> Tensor:
+    return round_inputs(x, group) if x.device.type == "cpu" else x.float()

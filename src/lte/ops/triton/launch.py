@@ -19,7 +19,7 @@ from lte.ops.triton.checks import check_experts, check_ffn, check_tensor
 from lte.ops.triton.configs import GPU, Config, Problem, config_for, token_bucket
 from lte.ops.weights import FFNWeights
 
-_LIST_TOKENS, _LIST_EXPERTS = 8, 1024
+LIST_TOKENS, LIST_EXPERTS = 8, 1024
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def sparse_ffn(x_TD: Tensor, weights: FFNWeights, expert_weights_TE: Tensor | No
     gpu = current_gpu(x_TD.device)
     config = config_for(gpu, problem_of(x_TD, weights, expert_weights_TE))
     out_TD, launches = plan_ffn(x_TD, weights, expert_weights_TE, config, gpu.sms, after_router=False)
-    _run(x_TD.device, launches)
+    run(x_TD.device, launches)
     return out_TD
 
 
@@ -100,11 +100,11 @@ def routed_ffn(
     if n_tokens == 0:
         return torch.empty_like(x_TD)
     gpu = current_gpu(x_TD.device)
-    mask_TE = _workspace((n_tokens, n_experts), torch.uint8, x_TD.device)
+    mask_TE = workspace((n_tokens, n_experts), torch.uint8, x_TD.device)
     config = config_for(gpu, problem_of(x_TD, weights, mask_TE))
-    router = plan_router(x_TD, router_weight_ED, router_bias_E, threshold, mask_TE, config)
+    router = plan_router(x_TD, router_weight_ED, router_bias_E, threshold, mask_TE, pdl=config.pdl)
     out_TD, launches = plan_ffn(x_TD, weights, mask_TE, config, gpu.sms, after_router=True)
-    _run(x_TD.device, [router, *launches])
+    run(x_TD.device, [router, *launches])
     return out_TD
 
 
@@ -123,8 +123,8 @@ def copy_scores(x_TD: Tensor, copy: FFNCopy, n_experts: int, weights: FFNWeights
     check_experts(weights.d_ff, n_experts)
     if x_TD.shape[0] == 0:
         return torch.empty(0, n_experts, device=x_TD.device)
-    scores_TF = _workspace((x_TD.shape[0], weights.d_ff), torch.float32, x_TD.device)
-    _run(x_TD.device, [plan_copy_scores(x_TD, copy, weights, scores_TF)])
+    scores_TF = workspace((x_TD.shape[0], weights.d_ff), torch.float32, x_TD.device)
+    run(x_TD.device, [plan_copy_scores(x_TD, copy, weights, scores_TF)])
     return expert_scores(scores_TF, n_experts)
 
 
@@ -160,7 +160,7 @@ def problem_of(x_TD: Tensor, weights: FFNWeights, expert_weights_TE: Tensor | No
 
 
 def plan_router(
-    x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, threshold: float, mask_TE: Tensor, config: Config
+    x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, threshold: float, mask_TE: Tensor, *, pdl: bool
 ) -> Launch:
     """The launch that fills ``mask_TE``, [T, E] uint8."""
     (n_tokens, n_experts), d_model = mask_TE.shape, x_TD.shape[1]
@@ -170,7 +170,7 @@ def plan_router(
     constants = {
         "D": d_model,
         "E": n_experts,
-        "PDL": config.pdl,
+        "PDL": pdl,
         "BLOCK_T": block_t,
         "BLOCK_E": block_e,
         "BLOCK_D": min(block_d, triton.next_power_of_2(d_model)),
@@ -195,13 +195,13 @@ def plan_ffn(
     tile = _Tiles(n_tokens, weights, 1 if expert_weights_TE is None else expert_weights_TE.shape[1], config, sms)
     device = x_TD.device
     out_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=device)
-    hidden_TF = _workspace((n_tokens, weights.d_ff), torch.float32 if tile.one else x_TD.dtype, device)
-    done = _workspace((tile.blocks, tile.n_done), torch.int32, device)
-    partial = _workspace((tile.splits, n_tokens, d_model), torch.float32, device) if tile.splits > 1 else None
+    hidden_TF = workspace((n_tokens, weights.d_ff), torch.float32 if tile.one else x_TD.dtype, device)
+    done = workspace((tile.blocks, tile.n_done), torch.int32, device)
+    partial = workspace((tile.splits, n_tokens, d_model), torch.float32, device) if tile.splits > 1 else None
     active = count = None
     if expert_weights_TE is not None:
-        active = _workspace((tile.blocks, tile.n_experts), torch.int32, device)
-        count = _workspace((tile.blocks,), torch.int32, device)
+        active = workspace((tile.blocks, tile.n_experts), torch.int32, device)
+        count = workspace((tile.blocks,), torch.int32, device)
     lists = (active, count, done)
     hidden = _plan_hidden(x_TD.contiguous(), weights, expert_weights_TE, hidden_TF, lists, tile, after_router)
     return out_TD, [hidden, _plan_down(hidden_TF, weights, lists, partial, out_TD, tile)]
@@ -245,8 +245,8 @@ def _plan_hidden(
     constants = tile.shape(weights) | {
         "E": tile.n_experts,
         "ACT": weights.activation,
-        "LIST_T": 1 if tile.one else _LIST_TOKENS,
-        "LIST_E": min(_LIST_EXPERTS, triton.next_power_of_2(tile.n_experts)),
+        "LIST_T": 1 if tile.one else LIST_TOKENS,
+        "LIST_E": min(LIST_EXPERTS, triton.next_power_of_2(tile.n_experts)),
         "N_DONE": tile.n_done,
         "DONE_PAD": triton.next_power_of_2(tile.n_done),
         "ROWS": config.hidden_rows,
@@ -300,7 +300,7 @@ def _plan_down(
     return Launch(kernels.down_tile_kernel, grid, args, constants, config.down_warps, dependent=config.pdl)
 
 
-def _workspace(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def workspace(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Scratch memory whose content means nothing until a kernel has written it."""
     return torch.empty(shape, dtype=dtype, device=device)
 
@@ -318,7 +318,7 @@ def _gpu(index: int) -> GPU:
     return GPU(properties.name, (properties.major, properties.minor), properties.multi_processor_count)
 
 
-def _run(device: torch.device, launches: list[Launch]) -> None:
+def run(device: torch.device, launches: list[Launch]) -> None:
     """Launch on the current stream of the tensors' device, which need not be the current device."""
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         for launch in launches:

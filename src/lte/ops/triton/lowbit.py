@@ -1,0 +1,225 @@
+"""The same kernels for weights of 1, 2, 4 or 8 bits, unpacked in registers: rows (up, gate, any linear layer) and down.
+
+A 32-bit *word* of a :class:`lte.ops.LowBitMatrix` holds four bytes of one row in one plane, which is ``32 / BITS``
+codes: bit field f of byte c is that of column ``4 f + c`` behind the word's first. 16 words, one of every row of a block,
+lie together, and words of neighbouring planes and chunks behind one another. For one token the products are summed in
+float32 registers; a tile of tokens goes through the matrix units, its weights rounded to the inputs' dtype.
+"""
+
+# mypy: disallow-untyped-defs = False
+
+from __future__ import annotations
+
+import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
+import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
+
+from lte.ops.triton.kernels import INTERPRETED, activate, is_last, list_active, multiply_add, share_of
+
+
+@triton.jit
+def fractions(words, turn, mask: tl.constexpr):
+    """``1 + code / 2^BITS``: turned to the left, a code lies at the top of the mantissa, which 1.0 is put around."""
+    if INTERPRETED:
+        words, turn = words.to(tl.uint32, bitcast=True), turn.to(tl.uint32)
+        words = (words << turn) | (words >> ((32 - turn) & 31))
+        return ((words & mask) | 0x3F800000).to(tl.float32, bitcast=True)
+    return tl.inline_asm_elementwise(
+        "shf.l.wrap.b32 $0, $1, $1, $2; lop3.b32 $0, $0, $3, $4, 0xEA;",
+        "=f,r,r,r,r",
+        [words, turn, mask, 0x3F800000],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def add_products(
+    acc, words, scales, x_ptr, tokens, n_tokens, first, X_STRIDE: tl.constexpr, BITS: tl.constexpr, ONE: tl.constexpr
+):
+    """``acc += `` the products of words [WORDS, ROWS] with inputs ``x[token, first + column]``, divided by ``2^BITS``.
+
+    acc: [WORDS, ROWS] for one token, [T, ROWS] for a tile; first: [WORDS], the column of a word's first code.
+    """
+    CODES: tl.constexpr = 32 // BITS
+    TOP: tl.constexpr = 23 - BITS
+    MASK: tl.constexpr = ((1 << BITS) - 1) << TOP
+    MIDDLE: tl.constexpr = 1.5 - 0.5 / (1 << BITS)
+    column = tl.arange(0, CODES)
+    turn = (TOP - column % 4 * 8 - column // 4 * BITS) & 31
+    if ONE:
+        # The compiler keeps what comes first in the registers of one thread: all codes of a word.
+        numbers = fractions(words[None, :, :], turn[:, None, None], MASK)
+        cols = first[None, :] + column[:, None]
+        x = tl.load(x_ptr + cols, mask=cols < X_STRIDE, other=0.0).to(tl.float32)
+        acc += (tl.sum(numbers * x[:, :, None], 0) - MIDDLE * tl.sum(x, 0)[:, None]) * scales
+    else:
+        cols = tl.reshape(first[:, None] + column[None, :], [words.shape[0] * CODES])
+        x = tl.load(
+            x_ptr + tokens.to(tl.int64)[:, None] * X_STRIDE + cols[None, :],
+            mask=(tokens < n_tokens)[:, None] & (cols < X_STRIDE)[None, :],
+            other=0.0,
+        )
+        numbers = fractions(words[:, None, :], turn[None, :, None], MASK)
+        levels = ((numbers - MIDDLE) * scales[:, None, :]).to(x.dtype)
+        acc = multiply_add(x, tl.reshape(levels, [words.shape[0] * CODES, words.shape[1]]), acc)
+    return acc
+
+
+@triton.jit
+def row_products(
+    acc, x_ptr, codes_ptr, scales_ptr, rows, start, tokens, n_tokens,
+    D: tl.constexpr, F: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
+    WORDS: tl.constexpr, ONE: tl.constexpr,
+):  # fmt: skip
+    """Of a matrix that lies row by row, the words from ``start`` on."""
+    GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP
+    PER_GROUP: tl.constexpr = GROUP // 32 * BITS
+    word = start + tl.arange(0, WORDS)
+    block = (rows // 16)[None, :]
+    mask = (block < (F + 15) // 16) & (word < GROUPS * PER_GROUP)[:, None]
+    block = block.to(tl.int64)
+    at = block * (GROUPS * PER_GROUP * 16) + word[:, None] * 16 + (rows % 16)[None, :]
+    words = tl.load(codes_ptr + at, mask=mask, other=0, eviction_policy="evict_first")
+    at = (block * GROUPS + (word // PER_GROUP)[:, None]) * 16 + (rows % 16)[None, :]
+    scales = tl.load(scales_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    return add_products(acc, words, scales, x_ptr, tokens, n_tokens, word * (32 // BITS), D, BITS, ONE)
+
+
+@triton.jit(do_not_specialize=["n_tokens"])
+def lowbit_rows_kernel(
+    x_ptr, up_ptr, up_scales_ptr, gate_ptr, gate_scales_ptr, up_bias_ptr, gate_bias_ptr, expert_weights_ptr,
+    out_ptr, list_ptr, count_ptr, done_ptr, n_tokens,
+    D: tl.constexpr, F: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
+    E: tl.constexpr, EXPERT: tl.constexpr, ACT: tl.constexpr,
+    LIST_T: tl.constexpr, LIST_E: tl.constexpr, N_DONE: tl.constexpr, DONE_PAD: tl.constexpr,
+    BLOCK_T: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """``out[T, F] = w * act(gate x) * up x`` of active neurons, or ``up x + bias`` of all rows where ``done_ptr`` is None.
+
+    Grid [F / ROWS, blocks], and one more program first where there is a list to write.
+    """
+    ONE: tl.constexpr = BLOCK_T == 1
+    block = tl.program_id(1)
+    first_program: tl.constexpr = 0 if done_ptr is None else 1
+    if tl.program_id(0) < first_program:
+        list_active(
+            expert_weights_ptr, list_ptr, count_ptr, done_ptr, block, n_tokens,
+            E, BLOCK_T, LIST_T, LIST_E, N_DONE, DONE_PAD,
+        )  # fmt: skip
+    else:
+        tokens = block * BLOCK_T + tl.arange(0, BLOCK_T)
+        rows = (tl.program_id(0) - first_program) * ROWS + tl.arange(0, ROWS)
+        wanted = (tokens < n_tokens)[:, None] & (rows < F)[None, :]
+        if expert_weights_ptr is not None:
+            experts = tokens.to(tl.int64)[:, None] * E + (rows // EXPERT)[None, :]
+            scale = tl.load(expert_weights_ptr + experts, mask=wanted, other=0)
+            wanted = wanted & (scale != 0)
+        active = tl.max(wanted.to(tl.int32), 0) != 0
+        if tl.max(active.to(tl.int32), 0) > 0:
+            LAST: tl.constexpr = (D + GROUP - 1) // GROUP * (GROUP // 32) * BITS
+            if ONE:
+                up = tl.zeros([WORDS, ROWS], tl.float32)
+                gate = tl.zeros([WORDS, ROWS], tl.float32)
+            else:
+                up = tl.zeros([BLOCK_T, ROWS], tl.float32)
+                gate = tl.zeros([BLOCK_T, ROWS], tl.float32)
+            for start in tl.range(0, LAST, WORDS, num_stages=STAGES):
+                up = row_products(
+                    up, x_ptr, up_ptr, up_scales_ptr, rows, start, tokens, n_tokens,
+                    D, F, GROUP, BITS, WORDS, ONE,
+                )  # fmt: skip
+                if gate_ptr is not None:
+                    gate = row_products(
+                        gate, x_ptr, gate_ptr, gate_scales_ptr, rows, start, tokens, n_tokens,
+                        D, F, GROUP, BITS, WORDS, ONE,
+                    )  # fmt: skip
+            if ONE:
+                up, gate = tl.sum(up, 0)[None, :], tl.sum(gate, 0)[None, :]
+            up, gate = up * (1 << BITS), gate * (1 << BITS)
+            if up_bias_ptr is not None:
+                up += tl.load(up_bias_ptr + rows, mask=active, other=0.0).to(tl.float32)[None, :]
+            if gate_ptr is not None:
+                if gate_bias_ptr is not None:
+                    gate += tl.load(gate_bias_ptr + rows, mask=active, other=0.0).to(tl.float32)[None, :]
+                hidden = activate(gate, ACT) * up
+            else:
+                hidden = activate(up, ACT)
+            if expert_weights_ptr is not None:  # noqa: SIM102 - without experts there is no scale to ask
+                if scale.dtype.is_floating():
+                    hidden = hidden * scale.to(tl.float32)
+            tl.store(
+                out_ptr + tokens.to(tl.int64)[:, None] * F + rows[None, :],
+                tl.where(wanted, hidden, 0.0).to(out_ptr.dtype.element_ty),
+                mask=(tokens < n_tokens)[:, None] & active[None, :],
+            )
+
+
+@triton.jit
+def active_chunks(position, ok, start, list_ptr, PER_EXPERT: tl.constexpr, CHUNKS: tl.constexpr):
+    """Chunks of 32 neurons at some positions, from ``start`` on, among the active ones."""
+    chunks = position
+    if list_ptr is not None:
+        if PER_EXPERT % CHUNKS == 0:
+            expert = tl.load(list_ptr + start // PER_EXPERT)
+            chunks = expert * PER_EXPERT + start % PER_EXPERT + (position - start)
+        else:
+            chunks = tl.load(list_ptr + position // PER_EXPERT, mask=ok, other=0) * PER_EXPERT + position % PER_EXPERT
+    return chunks
+
+
+@triton.jit(do_not_specialize=["n_tokens"])
+def lowbit_down_kernel(
+    hidden_ptr, codes_ptr, scales_ptr, bias_ptr, list_ptr, count_ptr, done_ptr, partial_ptr, out_ptr, n_tokens,
+    D: tl.constexpr, F: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, E: tl.constexpr, EXPERT: tl.constexpr,
+    BLOCK_T: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+    N_DONE: tl.constexpr,
+):  # fmt: skip
+    """``out[T, D] = hidden @ down + bias`` over chunks of 32 neurons that are active; grid [D / ROWS, SPLITS, blocks]."""
+    ONE: tl.constexpr = BLOCK_T == 1
+    WORDS: tl.constexpr = CHUNKS * BITS
+    BLOCKS: tl.constexpr = (D + 15) // 16
+    split, block = tl.program_id(1), tl.program_id(2)
+    tokens = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = rows < D
+    out_mask = (tokens < n_tokens)[:, None] & inside[None, :]
+    out_at = tokens.to(tl.int64)[:, None] * D + rows[None, :]
+    PER_EXPERT: tl.constexpr = (EXPERT + 31) // 32
+    n_chunks = PER_EXPERT if list_ptr is None else tl.load(count_ptr + block) * PER_EXPERT
+    experts_ptr = None if list_ptr is None else list_ptr + block * E
+    begin, end, used = share_of(n_chunks, split, SPLITS, CHUNKS)
+    if split < used:
+        if ONE:
+            acc = tl.zeros([WORDS, ROWS], tl.float32)
+        else:
+            acc = tl.zeros([BLOCK_T, ROWS], tl.float32)
+        for start in tl.range(begin, end, CHUNKS, num_stages=STAGES):
+            position = start + tl.arange(0, WORDS) // BITS
+            ok = position < end
+            chunk = active_chunks(position, ok, start, experts_ptr, PER_EXPERT, CHUNKS)
+            mask = ok[:, None] & (rows // 16 < BLOCKS)[None, :]
+            plane = tl.arange(0, WORDS) % BITS
+            at = (chunk.to(tl.int64)[:, None] * BLOCKS + (rows // 16)[None, :]) * (BITS * 16)
+            at += plane[:, None] * 16 + (rows % 16)[None, :]
+            words = tl.load(codes_ptr + at, mask=mask, other=0, eviction_policy="evict_first")
+            at = ((chunk // (GROUP // 32))[:, None] * BLOCKS + (rows // 16)[None, :]) * 16 + (rows % 16)[None, :]
+            scales = tl.load(scales_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            first = tl.where(ok, chunk * 32, F) + plane * (32 // BITS)
+            acc = add_products(acc, words, scales, hidden_ptr, tokens, n_tokens, first, F, BITS, ONE)
+        if ONE:
+            acc = tl.sum(acc, 0)[None, :]
+        acc *= 1 << BITS
+        last = True
+        if SPLITS > 1:
+            tl.store(partial_ptr + split * n_tokens * D + out_at, acc, mask=out_mask)
+            last = is_last(done_ptr + block * N_DONE + tl.program_id(0), used)
+        if last:
+            if SPLITS > 1:
+                acc = tl.zeros([BLOCK_T, ROWS], tl.float32)
+                for part in range(0, used):
+                    at = part * n_tokens * D + out_at
+                    acc += tl.load(partial_ptr + at, mask=out_mask, other=0.0, cache_modifier=".cg")
+            if bias_ptr is not None:
+                acc += tl.load(bias_ptr + rows, mask=inside, other=0.0).to(tl.float32)[None, :]
+            tl.store(out_ptr + out_at, acc.to(out_ptr.dtype.element_ty), mask=out_mask)
