@@ -114,6 +114,9 @@ def bench_ffn(
         str, typer.Option(help="linear; copy: the FFN's own coarse copy decides; mask: given, at no cost.")
     ] = "linear",
     bits: Bits = 3,
+    weights: Annotated[
+        str | None, typer.Option(help="Of the sparse FFN, int8 or int4 for instance; those of --dtype by default.")
+    ] = None,
     impl: Annotated[str, typer.Option(help="auto, reference, cpu or triton.")] = "auto",
     threads: Threads = None,
     device: Device = None,
@@ -121,6 +124,7 @@ def bench_ffn(
 ) -> None:
     """Time one FFN, dense against sparse, router included, and say how close it comes to the memory's limit."""
     from lte.bench.ffn import bench_ffn as run
+    from lte.options import bits_of
 
     check_json_target(json_file)
     _set_threads(threads)
@@ -135,6 +139,7 @@ def bench_ffn(
             expert_size=expert_size,
             router=router,
             bits=bits,
+            weights=None if weights is None else bits_of(weights),
             impl=impl,
             device=where,
             progress=progress,
@@ -224,18 +229,21 @@ def bench_limit(
 def bench_gpu(
     json_file: JsonFile = None,
     quick: Annotated[bool, typer.Option(help="Correctness and one FFN shape only.")] = False,
+    seconds: Annotated[float, typer.Option(help="After so many, no further part is begun.")] = 300.0,
 ) -> None:
     """Everything a GPU should answer, in under eight minutes: correctness first, then FFN and whole-model speed."""
     from lte.bench.gpu import bench_gpu as run
 
     check_json_target(json_file)
+    about = {"command": command_line()}
     with _status() as progress:
-        result = run(quick=quick, progress=progress)
-    write_json(json_file, {"command": command_line(), **result})
+        save = lambda result: write_json(json_file, about | result)  # noqa: E731
+        result = run(quick=quick, seconds=seconds, save=save, progress=progress)
+    write_json(json_file, about | result)
     _print_table(
         result["correctness"], {"case": "case", "max_error": "error", "tolerance": "tolerance", "status": "status"}
     )
-    _print_table(result["ffn"], {"dtype": "dtype", **FFN_COLUMNS}, "LLaMA-2-7B FFN, CUDA graph")
+    _print_table(result["ffn"], {"weights": "weights", **FFN_COLUMNS}, "LLaMA-2-7B FFN, CUDA graph")
     _print_table(result["decode"], {"tokens": "batch", **DECODE_COLUMNS}, "whole model, CUDA graph")
 
 

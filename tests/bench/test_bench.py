@@ -71,6 +71,15 @@ def test_ffn_rows(small, dtype, router, expert_size):
     assert (crossover is None) == bool(cpu.unavailable())
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_ffn_rows_of_few_bits(small, bits):
+    rows, crossover = bench_ffn(dtype="bf16", weights=bits, sparsities=(0, 0.5), tokens=(1, 3), **small)
+    assert [row["weights"] for row in rows] == [f"int{bits}"] * 4
+    assert [row["status"] for row in rows] == ["ok"] * 4
+    assert crossover is None
+    assert rows[0]["bytes_moved"] == 3 * 64 * 128 * (bits + 0.5) / 8
+
+
 def test_without_the_kernels_the_reference_is_measured(small, monkeypatch):
     from lte.ops import backends
     from lte.ops.cpu import library
@@ -202,6 +211,9 @@ def test_every_known_shape_can_be_counted():
         ({"dtype": "int8"}, "dtype 'int8' is unknown; choose one of fp32, bf16, fp16"),
         ({"d_ff": 100}, "d_ff=100 is not divisible by expert_size=32"),
         ({"tokens": (0,)}, "tokens=0 is out of range"),
+        ({"weights": 9}, "weights of 9 bits are unknown; choose from 1 to 8"),
+        ({"weights": 4, "expert_size": 16}, "expert_size=16: experts of few bits have a multiple of 32 neurons"),
+        ({"weights": 4, "tokens": (65,)}, "tokens=65: weights of few bits are written out for more than 64"),
     ],
 )
 def test_bad_input(arguments, message):

@@ -8,25 +8,38 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lte.bench.checks import CODES_TOLERANCE
 from lte.bench.machine import copy_gbytes_per_s, read_gbytes_per_s
 from lte.bench.rows import TOLERANCE, Row
-from lte.bench.shapes import move_threshold
+from lte.bench.shapes import draw_codes, move_threshold
 from lte.errors import ConfigError
 from lte.grouping import check_divisible
 from lte.inference import Crossover
 from lte.inference.crossover import capture, measure
 from lte.inference.packing import streaming_copy
-from lte.nn import CopyRouter, Router, RouterCost, Routing, SparseFFN, ThresholdRouter
+from lte.nn import CopyRouter, QuantizedLinear, Router, RouterCost, Routing, SparseFFN, ThresholdRouter
 from lte.nn.ffn import PathChooser
-from lte.ops import FFNWeights, backend_obstacle, cpu_instruction_set, requested_backend, sparse_ffn_reference
+from lte.ops import (
+    SMALL_BATCH,
+    FFNWeights,
+    QuantizedFFN,
+    backend_obstacle,
+    cpu_instruction_set,
+    requested_backend,
+    sparse_ffn_reference,
+)
+from lte.ops.lowbit import BITS, COLUMNS
+from lte.ops.quantized import quantized_ffn_reference
 from lte.thresholds import shifted
 
 DISTINCT_BYTES = 512 << 20
+MOST_DENSE = 4
 ROUTERS = ("linear", "copy", "mask")
 """What decides in a benchmark: a linear router, the FFN's own copy, or a mask that is given and costs nothing."""
 
@@ -35,21 +48,21 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class Case:
-    """A stack of FFN layers: the sparse ones, and the same weights as the dense baseline wants them."""
+    """A stack of FFN layers: the sparse ones, and dense ones as the baseline wants them, on the same numbers but where
+    the sparse ones have few bits."""
 
     ffns: list[SparseFFN]
-    dense_down: list[Tensor]
+    dense_parts: list[tuple[Tensor, Tensor, Tensor]]
     device: torch.device
-    weights: list[FFNWeights] = field(init=False)
+    weights: list[FFNWeights | QuantizedFFN] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.weights = [ffn.packed_weights() for ffn in self.ffns]
+        self.weights = [ffn.quantized() or ffn.packed_weights() for ffn in self.ffns]
 
     def dense(self, layer: int, x_TD: Tensor) -> Tensor:
         """torch's dense FFN: three matrix products on weights in the stock layout."""
-        weights = self.weights[layer]
-        assert weights.gate is not None
-        return F.linear(F.silu(F.linear(x_TD, weights.gate)) * F.linear(x_TD, weights.up), self.dense_down[layer])
+        gate, up, down = self.dense_parts[layer % len(self.dense_parts)]
+        return F.linear(F.silu(F.linear(x_TD, gate)) * F.linear(x_TD, up), down)
 
     def sparse(self, layer: int, x_TD: Tensor) -> Tensor:
         """The layer, its router included, on the path a prepared model takes."""
@@ -57,9 +70,17 @@ class Case:
         return out
 
     @property
-    def layer_bytes(self) -> int:
-        """Bytes of one dense layer."""
-        return 3 * self.dense_down[0].numel() * self.dense_down[0].element_size()
+    def dense_bytes(self) -> int:
+        """Of one dense layer."""
+        return sum(part.nbytes for part in self.dense_parts[0])
+
+    @property
+    def sparse_bytes(self) -> float:
+        """Of one sparse layer, where every expert runs."""
+        weights = self.weights[0]
+        if isinstance(weights, FFNWeights):
+            return self.dense_bytes
+        return sum(part.numel() for part in self.dense_parts[0]) * weights.up.bits_per_weight / 8
 
 
 class GivenMask(Router):
@@ -106,6 +127,7 @@ def bench_ffn(
     expert_size: int = 32,
     router: str = "linear",
     bits: int = 3,
+    weights: int | None = None,
     impl: str = "auto",
     device: torch.device | None = None,
     rounds: int = 25,
@@ -123,6 +145,8 @@ def bench_ffn(
         expert_size: neurons per expert.
         router: what decides, one of :data:`ROUTERS`.
         bits: of the copy.
+        weights: bits of a weight of the sparse FFNs, in groups of 32; None for those of ``dtype``. The dense baseline
+            keeps its dtype.
         impl: ``auto`` measures first and takes the dense path where that wins, as a prepared model does.
         device: CPU by default.
         rounds: timed rounds per row.
@@ -132,11 +156,13 @@ def bench_ffn(
     if router not in ROUTERS:
         raise ConfigError(f"router {router!r} is unknown; choose one of {', '.join(ROUTERS)}")
     _check(d_ff, expert_size, dtype, sparsities, tokens)
+    if weights is not None:
+        _check_few_bits(weights, expert_size, tokens)
     backend = _backend(impl, DTYPES[dtype], device)
     make = partial(_make_router, router, d_model, d_ff // expert_size, bits, device)
-    case = _build(d_model, d_ff, DTYPES[dtype], make, device)
+    case = _build(d_model, d_ff, DTYPES[dtype], make, device, weights)
     crossover = None
-    if impl == "auto" and backend != "reference":
+    if impl == "auto" and backend != "reference" and weights is None:
         progress("measuring where dense wins")
         crossover = measure(case.ffns[0], backend)
     choose: PathChooser = crossover.choose if crossover else (lambda tokens: (backend, 1.0))
@@ -163,6 +189,16 @@ def _check(d_ff: int, expert_size: int, dtype: str, sparsities: Sequence[float],
             raise ConfigError(f"tokens={number} is out of range; it is at least 1")
 
 
+def _check_few_bits(bits: int, expert_size: int, tokens: Sequence[int]) -> None:
+    """Raise ConfigError for a width, experts or numbers of tokens that kernels for few bits do not take."""
+    if bits not in BITS:
+        raise ConfigError(f"weights of {bits} bits are unknown; choose from {BITS[0]} to {BITS[-1]}")
+    if expert_size % COLUMNS:
+        raise ConfigError(f"expert_size={expert_size}: experts of few bits have a multiple of {COLUMNS} neurons")
+    if max(tokens) > SMALL_BATCH:
+        raise ConfigError(f"tokens={max(tokens)}: weights of few bits are written out for more than {SMALL_BATCH}")
+
+
 def _backend(impl: str, dtype: torch.dtype, device: torch.device) -> str:
     wanted = requested_backend(impl)
     if wanted != "auto":
@@ -182,7 +218,12 @@ def _make_router(kind: str, d_model: int, n_experts: int, bits: int, device: tor
 
 
 def _build(
-    d_model: int, d_ff: int, dtype: torch.dtype, make_router: Callable[[], Router], device: torch.device
+    d_model: int,
+    d_ff: int,
+    dtype: torch.dtype,
+    make_router: Callable[[], Router],
+    device: torch.device,
+    bits: int | None = None,
 ) -> Case:
     generator = torch.Generator(device=device).manual_seed(0)
     pattern = torch.randn(1 << 20, generator=generator, device=device).to(dtype)
@@ -192,15 +233,26 @@ def _build(
         tiled = pattern.roll(shift).repeat(-(-rows * columns // len(pattern)))[: rows * columns]
         return streaming_copy(tiled.view(rows, columns) * columns**-0.5)
 
-    layer_bytes = 3 * d_model * d_ff * pattern.element_size()
-    n_layers = max(2, -(-DISTINCT_BYTES // layer_bytes))
-    ffns, downs = [], []
-    for layer in range(n_layers):
-        parts = {name: nn.Linear(1, 1, bias=False) for name in ("gate_proj", "up_proj", "down_proj")}
-        for name, part in parts.items():
-            shape = (d_model, d_ff) if name == "down_proj" else (d_ff, d_model)
-            part.weight = nn.Parameter(matrix(*shape), requires_grad=False)
-        downs.append(parts["down_proj"].weight.data)
+    layer_bytes = 3 * d_model * d_ff * (pattern.element_size() if bits is None else bits / 8)
+    ffns, denses = [], []
+    for layer in range(max(2, math.ceil(DISTINCT_BYTES / layer_bytes))):
+        # Beside weights of few bits, the dense baseline takes turns on as many layers as no cache holds.
+        if bits is None or layer < MOST_DENSE:
+            denses.append((matrix(d_ff, d_model), matrix(d_ff, d_model), matrix(d_model, d_ff)))
+        parts: dict[str, nn.Module] = {}
+        for name, weight in zip(("gate_proj", "up_proj", "down_proj"), denses[layer % len(denses)], strict=True):
+            if bits is None:
+                parts[name] = linear = nn.Linear(1, 1, bias=False)
+                linear.weight = nn.Parameter(weight, requires_grad=False)
+            else:
+                storage: dict[str, Any] = {
+                    "bits": bits,
+                    "group": COLUMNS,
+                    "by_columns": name == "down_proj",
+                    "device": device,
+                }
+                parts[name] = few_bits = QuantizedLinear(*weight.T.shape, **storage)
+                draw_codes(few_bits, generator)
         ffn = SparseFFN(
             {**parts, "act_fn": nn.SiLU()},
             {"gate": "gate_proj", "up": "up_proj", "down": "down_proj", "act": "act_fn"},
@@ -208,27 +260,30 @@ def _build(
             router=make_router(),
             layer_index=layer,
         )
-        ffn.pack(streaming_copy)
+        if bits is None:
+            ffn.pack(streaming_copy)
         ffns.append(ffn.eval())
-    return Case(ffns, downs, device)
+    return Case(ffns, denses, device)
 
 
 def _measure(case: Case, n_tokens: int, sparsity: float, backend: str, rounds: int) -> Row:
-    first = case.ffns[0].weights()
+    first = case.weights[0]
+    dtype = case.dense_parts[0][0].dtype
     generator = torch.Generator().manual_seed(1)
     inputs = [
-        torch.randn(n_tokens, first.d_model, generator=generator).to(case.device, first.up.dtype)
-        for _ in range(rounds + 2)
+        torch.randn(n_tokens, first.d_model, generator=generator).to(case.device, dtype) for _ in range(rounds + 2)
     ]
     for ffn in case.ffns:
         _set_sparsity(ffn.router, inputs, sparsity)
     error = max(_error(case, layer, inputs[layer % len(inputs)]) for layer in range(min(2, len(case.ffns))))
-    tolerance = TOLERANCE[first.up.dtype]
+    plain = isinstance(first, FFNWeights)
+    tolerance = TOLERANCE[dtype] if plain else max(TOLERANCE[dtype], CODES_TOLERANCE[0])
     used = [_used(case.ffns[i % len(case.ffns)], x) for i, x in enumerate(inputs)]
     row: Row = {
         "d_model": first.d_model,
         "d_ff": first.d_ff,
-        "dtype": {v: k for k, v in DTYPES.items()}[first.up.dtype],
+        "dtype": {v: k for k, v in DTYPES.items()}[dtype],
+        "weights": {v: k for k, v in DTYPES.items()}[dtype] if isinstance(first, FFNWeights) else f"int{first.bits}",
         "tokens": n_tokens,
         "expert_size": first.d_ff // case.ffns[0].router.n_experts,
         "router": _kind_of(case.ffns[0].router),
@@ -245,7 +300,7 @@ def _measure(case: Case, n_tokens: int, sparsity: float, backend: str, rounds: i
         return row
     union = sum(experts for _, experts in used) / len(used)
     of_router = case.ffns[0].router.cost().bytes if sparsity > 0 else 0
-    moved = case.layer_bytes * (union if backend != "reference" else 1.0) + of_router
+    moved = case.sparse_bytes * (union if backend != "reference" else 1.0) + of_router
     dense, sparse, limit = (_time_gpu if case.device.type == "cuda" else _time_cpu)(case, inputs, rounds)
     return row | {
         "dense_ms": dense * 1e3,
@@ -256,7 +311,7 @@ def _measure(case: Case, n_tokens: int, sparsity: float, backend: str, rounds: i
         "gbytes_per_s": moved / sparse / 1e9,
         "limit_gbytes_per_s": limit,
         "share_of_limit": moved / sparse / 1e9 / limit,
-        "dense_gbytes_per_s": case.layer_bytes / dense / 1e9,
+        "dense_gbytes_per_s": case.dense_bytes / dense / 1e9,
     }
 
 
@@ -283,7 +338,11 @@ def _used(ffn: SparseFFN, x_TD: Tensor) -> tuple[float, float]:
 
 def _error(case: Case, layer: int, x_TD: Tensor) -> float:
     ffn = case.ffns[layer]
-    wanted = sparse_ffn_reference(x_TD.float(), case.weights[layer].float(), ffn.router(x_TD).mask)
+    weights, mask = case.weights[layer], ffn.router(x_TD).mask
+    if isinstance(weights, FFNWeights):
+        wanted = sparse_ffn_reference(x_TD.float(), weights.float(), mask)
+    else:
+        wanted = quantized_ffn_reference(x_TD.float(), weights, mask)
     return float((case.sparse(layer, x_TD).float() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-9))
 
 
@@ -291,14 +350,13 @@ def _time_cpu(case: Case, inputs: list[Tensor], rounds: int) -> tuple[float, flo
     dense, sparse, limits = [], [], []
     n = len(case.ffns)
     for i in range(rounds + 2):
-        x_TD, weights = inputs[i], case.weights[(i + 2) % n]
-        assert weights.gate is not None
+        x_TD, (gate, up, _) = inputs[i], case.dense_parts[(i + 2) % len(case.dense_parts)]
         started = time.perf_counter()
         case.dense(i % n, x_TD)
         middle = time.perf_counter()
         case.sparse((i + 1) % n, x_TD)
         ended = time.perf_counter()
-        limits.append(read_gbytes_per_s([weights.gate, weights.up]))
+        limits.append(read_gbytes_per_s([gate, up]))
         if i >= 2:
             dense.append(middle - started)
             sparse.append(ended - middle)

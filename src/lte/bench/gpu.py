@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -17,16 +18,35 @@ from lte.bench.rows import TOLERANCE, Row
 from lte.bench.shapes import bias_for
 from lte.errors import BackendError
 from lte.evaluate import versions
-from lte.ops import ACTIVATIONS, FFNWeights, route, routed_ffn, sparse_ffn, sparse_ffn_reference
+from lte.ops import (
+    ACTIVATIONS,
+    FFNWeights,
+    QuantizedFFN,
+    quantized_ffn,
+    route,
+    routed_ffn,
+    sparse_ffn,
+    sparse_ffn_reference,
+)
+from lte.ops.quantized import quantized_ffn_reference
 
-BUDGET_SECONDS = 450.0
 
-
-def bench_gpu(*, quick: bool = False, progress: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+def bench_gpu(
+    *,
+    quick: bool = False,
+    seconds: float = 300.0,
+    save: Callable[[dict[str, Any]], None] = lambda result: None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
     """``correctness``, ``ffn`` and ``decode`` rows, and what they were measured on.
 
-    Speed is measured only where every correctness case passed. Parts that no longer fit into the time are left out, and
-    ``left_out`` names them.
+    Speed is measured only where every correctness case passed.
+
+    Args:
+        quick: correctness and one token of an FFN only.
+        seconds: after which no further part is begun; ``left_out`` names what was not.
+        save: given what is there after every part.
+        progress: told what is being measured.
 
     Raises:
         BackendError: there is no GPU.
@@ -36,6 +56,7 @@ def bench_gpu(*, quick: bool = False, progress: Callable[[str], None] = lambda l
     started, device = time.perf_counter(), torch.device("cuda")
     progress("correctness against the float32 reference")
     correctness = [_case(*case, device=device) for case in _cases()]
+    correctness += [_few_bits_case(bits, tokens, device) for bits in (4, 8) for tokens in (1, 5, 64)]
     result: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(device),
         "copy_gbytes_per_s": copy_gbytes_per_s(device),
@@ -50,19 +71,16 @@ def bench_gpu(*, quick: bool = False, progress: Callable[[str], None] = lambda l
         return result
     progress("tuning the kernels for one token")
     _tune(device)
-    plan: list[tuple[str, Callable[[], list[Row]]]] = [
-        ("ffn 4096 x 11008 bf16", lambda: _ffn("bf16", (0.0, 0.5, 0.75, 0.9), (1,), progress)),
-        ("ffn 4096 x 11008 bf16, batches", lambda: _ffn("bf16", (0.5, 0.8), (4, 8, 16, 32), progress)),
-        ("decode llama-2-7b bf16", lambda: _decode((0.0, 0.5, 0.8), 1, progress)),
-        ("ffn 4096 x 11008 fp16", lambda: _ffn("fp16", (0.5, 0.9), (1,), progress)),
-        ("decode llama-2-7b bf16, batch 8", lambda: _decode((0.8,), 8, progress)),
-    ]
-    for name, part in plan[:1] if quick else plan:
-        if time.perf_counter() - started > BUDGET_SECONDS * 0.75:
+    for name, part in _plan(progress)[: 3 if quick else None]:
+        if time.perf_counter() - started > seconds:
             result["left_out"].append(f"{name}: no time left")
             continue
-        result["decode" if name.startswith("decode") else "ffn"] += part()
+        try:
+            result["decode" if name.startswith("decode") else "ffn"] += part()
+        except Exception as error:  # noqa: BLE001 - the other parts are still worth having
+            result["left_out"].append(f"{name}: {type(error).__name__}: {str(error).strip()[:300]}")
         torch.cuda.empty_cache()
+        save(result)
     result["seconds"] = time.perf_counter() - started
     return result
 
@@ -78,23 +96,27 @@ def _tune(device: torch.device) -> None:
     autotune(draw(1, 4096), weights, torch.rand(1, 344, device=device) > 0.5)
 
 
-def _ffn(
-    dtype: str, sparsities: tuple[float, ...], tokens: tuple[int, ...], progress: Callable[[str], None]
-) -> list[Row]:
-    return bench_ffn(
-        dtype=dtype, sparsities=sparsities, tokens=tokens, device=torch.device("cuda"), rounds=30, progress=progress
-    )[0]
+def _plan(progress: Callable[[str], None]) -> list[tuple[str, Callable[[], list[Row]]]]:
+    """What is measured, most wanted first."""
+    ffn = partial(bench_ffn, device=torch.device("cuda"), rounds=30, progress=progress)
+    decode = partial(
+        bench_decode, config_name="llama-2-7b", new_tokens=32, rounds=2, device=torch.device("cuda"), progress=progress
+    )
 
+    def rows(measure: Callable[..., tuple[list[Row], Any]], **settings: Any) -> Callable[[], list[Row]]:
+        return lambda: measure(**settings)[0]
 
-def _decode(sparsities: tuple[float, ...], batch: int, progress: Callable[[str], None]) -> list[Row]:
-    return bench_decode(
-        config_name="llama-2-7b",
-        sparsities=sparsities,
-        batch=batch,
-        new_tokens=64,
-        device=torch.device("cuda"),
-        progress=progress,
-    )[0]
+    one = (0.0, 0.5, 0.75, 0.9)
+    return [
+        ("ffn 4096 x 11008 bf16", rows(ffn, sparsities=one)),
+        ("ffn 4096 x 11008 int8", rows(ffn, weights=8, sparsities=one)),
+        ("ffn 4096 x 11008 int4", rows(ffn, weights=4, sparsities=one)),
+        ("ffn 4096 x 11008 bf16, batches", rows(ffn, sparsities=(0.5, 0.8), tokens=(4, 8, 16, 32))),
+        ("ffn 4096 x 11008 int4, batches", rows(ffn, weights=4, sparsities=(0.0, 0.8), tokens=(4, 8, 16, 32))),
+        ("decode llama-2-7b bf16, int8, int4", rows(decode, weights=(8, 4), sparsities=(0.0, 0.5, 0.8))),
+        ("ffn 4096 x 11008 fp16", rows(ffn, dtype="fp16", sparsities=(0.5, 0.9))),
+        ("decode llama-2-7b bf16, batch 8", rows(decode, sparsities=(0.8,), batch=8)),
+    ]
 
 
 Case = tuple[torch.dtype, str, bool, int, float]
@@ -147,5 +169,27 @@ def _case(dtype: torch.dtype, activation: str, gated: bool, tokens: int, sparsit
     if not error <= TOLERANCE[dtype]:
         row["status"] = "failed: error above tolerance"
     elif not torch.equal(got[0], got[2]):
+        row["status"] = "failed: two runs differ"
+    return row
+
+
+def _few_bits_case(bits: int, tokens: int, device: torch.device) -> Row:
+    generator = torch.Generator().manual_seed(bits)
+    d_model, d_ff, n_experts, dtype = 520, 1152, 36, torch.bfloat16
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).mul_(shape[-1] ** -0.5).to(device, dtype)
+
+    weights = FFNWeights(up=draw(d_ff, d_model), down=draw(d_ff, d_model), gate=draw(d_ff, d_model))
+    made = QuantizedFFN.of(weights, bits)
+    x_TD, mask = draw(tokens, d_model) * d_model**0.5, draw(tokens, n_experts) > 0
+    wanted = quantized_ffn_reference(x_TD.float(), made, mask)
+    got = [quantized_ffn(x_TD, made, mask) for _ in range(2)]
+    error = float((got[0].float() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6))
+    name = f"int{bits} silu gated T={tokens} sparsity=0.5"
+    row: Row = {"case": name, "max_error": error, "tolerance": TOLERANCE[dtype], "status": "ok"}
+    if not error <= TOLERANCE[dtype]:
+        row["status"] = "failed: error above tolerance"
+    elif not torch.equal(*got):
         row["status"] = "failed: two runs differ"
     return row

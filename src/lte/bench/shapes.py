@@ -130,7 +130,7 @@ def random_model(
             setattr(module, name, nn.Parameter(copy, requires_grad=False))
     for module in model.modules():
         if isinstance(module, QuantizedWeight):
-            _draw_codes(module, generator)
+            draw_codes(module, generator)
     for name, buffer in fresh.named_buffers():
         owner, _, leaf = name.rpartition(".")
         model.get_submodule(owner).register_buffer(leaf, buffer.to(device), persistent=False)
@@ -140,7 +140,7 @@ def random_model(
     return model.eval()
 
 
-def _draw_codes(module: QuantizedWeight, generator: torch.Generator) -> None:
+def draw_codes(module: QuantizedWeight, generator: torch.Generator) -> None:
     """Any byte is as many codes; scales such that outputs are as large as inputs."""
     device = generator.device
     pattern = torch.randint(256, (1 << 20,), generator=generator, device=device, dtype=torch.uint8)

@@ -46,7 +46,7 @@ def quantized_ffn(
         x_TD: [T, D] inputs.
         weights: the FFN.
         expert_weights_TE: [T, E], a bool mask or weights of the experts.
-        router: weight, bias and threshold, as :func:`lte.ops.routed_ffn` takes them, instead of those; neither runs all.
+        router: instead, weight, bias and threshold as :func:`lte.ops.routed_ffn` takes them; neither runs all.
 
     Raises:
         ConfigError: experts that do not have whole groups of the down projection.

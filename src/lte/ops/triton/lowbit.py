@@ -1,9 +1,9 @@
 """The same kernels for weights of 1, 2, 4 or 8 bits, unpacked in registers: rows (up, gate, any linear layer) and down.
 
 A 32-bit *word* of a :class:`lte.ops.LowBitMatrix` holds four bytes of one row in one plane, which is ``32 / BITS``
-codes: bit field f of byte c is that of column ``4 f + c`` behind the word's first. 16 words, one of every row of a block,
-lie together, and words of neighbouring planes and chunks behind one another. For one token the products are summed in
-float32 registers; a tile of tokens goes through the matrix units, its weights rounded to the inputs' dtype.
+codes: bit field f of byte c is that of column ``4 f + c`` behind the word's first. 16 words, one of every row of a
+block, lie together, and words of neighbouring planes and chunks behind one another. For one token the products are
+summed in float32 registers; a tile of tokens goes through the matrix units, weights rounded to the inputs' dtype.
 """
 
 # mypy: disallow-untyped-defs = False
@@ -95,7 +95,7 @@ def lowbit_rows_kernel(
     LIST_T: tl.constexpr, LIST_E: tl.constexpr, N_DONE: tl.constexpr, DONE_PAD: tl.constexpr,
     BLOCK_T: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """``out[T, F] = w * act(gate x) * up x`` of active neurons, or ``up x + bias`` of all rows where ``done_ptr`` is None.
+    """``out[T, F] = w * act(gate x) * up x`` of active neurons; ``up x + bias`` of all rows without ``done_ptr``.
 
     Grid [F / ROWS, blocks], and one more program first where there is a list to write.
     """
@@ -118,12 +118,8 @@ def lowbit_rows_kernel(
         active = tl.max(wanted.to(tl.int32), 0) != 0
         if tl.max(active.to(tl.int32), 0) > 0:
             LAST: tl.constexpr = (D + GROUP - 1) // GROUP * (GROUP // 32) * BITS
-            if ONE:
-                up = tl.zeros([WORDS, ROWS], tl.float32)
-                gate = tl.zeros([WORDS, ROWS], tl.float32)
-            else:
-                up = tl.zeros([BLOCK_T, ROWS], tl.float32)
-                gate = tl.zeros([BLOCK_T, ROWS], tl.float32)
+            up = tl.zeros([WORDS, ROWS] if ONE else [BLOCK_T, ROWS], tl.float32)
+            gate = tl.zeros([WORDS, ROWS] if ONE else [BLOCK_T, ROWS], tl.float32)
             for start in tl.range(0, LAST, WORDS, num_stages=STAGES):
                 up = row_products(
                     up, x_ptr, up_ptr, up_scales_ptr, rows, start, tokens, n_tokens,
@@ -175,7 +171,7 @@ def lowbit_down_kernel(
     BLOCK_T: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
     N_DONE: tl.constexpr,
 ):  # fmt: skip
-    """``out[T, D] = hidden @ down + bias`` over chunks of 32 neurons that are active; grid [D / ROWS, SPLITS, blocks]."""
+    """``out[T, D] = hidden @ down + bias`` over active chunks of 32 neurons; grid [D / ROWS, SPLITS, blocks]."""
     ONE: tl.constexpr = BLOCK_T == 1
     WORDS: tl.constexpr = CHUNKS * BITS
     BLOCKS: tl.constexpr = (D + 15) // 16
@@ -190,10 +186,7 @@ def lowbit_down_kernel(
     experts_ptr = None if list_ptr is None else list_ptr + block * E
     begin, end, used = share_of(n_chunks, split, SPLITS, CHUNKS)
     if split < used:
-        if ONE:
-            acc = tl.zeros([WORDS, ROWS], tl.float32)
-        else:
-            acc = tl.zeros([BLOCK_T, ROWS], tl.float32)
+        acc = tl.zeros([WORDS, ROWS] if ONE else [BLOCK_T, ROWS], tl.float32)
         for start in tl.range(begin, end, CHUNKS, num_stages=STAGES):
             position = start + tl.arange(0, WORDS) // BITS
             ok = position < end
