@@ -46,7 +46,7 @@ def test_compiles_without_spills(capability):
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-4000:]
     usage = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(usage) == 4 * len(CASES) + 4 * sum(dtype != "float32" for _, dtype, *_ in CASES)
+    assert len(usage) == 4 * len(CASES) + 6 * sum(dtype != "float32" for _, dtype, *_ in CASES)
     limit = ARCHITECTURES[capability][1]
     assert [row for row in usage if row["stack"] or row["local"] or row["shared"] > limit] == []
 
@@ -111,6 +111,8 @@ def planned(capability: int) -> Any:
                 up, down = (codes(*shape, bits) for shape in ((f, d), (d, f)))
                 made = QuantizedFFN(up, down, up if gated else None, activation=activation)
                 yield from quantized.plan_ffn(x, made, mask, sms)[1]
+                out = tensor(len(x), f)
+                yield quantized.plan_rows(x, up, None, out[0], None, None, out, None)
 
         def codes(rows: int, columns: int, bits: int, tensor: Any = tensor) -> LowBitMatrix:
             planes = tensor(rows // 16, columns // 32, 1, bits, 64, dtype=torch.uint8)

@@ -36,6 +36,7 @@ def fill(text: str, results: Path) -> str:
         "decode": _decode,
         "limit": _limit,
         "step": _step,
+        "gpu": _gpu,
         "glue": _glue,
     }
     for name, make in blocks.items():
@@ -259,6 +260,27 @@ def _decode(results: Path) -> str:
         head = ["engine", "FFN sparsity", "ms/token", "vs transformers", "vs llama.cpp", "bytes allow, vs dense"]
         parts.append(f"**{name}**\n\n{markdown_table(head, rows)}")
     return "\n".join(parts) + _where(results)
+
+
+def _gpu(results: Path) -> str:
+    parts = []
+    for record in _read(results / "gpu").values():
+        rows = [
+            [
+                *(row["weights"], str(row["tokens"]), f"{row['sparsity']:.0%}", row["backend"]),
+                *(f"{row[name] * 1e3:.0f}" for name in ("dense_ms", "sparse_ms")),
+                *(f"{row['speedup']:.2f}", f"{row['gbytes_per_s']:.0f}"),
+            ]
+            for row in record["ffn"]
+        ]
+        head = ["weights", "tokens", "sparsity", "path", "cuBLAS bf16, us", "lte, us", "speed-up", "GB/s read"]
+        passed = sum(row["status"] == "ok" for row in record["correctness"])
+        parts.append(
+            f"{markdown_table(head, rows)}\nMeasured on an {record['gpu']}, torch {record['versions']['torch']}, a copy "
+            f"moving {record['copy_gbytes_per_s']:.0f} GB/s; {passed} of {len(record['correctness'])} cases agree with "
+            f"the float32 reference. `{record['command']}`.\n"
+        )
+    return "\n".join(parts)
 
 
 def _where(results: Path) -> str:

@@ -101,15 +101,17 @@ def lowbit_rows_kernel(
     """
     ONE: tl.constexpr = BLOCK_T == 1
     block = tl.program_id(1)
-    first_program: tl.constexpr = 0 if done_ptr is None else 1
-    if tl.program_id(0) < first_program:
-        list_active(
-            expert_weights_ptr, list_ptr, count_ptr, done_ptr, block, n_tokens,
-            E, BLOCK_T, LIST_T, LIST_E, N_DONE, DONE_PAD,
-        )  # fmt: skip
-    else:
+    program = tl.program_id(0)
+    if done_ptr is not None:
+        program -= 1
+        if program < 0:
+            list_active(
+                expert_weights_ptr, list_ptr, count_ptr, done_ptr, block, n_tokens,
+                E, BLOCK_T, LIST_T, LIST_E, N_DONE, DONE_PAD,
+            )  # fmt: skip
+    if program >= 0:
         tokens = block * BLOCK_T + tl.arange(0, BLOCK_T)
-        rows = (tl.program_id(0) - first_program) * ROWS + tl.arange(0, ROWS)
+        rows = program * ROWS + tl.arange(0, ROWS)
         wanted = (tokens < n_tokens)[:, None] & (rows < F)[None, :]
         if expert_weights_ptr is not None:
             experts = tokens.to(tl.int64)[:, None] * E + (rows // EXPERT)[None, :]
