@@ -193,12 +193,20 @@ def test_sparsify_without_training(folder, tmp_path, method):
     more = ("--expert-size", 8, "--context-length", 16, "--set", f"sparsity.method={method}")
     result = run(*words, *more, "--target-sparsity", 0.4)
     assert result.exit_code == 0, result.output + repr(result.exception)
-    result = run("evaluate", out, "--data", folder / "text.txt", "--baseline", folder / "dense", "--json", record)
+    both = ("--baseline", folder / "dense", "--against", folder / "dense")
+    result = run("evaluate", out, "--data", folder / "text.txt", *both, "--json", record)
     assert result.exit_code == 0, result.output + repr(result.exception)
     found = json.loads(record.read_text())
     assert found["sparsity"] == pytest.approx(0.4, abs=0.03)
     assert found["baseline"]["sparsity"] == 0
     assert found["value"] != found["baseline"]["value"]
+    assert found["extras"]["kl_divergence"] > 0
+    assert found["extras"]["same_top"] < 1
+    assert found["baseline"]["extras"] | {"cross_entropy": 0} == {
+        "kl_divergence": pytest.approx(0, abs=1e-6),
+        "same_top": 1,
+        "cross_entropy": 0,
+    }
     assert str(folder / "dense").rpartition("/")[2] in result.output
     assert "must lie between 0 and 1" in fails(*words[:-1], tmp_path / "other", *more, "--target-sparsity", 30)
     assert "no model folder" in fails("evaluate", out, "--data", folder / "text.txt", "--baseline", folder / "none/x/y")

@@ -28,6 +28,7 @@ def evaluate(
     batch_size: int = 8,
     seed: int = 0,
     bins: int = 0,
+    against: Any | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model and account for what it used.
@@ -41,6 +42,8 @@ def evaluate(
         batch_size: does not change the result.
         seed: recorded, and set before evaluating.
         bins: of a histogram of every layer's scores over (0, 1), added as ``score_histogram``; 0 for none.
+        against: another model, the one of 16 bits for instance, whose predictions these are compared with:
+            ``kl_divergence`` (nats a token) and ``same_top`` (share of tokens) among the ``extras``.
         progress: called with batches done and in all.
 
     Returns:
@@ -68,6 +71,7 @@ def evaluate(
             set_token_mask=meter.set_token_mask,
             progress=progress,
             seed=seed,
+            against=against,
         )
     return {
         "metric": result.metric,
@@ -108,6 +112,11 @@ def load_for_evaluation(path: str, task: Task, *, dense: bool, **kwargs: Any) ->
     if type(model) not in set(task.auto_class._model_mapping.values()):
         raise ConfigError(f"{path} is a {type(model).__name__}, which task={task.config.name!r} cannot use")
     return model.to(default_device()), tokenizer
+
+
+def load_to_compare(path: str) -> Any:
+    """A dense or a sparse language model, for ``against``."""
+    return (load(path) if is_sparse_config(read_config(path)) else load_dense(path)).to(default_device()).eval()
 
 
 def read_kind(path: str, *, dense: bool, flag: str = "--dense") -> Any:

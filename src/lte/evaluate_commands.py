@@ -43,6 +43,9 @@ def evaluate(
     baseline: Annotated[
         str | None, typer.Option(help="A dense model to show beside it, e.g. of `lte finetune` on the same data.")
     ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Also KL divergence to this model, and the share of tokens with the same top.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward; does not change the result.")] = 16,
     context_length: ContextLength = None,
     stride: Annotated[int | None, typer.Option(help="Step of the sliding window; default half the context.")] = None,
@@ -69,8 +72,8 @@ def evaluate(
             raise ConfigError(f"--{flag} {value} goes with a sparse model; leave out --dense")
     check_json_target(json_file)
     _check_flags(locals())
-    if baseline is not None:
-        read_config(baseline)
+    for other in filter(None, (baseline, against)):
+        read_config(other)
     if tasks is not None:
         measure = _harness(
             tasks,
@@ -82,7 +85,14 @@ def evaluate(
             seed=seed,
         )
     else:
-        measure = partial(_evaluate, task=task_as_trained(locals()), data=str(data), batch_size=batch_size, seed=seed)
+        measure = partial(
+            _evaluate,
+            task=task_as_trained(locals()),
+            data=str(data),
+            batch_size=batch_size,
+            seed=seed,
+            against=against,
+        )
     result = measure(model, title="evaluating", dense=dense, sparsity=sparsity)
     if baseline is not None:
         result["baseline"] = measure(baseline, title="the dense baseline", dense=True)
@@ -104,6 +114,7 @@ _FOR_DATA: tuple[str, ...] = (
     "metric",
     "max_new_tokens",
     "split",
+    "against",
 )
 
 
@@ -162,7 +173,15 @@ def calibrate(
 
 
 def _evaluate(
-    path: str, *, task: Any, data: str, title: str, dense: bool, sparsity: float | None = None, **settings: Any
+    path: str,
+    *,
+    task: Any,
+    data: str,
+    title: str,
+    dense: bool,
+    sparsity: float | None = None,
+    against: str | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
     from lte import evaluate as module
     from lte.thresholds import set_sparsity, sparsity_set_for
@@ -171,9 +190,13 @@ def _evaluate(
     if sparsity is not None:
         set_sparsity(model, sparsity)
     expected = sparsity_set_for(model) if sparsity is None and not dense else sparsity
+    other = None if against is None else module.load_to_compare(against)
     with ProgressBar(title) as progress:
-        result = module.evaluate(model, tokenizer, task, data, dense=dense, progress=progress, **settings)
-    return {**result, "model": path} | ({} if expected is None else {"expected_sparsity": expected})
+        result = module.evaluate(
+            model, tokenizer, task, data, dense=dense, against=other, progress=progress, **settings
+        )
+    named = {} if against is None else {"against": against}
+    return {**result, **named, "model": path} | ({} if expected is None else {"expected_sparsity": expected})
 
 
 def _harness(

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 
 from lte.errors import ConfigError, DataError
-from lte.tasks import LanguageTask, TaskConfig
+from lte.tasks import ClassifyTask, LanguageTask, TaskConfig
 from lte.tasks.scoring import window_spans
 from lte.tasks.sources import CONTINUES_COLUMN
 from tests.tasks.tiny import VOCAB, Watch, byte_tokenizer, tiny_llama
@@ -211,3 +211,36 @@ def test_unusable_columns(columns, settings, message):
 def test_only_string_column_is_the_text():
     rows = Dataset.from_dict({"story": ["abcdef"], "year": [1999]})
     assert len(lm(context_length=3).prepare(rows, byte_tokenizer())) == 2
+
+
+def test_predictions_are_compared_with_another_models(llama):
+    tokenizer, other = byte_tokenizer(), tiny_llama(seed=1)
+    task, options = lm(context_length=16, stride=8), {"batch_size": 2, "set_token_mask": lambda mask: None}
+    alone = task.evaluate(llama, tokenizer, texts(), **options)
+    beside = task.evaluate(llama, tokenizer, texts(), against=other, **options)
+    assert alone.value == beside.value
+    assert set(beside.extras) - set(alone.extras) == {"kl_divergence", "same_top"}
+    stream = torch.tensor([stream_of(tokenizer)])
+    q, p = [], []
+    for begin, end, first in window_spans(stream.shape[1], 16, 8):
+        for model, found in ((llama, q), (other, p)):
+            with torch.no_grad():
+                logits = model(stream[:, begin:end]).logits[0].log_softmax(-1)
+            found.append(logits[max(first, 1) - begin - 1 : -1])
+    q, p = torch.cat(q), torch.cat(p)
+    assert len(q) == stream.shape[1] - 1
+    assert beside.extras["kl_divergence"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+    assert beside.extras["same_top"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).float().mean()))
+    same = task.evaluate(llama, tokenizer, texts(), against=tiny_llama(), **options).extras
+    assert same["kl_divergence"] == pytest.approx(0, abs=1e-6)
+    assert same["same_top"] == 1
+
+
+def test_what_cannot_be_compared_is_refused(llama):
+    options = {"batch_size": 2, "set_token_mask": lambda mask: None}
+    other = tiny_llama()
+    other.resize_token_embeddings(len(VOCAB) - 3)
+    with pytest.raises(ConfigError, match=r"263 tokens and .* 260; predictions are compared token by token"):
+        lm(context_length=16).evaluate(llama, byte_tokenizer(), texts(), against=other, **options)
+    with pytest.raises(ConfigError, match="task='classify' predicts no tokens"):
+        ClassifyTask(TaskConfig(name="classify")).evaluate(llama, byte_tokenizer(), texts(), against=llama, **options)

@@ -276,9 +276,9 @@ def _gpu(results: Path) -> str:
         head = ["weights", "tokens", "sparsity", "path", "cuBLAS bf16, us", "lte, us", "speed-up", "GB/s read"]
         passed = sum(row["status"] == "ok" for row in record["correctness"])
         parts.append(
-            f"{markdown_table(head, rows)}\nMeasured on an {record['gpu']}, torch {record['versions']['torch']}, a copy "
-            f"moving {record['copy_gbytes_per_s']:.0f} GB/s; {passed} of {len(record['correctness'])} cases agree with "
-            f"the float32 reference. `{record['command']}`.\n"
+            f"{markdown_table(head, rows)}\nMeasured on an {record['gpu']}, torch {record['versions']['torch']}, a "
+            f"copy moving {record['copy_gbytes_per_s']:.0f} GB/s; {passed} of {len(record['correctness'])} cases agree "
+            f"with the float32 reference. `{record['command']}`.\n"
         )
     return "\n".join(parts)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lte.errors import ConfigError
+from lte.tasks.beside import Beside
 from lte.tasks.collate import PaddingCollator, pad_id
 from lte.tasks.config import TaskConfig, fit_context
 from lte.tasks.sources import Source, load_rows
@@ -58,6 +59,7 @@ class Run:
     total: int = 0
     done: int = 0
     tokens: int = 0
+    beside: Beside | None = None
 
     def batches(self, items: Sequence[T]) -> Iterator[Sequence[T]]:
         """Slices of ``batch_size`` items; each counts as done when the next one is asked for."""
@@ -83,9 +85,11 @@ class Task(ABC):
 
     Attributes:
         auto_class: the transformers class that loads a model for the task.
+        predicts_tokens: whether what a model predicts of tokens is scored, and can be compared with another's.
     """
 
     auto_class: ClassVar[Any]
+    predicts_tokens: ClassVar[bool] = False
 
     def __init__(self, config: TaskConfig) -> None:
         self.config = config
@@ -116,6 +120,7 @@ class Task(ABC):
         set_token_mask: SetTokenMask,
         progress: Progress | None = None,
         seed: int = 0,
+        against: PreTrainedModel | None = None,
     ) -> TaskResult:
         """Measure the model; its training mode and the global random state are left as they were.
 
@@ -127,22 +132,35 @@ class Task(ABC):
             set_token_mask: see :data:`SetTokenMask`; told None when all is done.
             progress: see :data:`Progress`.
             seed: of torch's generators; the tasks draw nothing, a model may.
+            against: another model, whose predictions these are compared with: ``kl_divergence`` and ``same_top`` among
+                the extras.
+
+        Raises:
+            ConfigError: a task that predicts no tokens, or a model of other tokens, to compare with.
         """
+        if against is not None and not self.predicts_tokens:
+            raise ConfigError(
+                f"task={self.config.name!r} predicts no tokens that could be compared with another model's"
+            )
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size} must be at least 1")
         config = fit_context(self.config, model.config)
         rows = self.rows(source)
         run = Run(batch_size, set_token_mask, progress)
+        run.beside = None if against is None else Beside(against.eval(), model)
         was_training = model.training
         model.eval()
         cuda = [model.device] if model.device.type == "cuda" else []
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=cuda):
                 torch.manual_seed(seed)
-                return self._measure(model, tokenizer, rows, config, run)
+                result = self._measure(model, tokenizer, rows, config, run)
         finally:
             set_token_mask(None)
             model.train(was_training)
+        if run.beside is None:
+            return result
+        return replace(result, extras={**result.extras, **run.beside.numbers()})
 
     @abstractmethod
     def _measure(

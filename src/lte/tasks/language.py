@@ -34,6 +34,7 @@ class LanguageTask(Task):
     """
 
     auto_class = AutoModelForCausalLM
+    predicts_tokens = True
 
     def prepare(self, source: Source, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         """Training rows with input_ids and labels, and attention_mask unless they are packed text."""

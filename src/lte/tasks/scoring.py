@@ -12,22 +12,27 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lte.tasks.base import Run, TaskResult
+from lte.tasks.beside import Beside
 from lte.tasks.collate import IGNORED, PaddingCollator
 
 
-def scored_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[float, int]:
+def scored_loss(model: PreTrainedModel, batch: dict[str, Tensor], beside: Beside | None = None) -> tuple[float, int]:
     """Summed cross-entropy in nats of the tokens whose label is not ignored, and their number.
 
     Args:
         model: a causal language model.
         batch: input_ids, attention_mask and labels, [B, S] each, on the model's device; ``labels[b, s]`` is
             predicted from the tokens before ``s``.
+        beside: compares these predictions with another model's.
     """
+    wanted_BSV = None if beside is None else beside.logits(batch)
     logits_BSV = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     losses = []
     # Row by row: choosing, casting and the softmax each copy what they are given, and a batch's logits take gigabytes.
-    for logits_SV, labels_S in zip(logits_BSV[:, :-1], batch["labels"][:, 1:], strict=True):
+    for row, (logits_SV, labels_S) in enumerate(zip(logits_BSV[:, :-1], batch["labels"][:, 1:], strict=True)):
         scored = labels_S != IGNORED
+        if beside is not None and wanted_BSV is not None:
+            beside.add(logits_SV[scored], wanted_BSV[row, :-1][scored.to(wanted_BSV.device)])
         losses.append(F.cross_entropy(logits_SV[scored].float(), labels_S[scored], reduction="none"))
     every = torch.cat(losses)
     return every.cpu().double().sum().item(), every.numel()
@@ -63,7 +68,7 @@ def score_rows(
     for items in run.batches(ordered):
         batch = to_device(collate(items), model.device)
         run.count(batch["attention_mask"].bool() if counted else None)
-        batch_loss, batch_scored = scored_loss(model, batch)
+        batch_loss, batch_scored = scored_loss(model, batch, run.beside)
         loss += batch_loss
         n_scored += batch_scored
     return loss, n_scored
@@ -103,7 +108,7 @@ def score_stream(
         rows = [_window_row(stream, *span) for span in items]
         batch = to_device(collate(rows), model.device)
         run.count(batch.pop("new").bool())
-        batch_loss, batch_scored = scored_loss(model, batch)
+        batch_loss, batch_scored = scored_loss(model, batch, run.beside)
         loss += batch_loss
         n_scored += batch_scored
     return loss, n_scored
