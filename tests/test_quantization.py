@@ -267,8 +267,81 @@ def test_the_command(tmp_path):
         result = run(model, "--weights", "int4", "--out", out)
         assert "is there already" in str(result.exception)
         assert not list(tmp_path.glob("*.partial"))
+    tuned = run(
+        dense, "--weights", "int3", "--out", tmp_path / "tuned", "--data", text, "--context-length", 32, "--steps", 3
+    )
+    assert tuned.exit_code == 0, tuned.output
+    assert len(json.loads((tmp_path / "tuned" / "lte_quantize.json").read_text())["losses"]) == 3
+    result = run(dense, "--weights", "int3", "--out", tmp_path / "x", "--steps", 3)
+    assert "steps=3 need data to train on; give --data" in str(result.exception)
+    result = run(
+        dense, "--weights", "int4", "--out", tmp_path / "x", "--steps", 3, "--bits-per-token", 3.2, "--data", text
+    )
+    assert "steps are for weights in one plane of bits" in str(result.exception)
     for wrong in ("int9", "fp4", "4"):
         assert "is no format of weights" in str(run(dense, "--weights", wrong, "--out", tmp_path / "x").exception)
     assert not (tmp_path / "x").exists()
     result = run(tmp_path / "dense-4", "--weights", "int4", "--out", tmp_path / "x")
     assert "of few bits already" in str(result.exception)
+
+
+@pytest.mark.parametrize("made", ["dense", "sparse"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_the_scales_comes_closer_to_the_model_of_before(made, dtype, tmp_path, caplog):
+    teacher = (models.build("llama") if made == "dense" else sparse("llama")).to(dtype).eval()
+    text = [models.inputs(8, 40, seed=seed) for seed in range(4)]
+    model = lte.quantize(copy.deepcopy(teacher), bits=3, calibration=text).eval()
+    held, layers = models.inputs(4, 40, seed=9), [m for m in quantized_modules(model) if isinstance(m, QuantizedLinear)]
+    wanted = logits(teacher, held).float()
+
+    def divergence():
+        found = logits(model, held).float().log_softmax(-1)
+        return float((wanted.log_softmax(-1).exp() * (wanted.log_softmax(-1) - found)).sum(-1).mean())
+
+    before, codes, state = divergence(), [layer.codes.clone() for layer in layers], set(model.state_dict())
+    with caplog.at_level("INFO", "lte.tuning"):
+        losses = lte.tune_quantized(model, teacher, text, 12, learning_rate=1e-2)
+    assert "the scales were trained: KL divergence" in caplog.text
+    assert len(losses) == 12
+    assert losses[-1] < losses[0]
+    assert divergence() < 0.95 * before
+    assert all(torch.equal(layer.codes, old) for layer, old in zip(layers, codes, strict=True))
+    # What was learned is in the scales, and nothing is left behind.
+    assert set(model.state_dict()) == state
+    assert {p.dtype for p in model.parameters()} == {dtype} | {p.dtype for p in teacher.parameters()}
+    model.save_pretrained(tmp_path)
+    loaded = lte.load(tmp_path, dtype=dtype).state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
+
+
+def test_a_learned_scale_is_what_a_number_is_multiplied_with():
+    layer = QuantizedLinear(70, 20, bits=4, group=32, by_columns=True)
+    layer.hold(quantize(torch.randn(20, 70, generator=torch.Generator().manual_seed(0)), 4, 32, by_columns=True))
+    x, before = torch.randn(5, 70, generator=torch.Generator().manual_seed(1)), layer.matrix.dequantize()
+    factors = layer.learn_scales()
+    torch.testing.assert_close(layer(x), x @ before.T)
+    factors.data += torch.arange(factors.numel()).view_as(factors) % 7 / 16
+    wide = factors.repeat_interleave(32, 1)[:, :70]
+    torch.testing.assert_close(layer(x), x @ (before * wide).T)
+    layer(x).square().sum().backward()
+    plain = (before * wide).detach().requires_grad_()
+    (x @ plain.T).square().sum().backward()
+    each = torch.nn.functional.pad(plain.grad * before, (0, 26)).view(20, 3, 32).sum(-1)
+    torch.testing.assert_close(factors.grad, each, rtol=1e-4, atol=1e-4)
+    layer.fix_scales()
+    torch.testing.assert_close(layer.matrix.dequantize(), before * wide, rtol=2**-8, atol=0)
+    assert layer.factors is None
+
+
+def test_what_cannot_be_tuned():
+    teacher = models.build("llama")
+    text = [models.inputs(2, 9)]
+    with pytest.raises(ConfigError, match="no weights of few bits whose scales"):
+        lte.tune_quantized(teacher, teacher, text, 2)
+    model = lte.quantize(models.build("llama"), bits=4)
+    with pytest.raises(ConfigError, match="steps=2 need data"):
+        lte.tune_quantized(model, teacher, [], 2)
+    with pytest.raises(ConfigError, match="steps=0, learning_rate=0.005: at least 1"):
+        lte.tune_quantized(model, teacher, text, 0)
+    with pytest.raises(ConfigError, match=r"learning_rate=nan"):
+        lte.tune_quantized(model, teacher, text, 2, learning_rate=float("nan"))

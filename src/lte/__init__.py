@@ -38,6 +38,7 @@ from lte.nn import SparsityMeter, observe_routing, set_mode
 from lte.quantization import quantize
 from lte.sparsify import sparsify
 from lte.thresholds import calibrate, set_sparsity
+from lte.tuning import tune_quantized
 
 if TYPE_CHECKING:
     from lte.training import LTETrainer, LTETrainingArguments
@@ -83,6 +84,7 @@ __all__ = [
     "set_mode",
     "set_sparsity",
     "sparsify",
+    "tune_quantized",
 ]
 
 

@@ -42,6 +42,10 @@ def quantize(
         typer.Option(help="Bits of an FFN weight a token reads in the mean: neurons are left out, coarse or exact."),
     ] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of the data to use; default 16384.")] = None,
+    steps: Annotated[
+        int, typer.Option(min=0, help="Then train the scales to predict what the model of before does; 40 to 120.")
+    ] = 0,
+    learning_rate: Annotated[float | None, typer.Option(help="Of these steps; default 5e-3.")] = None,
     task: TrainedTask = None,
     context_length: ContextLength = None,
     prompt_column: PromptColumn = None,
@@ -53,8 +57,9 @@ def quantize(
 ) -> None:
     """Round a model's weights to a few bits: FFNs, attention, head and embeddings."""
     from lte.planes import weights_config
-    from lte.runs import quantize_checkpoint
+    from lte.quantize_run import quantize_checkpoint
     from lte.thresholds import DIAL_TOKENS
+    from lte.tuning import LEARNING_RATE
 
     wanted: dict[str, Any] = {
         "bits": bits_of(weights),
@@ -68,7 +73,13 @@ def quantize(
     built = task_as_trained(locals())
     with ProgressBar("rounding") as progress:
         summary = quantize_checkpoint(
-            model, out, wanted, data=data, task=built, tokens=tokens or DIAL_TOKENS, progress=progress
+            *(model, out, wanted),
+            data=data,
+            task=built,
+            tokens=tokens or DIAL_TOKENS,
+            steps=steps,
+            learning_rate=LEARNING_RATE if learning_rate is None else learning_rate,
+            progress=progress,
         )
     before, after = (summary["bytes_per_token"][key] / 1e6 for key in ("before", "after"))
     console.print(

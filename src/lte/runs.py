@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from lte.accounting import model_cost
 from lte.calibration import device_inputs, sample_batches
 from lte.config import MethodConfig, OperatingPoint, method_of
 from lte.errors import ConfigError
@@ -24,7 +23,6 @@ from lte.evaluate import check_direction, load_for_evaluation, versions
 from lte.hub import default_device, is_sparse_config, load, load_dense, load_tokenizer, read_config
 from lte.memory import peak_memory
 from lte.nn import SparsityMeter, observe_routing, sparse_ffns
-from lte.quantization import quantize
 from lte.recipe import Recipe, dump_recipe, load_recipe
 from lte.sparsify import sparsify
 from lte.tasks import PRESETS, Task, build_task
@@ -233,65 +231,6 @@ def calibrate_checkpoint(
         record = json.loads((path / RUN_FILE).read_text()) | _point_sparsity(points[-1])
         write_whole(path / RUN_FILE, json.dumps(record, indent=2) + "\n")
     return points
-
-
-def quantize_checkpoint(
-    path: str,
-    out: Path,
-    wanted: Mapping[str, Any],
-    *,
-    data: str | None = None,
-    task: Task,
-    tokens: int = DIAL_TOKENS,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
-    """Save a model, sparse or dense, with weights of few bits.
-
-    Args:
-        path: folder, hub id or ``.gguf`` file.
-        out: new folder.
-        wanted: arguments of :func:`lte.quantize`.
-        data: text by which weights are rounded; None rounds every one by itself.
-        task: how to read it.
-        tokens: how much of it is used.
-        progress: called with layers done and in all.
-
-    Returns:
-        ``bytes_per_token`` of the model before and after, none of its neurons left out, and ``seconds``.
-    """
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise ConfigError(f"out={str(out)!r} is there already; give a new folder")
-    started = time.perf_counter()
-    tokenizer = load_tokenizer(path)
-    batches = None
-    if data is not None:
-        batches = sample_batches(task.prepare(data, tokenizer), task.collator(tokenizer), tokens)
-    sparse = is_sparse_config(read_config(path))
-    model = (load(path) if sparse else load_dense(path, task.auto_class, dtype="auto")).to(default_device())
-    before = model_cost(model).dense_bytes
-    quantize(model, **wanted, calibration=batches, progress=progress)
-    summary = {
-        "model": path,
-        "weights": dict(wanted),
-        "data": data,
-        "tokens": tokens if data is not None else 0,
-        "bytes_per_token": {"before": before, "after": model_cost(model).dense_bytes},
-        "seconds": time.perf_counter() - started,
-        **versions(),
-    }
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name in ("recipe.yaml", RUN_FILE):
-        if sparse and (Path(path) / name).is_file():
-            shutil.copy(Path(path) / name, partial / name)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    write_whole(partial / "lte_quantize.json", json.dumps(summary, indent=2) + "\n")
-    if out.is_dir():
-        out.rmdir()
-    partial.rename(out)
-    return summary
 
 
 def write_whole(file: Path, text: str) -> None:

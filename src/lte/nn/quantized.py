@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lte.ops import quantized_linear
-from lte.ops.lowbit import COLUMNS, ROWS, LowBitMatrix, dequantize_rows
+from lte.ops.lowbit import COLUMNS, ROWS, LowBitMatrix, dequantize_rows, scales_in_blocks
 
 FEW_TOKENS = 64
 """Up to so many tokens the kernels read the codes; the numbers that are meant are written out for more."""
@@ -75,7 +75,7 @@ class QuantizedWeight(nn.Module):
 
 
 class QuantizedLinear(QuantizedWeight):
-    """``nn.Linear`` of few bits; it takes no gradient for its weight, and passes those of its inputs on.
+    """``nn.Linear`` of few bits; its codes take no gradient, and pass those of the inputs on.
 
     Args:
         in_features, out_features: D and N.
@@ -83,11 +83,14 @@ class QuantizedLinear(QuantizedWeight):
         **storage: ``bits``, ``group``, ``by_columns`` and ``device`` of :class:`QuantizedWeight`.
     """
 
+    factors: nn.Parameter | None
+
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False, **storage: Any) -> None:
         super().__init__(out_features, in_features, **storage)
         self.in_features, self.out_features = in_features, out_features
         bias_N = torch.empty(out_features, device=storage.get("device"), dtype=torch.get_default_dtype())
         self.bias = nn.Parameter(bias_N) if bias else None
+        self.register_parameter("factors", None)
 
     @property
     def weight(self) -> Tensor:
@@ -96,7 +99,30 @@ class QuantizedLinear(QuantizedWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., N]."""
+        if self.factors is not None:
+            return F.linear(x, self._learned_weight().to(x.dtype), self.bias)
         return _product(x, self.matrix, self.bias)
+
+    def learn_scales(self) -> nn.Parameter:
+        """From now on multiply every scale with a factor that is learned, [N, G] of ones, until :meth:`fix_scales`."""
+        scales = self.matrix.scales_of_rows().float()
+        self.factors = nn.Parameter(torch.ones_like(scales))
+        self._codes_of_rows = self.matrix.codes(), scales
+        return self.factors
+
+    @torch.no_grad()
+    def fix_scales(self) -> None:
+        """Make what was learned part of the scales, rounded to bfloat16."""
+        assert self.factors is not None
+        learned = scales_in_blocks(self._codes_of_rows[1] * self.factors, by_columns=self.by_columns)
+        self.factors = None
+        del self._codes_of_rows
+        self.scales = learned.view(torch.int16)
+
+    def _learned_weight(self) -> Tensor:
+        codes, scales = self._codes_of_rows
+        made: Tensor = _ScaledCodes.apply(self.factors, codes, scales, (2**self.bits - 1) / 2)
+        return made[:, : self.columns]
 
 
 class QuantizedEmbedding(QuantizedWeight):
@@ -149,6 +175,21 @@ class TiedHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., V]."""
         return _product(x, self.matrix, None)
+
+
+class _ScaledCodes(torch.autograd.Function):
+    """``factor * scale * (code - middle)``, which keeps no more for the gradient of the factors than bytes of codes."""
+
+    @staticmethod
+    def forward(ctx: Any, factors_NG: Tensor, codes_NGk: Tensor, scales_NG: Tensor, middle: float) -> Tensor:
+        ctx.save_for_backward(codes_NGk, scales_NG)
+        ctx.middle = middle
+        return ((codes_NGk - middle) * (factors_NG * scales_NG).unsqueeze(-1)).flatten(1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        codes, scales = ctx.saved_tensors
+        return ((codes - ctx.middle) * grads[0].view(codes.shape)).sum(-1) * scales, None, None, None
 
 
 def _product(x: Tensor, matrix: LowBitMatrix, bias: Tensor | None) -> Tensor:

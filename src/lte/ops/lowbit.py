@@ -199,12 +199,21 @@ def pack(codes_ND: Tensor, scales_NG: Tensor, bits: int, columns: int, *, by_col
         by_columns: see :class:`LowBitMatrix`.
     """
     rows, group = len(codes_ND), codes_ND.shape[1] // scales_NG.shape[1]
-    missing = -rows % ROWS
-    codes, scales = (torch.nn.functional.pad(t, (0, 0, 0, missing)) for t in (codes_ND.to(torch.uint8), scales_NG))
-    planes, scales = _planes(codes, bits, group), scales.bfloat16().unflatten(0, (-1, ROWS)).mT
+    planes = _planes(_whole_blocks(codes_ND.to(torch.uint8)), bits, group)
     if by_columns:
-        planes, scales = planes.permute(1, 2, 0, 3, 4), scales.transpose(0, 1)
-    return LowBitMatrix(planes.contiguous(), scales.contiguous(), rows, columns, by_columns)
+        planes = planes.permute(1, 2, 0, 3, 4)
+    scales = scales_in_blocks(scales_NG, by_columns=by_columns)
+    return LowBitMatrix(planes.contiguous(), scales, rows, columns, by_columns)
+
+
+def scales_in_blocks(scales_NG: Tensor, *, by_columns: bool) -> Tensor:
+    """As :class:`LowBitMatrix` has them, in bfloat16."""
+    scales = _whole_blocks(scales_NG).bfloat16().unflatten(0, (-1, ROWS)).mT
+    return (scales.transpose(0, 1) if by_columns else scales).contiguous()
+
+
+def _whole_blocks(matrix_ND: Tensor) -> Tensor:
+    return torch.nn.functional.pad(matrix_ND, (0, 0, 0, -len(matrix_ND) % ROWS))
 
 
 def _kernels_take(matrix_ND: Tensor) -> bool:

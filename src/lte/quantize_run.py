@@ -1,0 +1,121 @@
+"""``lte quantize``: a checkpoint in, one of few bits out."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lte.accounting import model_cost
+from lte.calibration import every_nth, sample_batches, token_count
+from lte.errors import ConfigError
+from lte.evaluate import versions
+from lte.hub import default_device, is_sparse_config, load, load_dense, load_tokenizer, read_config
+from lte.nn import sparse_ffns
+from lte.planes import is_by_neuron
+from lte.quantization import quantize
+from lte.runs import RUN_FILE, write_whole
+from lte.tasks import Task
+from lte.thresholds import DIAL_TOKENS
+from lte.tuning import IN_ONE_PLANE, LEARNING_RATE, check_steps, tune_quantized
+
+STEP_TOKENS = 2048
+"""Of a step of training the scales."""
+
+
+def quantize_checkpoint(
+    path: str,
+    out: Path,
+    wanted: Mapping[str, Any],
+    *,
+    data: str | None = None,
+    task: Task,
+    tokens: int = DIAL_TOKENS,
+    steps: int = 0,
+    learning_rate: float = LEARNING_RATE,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Save a model, sparse or dense, with weights of few bits.
+
+    Args:
+        path: folder, hub id or ``.gguf`` file.
+        out: new folder.
+        wanted: arguments of :func:`lte.quantize`.
+        data: text by which weights are rounded; None rounds every one by itself.
+        task: how to read it.
+        tokens: how much of it is used.
+        steps: of :func:`lte.tune_quantized` afterwards, of 2048 tokens each, which are further ones where there are.
+        learning_rate: of these.
+        progress: called with layers and steps done, and in all.
+
+    Returns:
+        ``bytes_per_token`` of the model before and after, none of its neurons left out, ``losses`` of the steps, and
+        ``seconds``.
+    """
+    if steps and data is None:
+        raise ConfigError(f"steps={steps} need data to train on; give --data")
+    if steps:
+        check_steps(steps, learning_rate)
+        if wanted.get("bits_per_token") is not None:
+            raise ConfigError(IN_ONE_PLANE)
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise ConfigError(f"out={str(out)!r} is there already; give a new folder")
+    started = time.perf_counter()
+    tokenizer = load_tokenizer(path)
+    batches = None
+    if data is not None:
+        wanted_tokens = tokens + steps * STEP_TOKENS
+        batches = sample_batches(task.prepare(data, tokenizer), task.collator(tokenizer), wanted_tokens)
+        random.Random(0).shuffle(batches)
+    rounding = every_nth(batches, tokens) if batches else None
+    sparse = is_sparse_config(read_config(path))
+
+    def read() -> Any:
+        return (load(path) if sparse else load_dense(path, task.auto_class, dtype="auto")).to(default_device())
+
+    def show(done: int, total: int, before: int = 0) -> None:
+        if progress is not None:
+            progress(before + done, before + total + (0 if before else steps))
+        layers[0] = total
+
+    model, layers, losses = read(), [0], list[float]()
+    if steps and any(map(is_by_neuron, sparse_ffns(model))):
+        raise ConfigError(IN_ONE_PLANE)
+    before = model_cost(model).dense_bytes
+    quantize(model, **wanted, calibration=rounding, progress=show)
+    if steps and batches:
+        per_step = max(1, round(STEP_TOKENS * len(batches) / token_count(batches)))
+        losses = tune_quantized(
+            *(model, read().eval(), batches, steps),
+            accumulation=per_step,
+            learning_rate=learning_rate,
+            progress=partial(show, before=layers[0]),
+        )
+    summary = {
+        "model": path,
+        "weights": dict(wanted),
+        "data": data,
+        "tokens": tokens if data is not None else 0,
+        "bytes_per_token": {"before": before, "after": model_cost(model).dense_bytes},
+        "losses": losses,
+        "seconds": time.perf_counter() - started,
+        **versions(),
+    }
+    unfinished = out.with_name(out.name + ".partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    for name in ("recipe.yaml", RUN_FILE):
+        if sparse and (Path(path) / name).is_file():
+            shutil.copy(Path(path) / name, unfinished / name)
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    write_whole(unfinished / "lte_quantize.json", json.dumps(summary, indent=2) + "\n")
+    if out.is_dir():
+        out.rmdir()
+    unfinished.rename(out)
+    return summary

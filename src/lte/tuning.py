@@ -1,0 +1,152 @@
+"""Training what surrounds rounded weights: the scales of the groups, and the norms, by the predictions from before."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import get_linear_schedule_with_warmup
+
+from lte.calibration import device_inputs
+from lte.errors import ConfigError, LTEError
+from lte.nn import QuantizedLinear, sparse_ffns
+
+logger = logging.getLogger(__name__)
+
+LEARNING_RATE = 5e-3
+"""Of factors that begin at 1: Adam moves them by about this much a step."""
+
+IN_ONE_PLANE = "steps are for weights in one plane of bits, not for single neurons that run on some of them"
+
+
+def tune_quantized(
+    model: nn.Module,
+    teacher: nn.Module,
+    batches: Sequence[Mapping[str, Tensor]],
+    steps: int,
+    *,
+    accumulation: int = 1,
+    learning_rate: float = LEARNING_RATE,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[float]:
+    """Train the scales of a model of few bits, in place, to predict what the model it was rounded from does.
+
+    The codes stay. Every group's scale gets a factor, every norm stays a parameter, and what is learned is folded into
+    both. The loss is the KL divergence of the predictions (distillation), so labels are not needed.
+
+    Args:
+        model: of few bits, its :class:`lte.nn.QuantizedLinear` in the blocks; sparse ones keep their masks.
+        teacher: the model of before, with the same tokens.
+        batches: model inputs, begun anew when there are fewer than the steps take.
+        steps: of AdamW, the rate rising over the first tenth and falling to 0.
+        accumulation: batches to a step.
+        learning_rate: of the factors; norms get as much.
+        progress: called with steps done and in all.
+
+    Returns:
+        The loss of every step.
+
+    Raises:
+        ConfigError: no weights that could be tuned, or no data.
+        LTEError: the loss is no number.
+    """
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    check_steps(steps, learning_rate)
+    if any(ffn.is_nested for ffn in sparse_ffns(model)):
+        raise ConfigError(IN_ONE_PLANE)
+    if not layers:
+        raise ConfigError("the model has no weights of few bits whose scales could be trained; lte.quantize makes them")
+    if not batches:
+        raise ConfigError(f"steps={steps} need data; give some batches of model inputs")
+    dtype, device = next(iter(model.parameters())).dtype, next(iter(model.parameters())).device
+    norms = [p for p in model.parameters() if p.requires_grad and p.ndim == 1 and p.is_floating_point()]
+    learned = [layer.learn_scales() for layer in layers]
+    losses: list[float] = []
+    with _only(model, [*norms, *learned]), _in_float32(norms):
+        optimizer = torch.optim.AdamW([*norms, *learned], lr=learning_rate, weight_decay=0.0)
+        schedule = get_linear_schedule_with_warmup(optimizer, max(1, steps // 10), steps + 1)
+        for step in range(steps):
+            total = 0.0
+            for number in range(step * accumulation, (step + 1) * accumulation):
+                inputs, mask_T = device_inputs(_without_labels(batches[number % len(batches)]), device)
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    loss = _divergence(model(**inputs, use_cache=False).logits, _predicted(teacher, inputs), mask_T)
+                (loss / accumulation).backward()
+                total += float(loss.detach()) / accumulation
+            if not math.isfinite(total):
+                raise LTEError(f"the loss was {total} at step {step + 1}; use a smaller learning rate")
+            nn.utils.clip_grad_norm_([*norms, *learned], 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            losses.append(total)
+            if progress is not None:
+                progress(step + 1, steps)
+    for layer in layers:
+        layer.fix_scales()
+    few = max(1, steps // 5)
+    begun, ended = (sum(part) / few for part in (losses[:few], losses[-few:]))
+    said = f"KL divergence {begun:.4f} in the first {few} steps, {ended:.4f} in the last"
+    if steps > 1 and ended >= begun:
+        logger.warning("training the scales brought nothing (%s); use a smaller learning rate or more steps", said)
+    else:
+        logger.info("the scales were trained: %s", said)
+    return losses
+
+
+def check_steps(steps: int, learning_rate: float) -> None:
+    """ConfigError for settings that cannot be."""
+    if steps < 1 or not 0 < learning_rate < 1:
+        raise ConfigError(f"steps={steps}, learning_rate={learning_rate}: at least 1, and between 0 and 1")
+
+
+@torch.no_grad()
+def _predicted(teacher: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    logits: Tensor = teacher(**inputs, use_cache=False).logits
+    return logits
+
+
+def _divergence(logits_BSV: Tensor, wanted_BSV: Tensor, mask_T: Tensor | None) -> Tensor:
+    """Mean KL divergence of predictions from those wanted, over the real tokens."""
+    logits_TV, wanted_TV = logits_BSV.flatten(0, 1), wanted_BSV.flatten(0, 1)
+    if mask_T is not None:
+        logits_TV, wanted_TV = logits_TV[mask_T], wanted_TV[mask_T]
+    log_q, log_p = (each.float().log_softmax(-1) for each in (logits_TV, wanted_TV))
+    return F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+
+
+def _without_labels(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+@contextmanager
+def _only(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Any:
+    """Nothing else is trained meanwhile."""
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    chosen = set(map(id, parameters))
+    for parameter in before:
+        parameter.requires_grad_(id(parameter) in chosen)
+    try:
+        yield
+    finally:
+        for parameter, wanted in before.items():
+            parameter.requires_grad_(wanted)
+
+
+@contextmanager
+def _in_float32(parameters: Sequence[nn.Parameter]) -> Any:
+    """A small step would be lost in fewer bits."""
+    before = [parameter.dtype for parameter in parameters]
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, dtype in zip(parameters, before, strict=True):
+            parameter.data = parameter.data.to(dtype)
