@@ -19,8 +19,9 @@ from lte.cli import app
 from lte.config import method_config
 from lte.errors import CheckpointError, ConfigError
 from lte.models import train_tokenizer
-from lte.nn import NestedDown, NestedLinear, sparse_ffns
+from lte.nn import LearnedPlanes, NestedDown, NestedLinear, sparse_ffns
 from lte.ops import cpu
+from lte.ops.nested import nested_ffn_reference
 from lte.planes import weights_config
 from tests import models
 from tests.test_quantization import check_decode_step, logits, off
@@ -172,6 +173,11 @@ def test_the_command(tmp_path):
     result = CliRunner().invoke(app, [*words, "--coarse", "2", "--data", str(text), "--out", str(tmp_path / "two")])
     assert result.exit_code == 0, result.output + repr(result.exception)
     assert lte.load(tmp_path / "two").config.quantization_config.weights.coarse == 2
+    more = ["--data", str(text), "--steps", "2", "--out", str(tmp_path / "tuned")]
+    result = CliRunner().invoke(app, [*words, *more])
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    assert len(json.loads((tmp_path / "tuned" / "lte_quantize.json").read_text())["losses"]) == 2
+    assert len(lte.load(tmp_path / "tuned").config.quantization_config.operating_points) == 1
     result = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "other")])
     assert "needs calibration data" in str(result.exception)
     assert not (tmp_path / "other").exists()
@@ -204,3 +210,48 @@ def test_a_random_model_in_two_planes_has_memory_behind_all_of_it():
     weights = weights_config(4, by_neuron=True)
     model = random_model(wide().config, torch.float32, torch.device("cpu"), method, weights=weights)
     assert {tensor.device.type for tensor in model.state_dict().values()} == {"cpu"}
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-bias-relu"])
+def test_scales_of_two_planes_are_learned(family, tmp_path, monkeypatch):
+    teacher, text = wide(family), [models.inputs(8, 40, seed=seed) for seed in range(4)]
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.mul_(4 if parameter.ndim > 1 else 1)  # so that it predicts something
+    model = lte.quantize(copy.deepcopy(teacher), bits=4, bits_per_token=3.2, calibration=text).eval()
+    held = models.inputs(4, 40, seed=9)
+    wanted = logits(teacher, held).log_softmax(-1)
+
+    def divergence():
+        return float((wanted.exp() * (wanted - logits(model, held).log_softmax(-1))).sum(-1).mean())
+
+    before, ffn = divergence(), sparse_ffns(model)[0]
+    with monkeypatch.context() as patched, torch.no_grad():
+        patched.setattr("lte.ops.nested.round_inputs", lambda x, group: x.float())
+        form, x = ffn.router.form(), torch.randn(2, 3, 64)
+        found = nested_ffn_reference(x.flatten(0, 1), form.weights, form.cut, form.fine_cut).view(x.shape)
+        torch.testing.assert_close(LearnedPlanes(ffn)(x), found)
+    exact, exact_rows = ffn.down_proj.exact.clone(), ffn.down_proj.exact_rows.clone()
+    lte.tune_quantized(model, teacher, text, 16, learning_rate=3e-3)
+    assert divergence() < (0.97 if family == "llama" else 1.1) * before
+    assert torch.equal(ffn.down_proj.exact, exact)
+    assert torch.equal(ffn.down_proj.exact_rows, exact_rows)
+    assert "forward" not in ffn.__dict__
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(lte.load(tmp_path), held), logits(model, held))
+
+
+def test_the_gradient_of_a_scale_is_that_of_both_planes():
+    model = lte.quantize(wide(), bits=4, bits_per_token=3.2, calibration=batches())
+    learned = LearnedPlanes(sparse_ffns(model)[0])
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    learned(x).square().sum().backward()
+    for factors in learned.parameters():
+        row = int(factors.grad[:, 0].abs().argmax())
+        with torch.no_grad():
+            values = []
+            for step in (-1e-3, 1e-3):
+                factors[row, 0] += step
+                values.append(float(learned(x).square().sum()))
+                factors[row, 0] -= step
+        assert float(factors.grad[row, 0]) == pytest.approx((values[1] - values[0]) / 2e-3, rel=0.02)

@@ -274,10 +274,6 @@ def test_the_command(tmp_path):
     assert len(json.loads((tmp_path / "tuned" / "lte_quantize.json").read_text())["losses"]) == 3
     result = run(dense, "--weights", "int3", "--out", tmp_path / "x", "--steps", 3)
     assert "steps=3 need data to train on; give --data" in str(result.exception)
-    result = run(
-        dense, "--weights", "int4", "--out", tmp_path / "x", "--steps", 3, "--bits-per-token", 3.2, "--data", text
-    )
-    assert "steps are for weights in one plane of bits" in str(result.exception)
     for wrong in ("int9", "fp4", "4"):
         assert "is no format of weights" in str(run(dense, "--weights", wrong, "--out", tmp_path / "x").exception)
     assert not (tmp_path / "x").exists()

@@ -143,12 +143,18 @@ def quantize(
     sparse: Any = model.config.quantization_config  # type: ignore[union-attr]
     if nested:  # they were of another copy's scores
         sparse.operating_points = []
-    if bits_per_token is not None:
-        found = set_bits_per_token(model, batches, bits_per_token)
-        settings = settings.model_copy(update={"fine": found.fine, "fine_share": found.fine_share})
-        remember(model, found.point)
     sparse.weights = settings
+    if bits_per_token is not None:
+        read_on_average(model, batches, bits_per_token)
     return model
+
+
+def read_on_average(model: Any, batches: Sequence[Mapping[str, Tensor]], bits_per_token: float) -> None:
+    """Set and remember thresholds by which a token reads so many bits of an FFN weight; two planes only."""
+    found, sparse = set_bits_per_token(model, batches, bits_per_token), model.config.quantization_config
+    sparse.weights = sparse.weights.model_copy(update={"fine": found.fine, "fine_share": found.fine_share})
+    sparse.operating_points = []
+    remember(model, found.point)
 
 
 @torch.no_grad()

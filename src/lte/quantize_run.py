@@ -16,13 +16,11 @@ from lte.calibration import every_nth, sample_batches, token_count
 from lte.errors import ConfigError
 from lte.evaluate import versions
 from lte.hub import default_device, is_sparse_config, load, load_dense, load_tokenizer, read_config
-from lte.nn import sparse_ffns
-from lte.planes import is_by_neuron
-from lte.quantization import quantize
+from lte.quantization import quantize, read_on_average
 from lte.runs import RUN_FILE, write_whole
 from lte.tasks import Task
 from lte.thresholds import DIAL_TOKENS
-from lte.tuning import IN_ONE_PLANE, LEARNING_RATE, check_steps, tune_quantized
+from lte.tuning import LEARNING_RATE, check_steps, tune_quantized
 
 STEP_TOKENS = 2048
 """Of a step of training the scales."""
@@ -61,8 +59,6 @@ def quantize_checkpoint(
         raise ConfigError(f"steps={steps} need data to train on; give --data")
     if steps:
         check_steps(steps, learning_rate)
-        if wanted.get("bits_per_token") is not None:
-            raise ConfigError(IN_ONE_PLANE)
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ConfigError(f"out={str(out)!r} is there already; give a new folder")
     started = time.perf_counter()
@@ -84,8 +80,6 @@ def quantize_checkpoint(
         layers[0] = total
 
     model, layers, losses = read(), [0], list[float]()
-    if steps and any(map(is_by_neuron, sparse_ffns(model))):
-        raise ConfigError(IN_ONE_PLANE)
     before = model_cost(model).dense_bytes
     quantize(model, **wanted, calibration=rounding, progress=show)
     if steps and batches:
@@ -96,6 +90,8 @@ def quantize_checkpoint(
             learning_rate=learning_rate,
             progress=partial(show, before=layers[0]),
         )
+        if rounding and wanted.get("bits_per_token") is not None:
+            read_on_average(model, rounding, wanted["bits_per_token"])
     summary = {
         "model": path,
         "weights": dict(wanted),

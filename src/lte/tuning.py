@@ -15,14 +15,12 @@ from transformers import get_linear_schedule_with_warmup
 
 from lte.calibration import device_inputs
 from lte.errors import ConfigError, LTEError
-from lte.nn import QuantizedLinear, sparse_ffns
+from lte.nn import LearnedPlanes, QuantizedLinear, sparse_ffns
 
 logger = logging.getLogger(__name__)
 
 LEARNING_RATE = 5e-3
 """Of factors that begin at 1: Adam moves them by about this much a step."""
-
-IN_ONE_PLANE = "steps are for weights in one plane of bits, not for single neurons that run on some of them"
 
 
 def tune_quantized(
@@ -41,7 +39,8 @@ def tune_quantized(
     both. The loss is the KL divergence of the predictions (distillation), so labels are not needed.
 
     Args:
-        model: of few bits, its :class:`lte.nn.QuantizedLinear` in the blocks; sparse ones keep their masks.
+        model: of few bits; experts, and neurons in two planes, are chosen by the thresholds it has. Those of neurons
+            choose by changed scales afterwards: set them again (:func:`lte.planes.set_bits_per_token`).
         teacher: the model of before, with the same tokens.
         batches: model inputs, begun anew when there are fewer than the steps take.
         steps: of AdamW, the rate rising over the first tenth and falling to 0.
@@ -56,19 +55,18 @@ def tune_quantized(
         ConfigError: no weights that could be tuned, or no data.
         LTEError: the loss is no number.
     """
-    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    layers = [module for module in model.modules() if type(module) is QuantizedLinear]
+    planes = [LearnedPlanes(ffn) for ffn in sparse_ffns(model) if ffn.is_nested]
     check_steps(steps, learning_rate)
-    if any(ffn.is_nested for ffn in sparse_ffns(model)):
-        raise ConfigError(IN_ONE_PLANE)
     if not layers:
         raise ConfigError("the model has no weights of few bits whose scales could be trained; lte.quantize makes them")
     if not batches:
         raise ConfigError(f"steps={steps} need data; give some batches of model inputs")
     dtype, device = next(iter(model.parameters())).dtype, next(iter(model.parameters())).device
     norms = [p for p in model.parameters() if p.requires_grad and p.ndim == 1 and p.is_floating_point()]
-    learned = [layer.learn_scales() for layer in layers]
+    learned = [layer.learn_scales() for layer in layers] + [p for ffn in planes for p in ffn.parameters()]
     losses: list[float] = []
-    with _only(model, [*norms, *learned]), _in_float32(norms):
+    with _only(model, [*norms, *learned]), _in_float32(norms), _standing_in(planes):
         optimizer = torch.optim.AdamW([*norms, *learned], lr=learning_rate, weight_decay=0.0)
         schedule = get_linear_schedule_with_warmup(optimizer, max(1, steps // 10), steps + 1)
         for step in range(steps):
@@ -90,6 +88,8 @@ def tune_quantized(
                 progress(step + 1, steps)
     for layer in layers:
         layer.fix_scales()
+    for ffn in planes:
+        ffn.fix()
     few = max(1, steps // 5)
     begun, ended = (sum(part) / few for part in (losses[:few], losses[-few:]))
     said = f"KL divergence {begun:.4f} in the first {few} steps, {ended:.4f} in the last"
@@ -137,6 +137,17 @@ def _only(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Any:
     finally:
         for parameter, wanted in before.items():
             parameter.requires_grad_(wanted)
+
+
+@contextmanager
+def _standing_in(planes: Sequence[LearnedPlanes]) -> Any:
+    for each in planes:
+        each.ffn.forward = each  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for each in planes:
+            del each.ffn.__dict__["forward"]
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from lte.nn.copies import CopyRouter
 from lte.nn.ffn import Mode, RoutingObserver, SparseFFN, SplitSparseFFN
+from lte.nn.learned_planes import LearnedPlanes
 from lte.nn.linear import FastLinear
 from lte.nn.nested import NestedDown, NestedLinear
 from lte.nn.observe import SparsityMeter, observe_routing, set_mode, sparse_ffns
@@ -33,6 +34,7 @@ __all__ = [
     "Form",
     "HalfForm",
     "KeepLargestRouter",
+    "LearnedPlanes",
     "LinearForm",
     "LookingRouter",
     "LowRankRouter",

@@ -121,7 +121,7 @@ class QuantizedLinear(QuantizedWeight):
 
     def _learned_weight(self) -> Tensor:
         codes, scales = self._codes_of_rows
-        made: Tensor = _ScaledCodes.apply(self.factors, codes, scales, (2**self.bits - 1) / 2)
+        made: Tensor = ScaledCodes.apply(self.factors, codes, scales, (2**self.bits - 1) / 2)
         return made[:, : self.columns]
 
 
@@ -177,17 +177,19 @@ class TiedHead(nn.Module):
         return _product(x, self.matrix, None)
 
 
-class _ScaledCodes(torch.autograd.Function):
+class ScaledCodes(torch.autograd.Function):
     """``factor * scale * (code - middle)``, which keeps no more for the gradient of the factors than bytes of codes."""
 
     @staticmethod
     def forward(ctx: Any, factors_NG: Tensor, codes_NGk: Tensor, scales_NG: Tensor, middle: float) -> Tensor:
+        """[N, G], [N, G, k] codes, [N, G] -> [N, G k] float32."""
         ctx.save_for_backward(codes_NGk, scales_NG)
         ctx.middle = middle
         return ((codes_NGk - middle) * (factors_NG * scales_NG).unsqueeze(-1)).flatten(1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        """Of the factors."""
         codes, scales = ctx.saved_tensors
         return ((codes - ctx.middle) * grads[0].view(codes.shape)).sum(-1) * scales, None, None, None
 
