@@ -41,6 +41,20 @@ DECODE_COLUMNS = {
     "max_error": "error",
     "status": "status",
 }
+FRONT_COLUMNS = {
+    "engine": "engine",
+    "weights": "weights",
+    "steps": "steps",
+    "bits_per_weight": "bits",
+    "mbytes": "MB/token",
+    "above_dense": "nats above",
+    "kl_divergence": "KL",
+    "same_top": "same top",
+    "ms_per_token": "ms/token",
+    "status": "status",
+}
+OURS = "int8,int6,int5,int4,int4@3.5,int4@3,int4@2.5"
+FORMATS = "Q8_0,Q6_K,Q5_K_M,Q4_K_M,Q4_0,IQ4_XS,Q3_K_M,IQ3_S,Q2_K"
 LIMIT_COLUMNS = {
     "config": "model",
     "sparsity": "FFN sparsity",
@@ -202,6 +216,52 @@ def bench_decode(
             progress=progress,
         )
     _print_rows(rows, DECODE_COLUMNS, f"{model or config}, {dtype}, batch {batch}", json_file, where, crossover)
+
+
+@bench_app.command("front")
+def bench_front(
+    model: Annotated[str, typer.Argument(help="Dense model: folder, hub id or .gguf file.")],
+    data: Annotated[str, typer.Option(help="Text by which weights are rounded.")],
+    eval_data: Annotated[str, typer.Option(help="Text whose tokens are predicted.")],
+    ours: Annotated[str, typer.Option(help="Widths, with commas; int4@3.2 reads 3.2 bits by need.")] = OURS,
+    formats: Annotated[str, typer.Option(help="Of llama.cpp, with commas; nothing for none.")] = FORMATS,
+    steps: Annotated[int, typer.Option(min=0, help="Of training the scales: a second row for every width.")] = 0,
+    context_length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the data for rounding.")] = 8192,
+    eval_tokens: Annotated[int, typer.Option(min=1, help="Tokens predicted.")] = 8192,
+    group: Annotated[int, typer.Option(help="Weights of ours that share a scale.")] = 64,
+    head: Annotated[str, typer.Option(help="Of head and embeddings of ours.")] = "int8",
+    new_tokens: Annotated[int, typer.Option(help="Tokens per turn of the timing.")] = 32,
+    rounds: Annotated[int, typer.Option(help="Turns per engine.")] = 3,
+    threads: Threads = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Loss, KL divergence, bits read and ms per token of ours at several widths, beside llama.cpp's formats."""
+    from lte.bench.front import Width
+    from lte.bench.front import bench_front as run
+    from lte.options import bits_of
+    from lte.tasks import TaskConfig, build_task
+
+    check_json_target(json_file)
+    _set_threads(threads)
+    with _status() as progress:
+        rows = run(
+            model,
+            data,
+            eval_data,
+            build_task(TaskConfig(name="lm", context_length=context_length)),
+            ours=[Width.parse(name) for name in ours.split(",") if name],
+            formats=[name for name in formats.split(",") if name],
+            steps=steps,
+            tokens=tokens,
+            eval_tokens=eval_tokens,
+            group=group,
+            head_bits=bits_of(head),
+            new_tokens=new_tokens,
+            rounds=rounds,
+            progress=progress,
+        )
+    _print_rows(rows, FRONT_COLUMNS, model, json_file, _device("cpu"))
 
 
 @bench_app.command("limit")

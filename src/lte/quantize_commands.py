@@ -45,7 +45,9 @@ def quantize(
     steps: Annotated[
         int, typer.Option(min=0, help="Then train the scales to predict what the model of before does; 40 to 120.")
     ] = 0,
-    learning_rate: Annotated[float | None, typer.Option(help="Of these steps; default 5e-3.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Of these steps; default 5e-3 for 4 bits, half for each more.")
+    ] = None,
     task: TrainedTask = None,
     context_length: ContextLength = None,
     prompt_column: PromptColumn = None,
@@ -59,7 +61,6 @@ def quantize(
     from lte.planes import weights_config
     from lte.quantize_run import quantize_checkpoint
     from lte.thresholds import DIAL_TOKENS
-    from lte.tuning import LEARNING_RATE
 
     wanted: dict[str, Any] = {
         "bits": bits_of(weights),
@@ -78,7 +79,7 @@ def quantize(
             task=built,
             tokens=tokens or DIAL_TOKENS,
             steps=steps,
-            learning_rate=LEARNING_RATE if learning_rate is None else learning_rate,
+            learning_rate=learning_rate,
             progress=progress,
         )
     before, after = (summary["bytes_per_token"][key] / 1e6 for key in ("before", "after"))

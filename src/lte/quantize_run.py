@@ -20,10 +20,7 @@ from lte.quantization import quantize, read_on_average
 from lte.runs import RUN_FILE, write_whole
 from lte.tasks import Task
 from lte.thresholds import DIAL_TOKENS
-from lte.tuning import LEARNING_RATE, check_steps, tune_quantized
-
-STEP_TOKENS = 2048
-"""Of a step of training the scales."""
+from lte.tuning import LEARNING_RATE, STEP_TOKENS, check_steps, tune_quantized
 
 
 def quantize_checkpoint(
@@ -35,7 +32,7 @@ def quantize_checkpoint(
     task: Task,
     tokens: int = DIAL_TOKENS,
     steps: int = 0,
-    learning_rate: float = LEARNING_RATE,
+    learning_rate: float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Save a model, sparse or dense, with weights of few bits.
@@ -48,7 +45,7 @@ def quantize_checkpoint(
         task: how to read it.
         tokens: how much of it is used.
         steps: of :func:`lte.tune_quantized` afterwards, of 2048 tokens each, which are further ones where there are.
-        learning_rate: of these.
+        learning_rate: of these; None for one that suits the bits.
         progress: called with layers and steps done, and in all.
 
     Returns:
@@ -58,7 +55,7 @@ def quantize_checkpoint(
     if steps and data is None:
         raise ConfigError(f"steps={steps} need data to train on; give --data")
     if steps:
-        check_steps(steps, learning_rate)
+        check_steps(steps, LEARNING_RATE if learning_rate is None else learning_rate)
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ConfigError(f"out={str(out)!r} is there already; give a new folder")
     started = time.perf_counter()

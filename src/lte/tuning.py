@@ -17,10 +17,13 @@ from lte.calibration import device_inputs
 from lte.errors import ConfigError, LTEError
 from lte.nn import LearnedPlanes, QuantizedLinear, sparse_ffns
 
+STEP_TOKENS = 2048
+"""Of a step, where a command says how many."""
+
 logger = logging.getLogger(__name__)
 
 LEARNING_RATE = 5e-3
-"""Of factors that begin at 1: Adam moves them by about this much a step."""
+"""Of factors that begin at 1, for weights of 4 bits: Adam moves them by about this much a step."""
 
 
 def tune_quantized(
@@ -30,7 +33,7 @@ def tune_quantized(
     steps: int,
     *,
     accumulation: int = 1,
-    learning_rate: float = LEARNING_RATE,
+    learning_rate: float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[float]:
     """Train the scales of a model of few bits, in place, to predict what the model it was rounded from does.
@@ -45,7 +48,8 @@ def tune_quantized(
         batches: model inputs, begun anew when there are fewer than the steps take.
         steps: of AdamW, the rate rising over the first tenth and falling to 0.
         accumulation: batches to a step.
-        learning_rate: of the factors; norms get as much.
+        learning_rate: of the factors, and of the norms; None for one that goes with the distance between two codes,
+            :data:`LEARNING_RATE` for 4 bits and half as much for every bit more.
         progress: called with steps done and in all.
 
     Returns:
@@ -57,11 +61,13 @@ def tune_quantized(
     """
     layers = [module for module in model.modules() if type(module) is QuantizedLinear]
     planes = [LearnedPlanes(ffn) for ffn in sparse_ffns(model) if ffn.is_nested]
-    check_steps(steps, learning_rate)
-    if not layers:
+    if not layers and not planes:
         raise ConfigError("the model has no weights of few bits whose scales could be trained; lte.quantize makes them")
     if not batches:
         raise ConfigError(f"steps={steps} need data; give some batches of model inputs")
+    config: Any = model.config
+    learning_rate = default_rate(config.quantization_config.weights.bits) if learning_rate is None else learning_rate
+    check_steps(steps, learning_rate)
     dtype, device = next(iter(model.parameters())).dtype, next(iter(model.parameters())).device
     norms = [p for p in model.parameters() if p.requires_grad and p.ndim == 1 and p.is_floating_point()]
     learned = [layer.learn_scales() for layer in layers] + [p for ffn in planes for p in ffn.parameters()]
@@ -98,6 +104,11 @@ def tune_quantized(
     else:
         logger.info("the scales were trained: %s", said)
     return losses
+
+
+def default_rate(bits: int) -> float:
+    """See :func:`tune_quantized`."""
+    return min(1e-2, LEARNING_RATE * 2.0 ** (4 - bits))
 
 
 def check_steps(steps: int, learning_rate: float) -> None:

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
+from lte.bench.gguf_file import write_llama
 from lte.bench.shapes import meta_model
 from lte.errors import LTEError
 
@@ -48,10 +50,13 @@ class LlamaCpp:
         dtype: float32 or bfloat16.
         context: tokens the cache holds.
         kind: a format of llama.cpp that the weights are quantised to, for instance ``Q4_K_M``; none if empty.
+        model: whose weights it gets, of this config; random ones if None.
     """
 
-    def __init__(self, config: Any, dtype: torch.dtype, context: int, kind: str = "") -> None:
-        self._config, self._dtype, self._context, self._kind = config, dtype, context, kind
+    def __init__(
+        self, config: Any, dtype: torch.dtype, context: int, kind: str = "", model: nn.Module | None = None
+    ) -> None:
+        self._config, self._dtype, self._context, self._kind, self._source = config, dtype, context, kind, model
         self.bytes_per_token = 0
         """Size of the file, less the embeddings, which are not read but for a row."""
 
@@ -60,7 +65,7 @@ class LlamaCpp:
 
         self._folder = tempfile.TemporaryDirectory(prefix="lte-gguf-")
         path = Path(self._folder.name) / "model.gguf"
-        _write(path, self._config, self._dtype)
+        write_llama(path, self._config, self._dtype, self._source)
         if self._kind:
             whole, path = path, path.with_name("quantised.gguf")
             quantise(whole, path, self._kind)
@@ -69,7 +74,14 @@ class LlamaCpp:
             rest = sum(p.numel() for p in meta_model(self._config).model.parameters()) - table
             self.bytes_per_token = round(path.stat().st_size * (table + rest) / (2 * table + rest))
         threads = torch.get_num_threads()
-        self._model = Llama(str(path), n_ctx=self._context, n_threads=threads, n_threads_batch=threads, verbose=False)
+        self._model = Llama(
+            str(path),
+            n_ctx=self._context,
+            n_threads=threads,
+            n_threads_batch=threads,
+            logits_all=self._source is not None,
+            verbose=False,
+        )
         return self
 
     def __exit__(
@@ -89,6 +101,12 @@ class LlamaCpp:
             times.append(time.perf_counter() - started)
         return median(times)
 
+    def logits(self, ids_S: Tensor) -> Tensor:
+        """[S, V] float32, of a text from its beginning; for a file made of a model."""
+        self._model.reset()
+        self._model.eval(ids_S.tolist())
+        return torch.from_numpy(np.array(self._model.scores[: len(ids_S)], dtype=np.float32))
+
 
 def quantise(whole: Path, path: Path, kind: str) -> None:
     """Write a model file in another format of llama.cpp's."""
@@ -100,53 +118,3 @@ def quantise(whole: Path, path: Path, kind: str) -> None:
     failed = llama_cpp.llama_model_quantize(str(whole).encode(), str(path).encode(), settings)
     if failed:
         raise LTEError(f"llama.cpp could not write {kind}: error {failed}")
-
-
-def _write(path: Path, config: Any, dtype: torch.dtype) -> None:
-    from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
-
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    writer = GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_vocab_size(config.vocab_size)
-    bf16 = dtype == torch.bfloat16
-    writer.add_file_type(LlamaFileType.MOSTLY_BF16 if bf16 else LlamaFileType.ALL_F32)
-    writer.add_tokenizer_model("no_vocab")
-    pattern = np.random.default_rng(0).standard_normal(1 << 20, dtype=np.float32) * 0.02
-    if bf16:
-        pattern = (pattern.view(np.uint32) >> 16).astype(np.uint16)
-    kind = GGMLQuantizationType.BF16 if bf16 else GGMLQuantizationType.F32
-
-    def matrix(name: str, rows: int, columns: int) -> None:
-        values = np.resize(pattern, rows * columns).reshape(rows, columns)
-        writer.add_tensor(f"{name}.weight", values.view(np.uint8), raw_dtype=kind)
-
-    def norm(name: str) -> None:
-        writer.add_tensor(f"{name}.weight", np.ones(config.hidden_size, np.float32))
-
-    matrix("token_embd", config.vocab_size, config.hidden_size)
-    matrix("output", config.vocab_size, config.hidden_size)
-    norm("output_norm")
-    for layer in range(config.num_hidden_layers):
-        block = f"blk.{layer}."
-        matrix(block + "attn_q", heads * head_dim, config.hidden_size)
-        matrix(block + "attn_k", kv_heads * head_dim, config.hidden_size)
-        matrix(block + "attn_v", kv_heads * head_dim, config.hidden_size)
-        matrix(block + "attn_output", config.hidden_size, heads * head_dim)
-        matrix(block + "ffn_gate", config.intermediate_size, config.hidden_size)
-        matrix(block + "ffn_up", config.intermediate_size, config.hidden_size)
-        matrix(block + "ffn_down", config.hidden_size, config.intermediate_size)
-        norm(block + "attn_norm")
-        norm(block + "ffn_norm")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
