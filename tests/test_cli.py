@@ -396,6 +396,22 @@ def test_evaluation_takes_the_task_of_the_run(trained, folder, tmp_path):
     assert "is a folder; name a file" in fails("evaluate", trained, "--data", folder / "text.txt", "--json", tmp_path)
 
 
+def test_a_result_overwrites_nothing_but_a_result(trained, folder, tmp_path):
+    data, broken = folder / "text.txt", tmp_path / "broken.json"
+    broken.write_text("{")
+    record = trained / "lte_run.json"
+    for target in (data, folder / "dense" / "config.json", record, trained / "training_log.jsonl", broken):
+        before = target.read_bytes()
+        for words in (("evaluate", trained, "--data", data), ("inspect", trained), ("methods",), ("tasks",)):
+            assert "is no result of lte: it is not overwritten" in fails(*words, "--json", target)
+        assert target.read_bytes() == before
+    assert "is no folder one can write to" in fails("methods", "--json", data / "f.json")
+    for _ in range(2):
+        assert run("methods", "--json", tmp_path / "new" / "f.json").exit_code == 0
+    assert json.loads((tmp_path / "new" / "f.json").read_text())["command"].startswith("lte ")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["f.json"]
+
+
 def test_evaluation_knows_a_classifier(folder, tmp_path):
     rows = [{"text": word, "label": int("a" in word)} for word in WORDS]
     (tmp_path / "labels.jsonl").write_text("\n".join(json.dumps(row) for row in rows))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lte.errors import ConfigError
-from lte.terminal import JsonFile, check_json_target, command_line, console, numbers, write_json
+from lte.terminal import JsonFile, command_line, console, numbers, write_json
 
 bench_app = typer.Typer(help="Measure speed.", no_args_is_help=True)
 
@@ -88,7 +89,7 @@ def bench_grouping(json_file: JsonFile = None) -> None:
     from lte.bench.grouping import bench_grouping as run
 
     rows = run()
-    write_json(json_file, {"rows": rows, "command": command_line()})
+    write_json(json_file, {"rows": rows})
     table = Table(*rows[0].keys())
     for row in rows:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
@@ -109,7 +110,6 @@ def bench_step(
     from lte.bench.step import bench_step as run
     from lte.hub import default_device, load_dense
 
-    check_json_target(json_file)
     dense = load_dense(model, dtype=torch.float32)
     with _status() as status:
         rows = run(dense, batch=batch, context=context, rounds=rounds, report=status)
@@ -140,7 +140,6 @@ def bench_ffn(
     from lte.bench.ffn import bench_ffn as run
     from lte.options import bits_of
 
-    check_json_target(json_file)
     _set_threads(threads)
     where = _device(device)
     with _status() as progress:
@@ -195,7 +194,6 @@ def bench_decode(
     from lte.config import method_config
     from lte.options import bits_of
 
-    check_json_target(json_file)
     _set_threads(threads)
     where = _device(device)
     with _status() as progress:
@@ -242,7 +240,6 @@ def bench_front(
     from lte.options import bits_of
     from lte.tasks import TaskConfig, build_task
 
-    check_json_target(json_file)
     _set_threads(threads)
     with _status() as progress:
         rows = run(
@@ -294,12 +291,10 @@ def bench_gpu(
     """Everything a GPU should answer, in under eight minutes: correctness first, then FFN and whole-model speed."""
     from lte.bench.gpu import bench_gpu as run
 
-    check_json_target(json_file)
-    about = {"command": command_line()}
     with _status() as progress:
-        save = lambda result: write_json(json_file, about | result)  # noqa: E731
+        save = partial(write_json, json_file)
         result = run(quick=quick, seconds=seconds, save=save, progress=progress)
-    write_json(json_file, about | result)
+    write_json(json_file, result)
     _print_table(
         result["correctness"], {"case": "case", "max_error": "error", "tolerance": "tolerance", "status": "status"}
     )

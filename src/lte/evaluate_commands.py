@@ -24,7 +24,7 @@ from lte.options import (
     TrainedTask,
     task_as_trained,
 )
-from lte.terminal import JsonFile, ProgressBar, check_json_target, command_line, console, numbers, write_json
+from lte.terminal import JsonFile, ProgressBar, console, numbers, write_json
 
 
 def evaluate(
@@ -70,7 +70,6 @@ def evaluate(
     for flag, value in {"sparsity": sparsity, "baseline": baseline}.items():
         if dense and value is not None:
             raise ConfigError(f"--{flag} {value} goes with a sparse model; leave out --dense")
-    check_json_target(json_file)
     _check_flags(locals())
     for other in filter(None, (baseline, against)):
         read_config(other)
@@ -96,7 +95,6 @@ def evaluate(
     result = measure(model, title="evaluating", dense=dense, sparsity=sparsity)
     if baseline is not None:
         result["baseline"] = measure(baseline, title="the dense baseline", dense=True)
-    result["command"] = command_line()
     _print_evaluation(result)
     write_json(json_file, result)
 
@@ -154,7 +152,6 @@ def calibrate(
     from lte.thresholds import DIAL_TOKENS
 
     sparsities = numbers(target_sparsity, "target-sparsity")
-    check_json_target(json_file)
     built = task_as_trained(locals())
     with ProgressBar("calibrating") as progress:
         points = calibrate_checkpoint(
@@ -168,7 +165,7 @@ def calibrate(
     console.print("The model now runs at the last. At run time: model.set_sparsity(0.6), anywhere between the points.")
     write_json(
         json_file,
-        {"model": str(model), "command": command_line(), "points": [point.model_dump(mode="json") for point in points]},
+        {"model": str(model), "points": [point.model_dump(mode="json") for point in points]},
     )
 
 

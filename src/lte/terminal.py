@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -14,7 +15,6 @@ from rich.console import Console
 from lte.errors import ConfigError
 
 console = Console(soft_wrap=True)
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")]
 
 
 def command_line() -> str:
@@ -22,17 +22,42 @@ def command_line() -> str:
     return shlex.join(["lte", *sys.argv[1:]])
 
 
-def check_json_target(path: Path | None) -> None:
-    """Refuse a folder before a long run rather than after it."""
-    if path is not None and path.is_dir():
+def check_json_target(path: Path | None) -> Path | None:
+    """Refuse, before a long run, what a result cannot be written to, and any file that is none of an earlier result."""
+    if path is None:
+        return None
+    if path.is_dir():
         raise ConfigError(f"--json {str(path)!r} is a folder; name a file")
+    if path.exists() and not _is_result(path):
+        raise ConfigError(
+            f"--json {str(path)!r} is there, and is no result of lte: it is not overwritten; name another"
+        )
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ConfigError(f"--json {str(path)!r} cannot be written: {str(above)!r} is no folder one can write to")
+    return path
+
+
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", help="Write the result to this file.", callback=check_json_target)
+]
 
 
 def write_json(path: Path | None, result: dict[str, Any]) -> None:
-    """Write a result, where a file was asked for."""
+    """Write a result and the command that made it, where a file was asked for; whole, or not at all."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps({"command": command_line()} | result, indent=2) + "\n")
+        os.replace(partial, path)
+
+
+def _is_result(path: Path) -> bool:
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, OSError):
+        return False
+    return isinstance(found, dict) and str(found.get("command", "")).startswith("lte ")
 
 
 def numbers(text: str, name: str) -> list[float]:
