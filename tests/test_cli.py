@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import lte
+import lte_start
 from lte.cli import app
 from lte.errors import LTEError
 from lte.models import create
+from lte.training import JsonLinesLog, last_complete_checkpoint
 from tests.models import build
 
 WORDS = "the cat sat on a mat and the dog saw a bird while rain fell over small green hills".split()  # noqa: SIM905
@@ -459,3 +466,104 @@ def test_error_is_one_line_and_exit_code_2(folder, tmp_path):
         assert process.stdout == ""
         assert process.stderr.startswith("error: ")
         assert process.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (
+            RuntimeError("of some\nlibrary"),
+            1,
+            r"error: RuntimeError: of some library; the traceback is in (\S+), ",
+        ),
+        (OSError(28, "No space left on device", "out/x"), 2, r"error: No space left on device: out/x$"),
+        (MemoryError(), 1, r"error: out of memory; try a smaller batch"),
+        (KeyboardInterrupt(), 130, r"interrupted$"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_whatever_goes_wrong_is_one_line(error, code, said, monkeypatch, capsys):
+    def fail():
+        raise error
+
+    monkeypatch.setattr("lte.cli.app", fail)
+    monkeypatch.setattr("sys.argv", ["lte", "methods"])
+    with pytest.raises(SystemExit) as left:
+        lte_start.main()
+    assert left.value.code == code
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    found = re.search(said, printed.err)
+    assert found, printed.err
+    if found.groups():
+        log = Path(found[1]).read_text()
+        assert log.startswith("lte methods\n")
+        assert "Traceback" in log
+        Path(found[1]).unlink()
+        monkeypatch.setattr("sys.argv", ["lte", "methods", "--debug"])
+        with pytest.raises(type(error)):
+            lte_start.main()
+
+
+def test_an_interrupt_while_modules_are_imported_is_one_line():
+    code = """
+import sys
+class Stop:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Stop())
+from lte_start import main
+main()
+"""
+    process = subprocess.run([sys.executable, "-c", code, "methods"], capture_output=True, text=True)
+    assert (process.returncode, process.stderr) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize("command", ["train", "finetune"])
+def test_sigterm_saves_a_checkpoint_from_which_the_run_ends_as_it_would_have(command, folder, tmp_path, monkeypatch):
+    def words(out, *more):
+        if command == "train":
+            return [*train_words(folder, out, *more), "--seed", 3]
+        of = (
+            "--model",
+            folder / "dense",
+            "--data",
+            folder / "text.txt",
+            "--out",
+            out,
+            "--task",
+            "lm",
+            "--context-length",
+            16,
+        )
+        return ["finetune", *of, "--batch-size", 4, "--set", "training.max_steps=5", *more]
+
+    assert run(*words(tmp_path / "whole")).exit_code == 0
+    on_log, before = JsonLinesLog.on_log, signal.getsignal(signal.SIGTERM)
+
+    def stop(self, args, state, control, **kwargs):
+        on_log(self, args, state, control, **kwargs)
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(JsonLinesLog, "on_log", stop)
+        stopped = run(*words(tmp_path / "cut"))
+    assert stopped.exit_code == 143, stopped.output + repr(stopped.exception)
+    assert f"stopped by SIGTERM; a checkpoint is in {tmp_path / 'cut' / 'checkpoints'}: the same" in stopped.output
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert not (tmp_path / "cut" / "lte_run.json").exists()
+    assert last_complete_checkpoint(tmp_path / "cut" / "checkpoints").name in ("checkpoint-2", "checkpoint-3")
+    result = run(*words(tmp_path / "cut", "--resume"))
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(value, cut[name]) for name, value in whole.items())
+
+
+def test_sigterm_before_anything_is_trained_is_one_line(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("lte.runs.load_tokenizer", lambda path: os.kill(os.getpid(), signal.SIGTERM))
+    result = run(*train_words(folder, tmp_path / "out"))
+    assert result.exit_code == 143
+    assert "stopped by SIGTERM; nothing was trained yet: run the same command again" in result.output

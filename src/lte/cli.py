@@ -7,10 +7,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import tempfile
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.table import Column, Table
@@ -44,7 +46,7 @@ from lte.options import (
 )
 from lte.quantize_commands import quantize
 from lte.study_commands import compare, sweep
-from lte.terminal import JsonFile, console, write_json
+from lte.terminal import JsonFile, command_line, console, write_json
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -358,22 +360,66 @@ def quickstart(
 
 
 def main() -> None:
-    """Entry point: a user's error is one line on stderr and exit code 2."""
+    """Entry point: whatever goes wrong is one line on stderr.
+
+    Exit code 2 for what a user can mend, 1 for anything else, whose traceback is left in a file; ``--debug``, anywhere
+    on the line, lets the traceback through.
+    """
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
     try:
         app()
     except LTEError as error:
-        typer.echo("error: " + " ".join(str(error).split()), err=True)
-        sys.exit(2)
+        if debug:
+            raise
+        _fail(2, str(error))
+    except OSError as error:
+        if debug:
+            raise
+        _fail(2, f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+    except MemoryError:
+        if debug:
+            raise
+        _fail(1, "out of memory; try a smaller batch or context, or another dtype")
+    except Exception as error:
+        if debug:
+            raise
+        said = " ".join(str(error).split())
+        said = said if len(said) < 300 else said[:300] + "..."
+        _fail(1, f"{type(error).__name__}: {said}; the traceback is in {_leave_traceback(error)}, --debug shows it")
+
+
+def _fail(code: int, message: str) -> NoReturn:
+    typer.echo("error: " + " ".join(message.split()), err=True)
+    sys.exit(code)
+
+
+def _leave_traceback(error: BaseException) -> str:
+    """The path of a file with the traceback and the command."""
+    handle, path = tempfile.mkstemp(prefix="lte-error-", suffix=".log")
+    with os.fdopen(handle, "w") as file:
+        file.write(command_line() + "\n\n" + "".join(traceback.format_exception(error)))
+    return path
 
 
 @contextmanager
 def _resumable(out: str) -> Iterator[None]:
-    """Say how to go on after Ctrl-C."""
+    """Say how to go on after Ctrl-C or SIGTERM."""
+    from lte.training import Terminated, termination
+
     try:
-        yield
+        with termination():
+            yield
     except KeyboardInterrupt:
         typer.echo(f"interrupted; the same command with --resume goes on from the last checkpoint in {out}", err=True)
         raise typer.Exit(130) from None
+    except Terminated as stopped:
+        said = "nothing was trained yet: run the same command again"
+        if stopped.checkpoint is not None:
+            said = f"a checkpoint is in {stopped.checkpoint}: the same command with --resume goes on from it"
+        typer.echo(f"stopped by SIGTERM; {said}", err=True)
+        raise typer.Exit(143) from None
 
 
 def _cost(summary: dict[str, Any]) -> str:

@@ -33,6 +33,7 @@ from lte.training import (
     LTETrainer,
     LTETrainingArguments,
     StepProgress,
+    StopAtSignal,
     correct_loss_scaling,
     last_complete_checkpoint,
     optimizer_for,
@@ -100,7 +101,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> d
         train_dataset=rows,
         data_collator=task.collator(tokenizer),
         processing_class=tokenizer,
-        callbacks=[JsonLinesLog(out / "training_log.jsonl")],
+        callbacks=[JsonLinesLog(out / "training_log.jsonl"), StopAtSignal()],
     )
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -179,7 +180,12 @@ def finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -
         train_dataset=rows,
         data_collator=task.collator(tokenizer),
         processing_class=tokenizer,
-        callbacks=[JsonLinesLog(out / "training_log.jsonl"), StepProgress("dense training"), FiniteGradients()],
+        callbacks=[
+            JsonLinesLog(out / "training_log.jsonl"),
+            StepProgress("dense training"),
+            FiniteGradients(),
+            StopAtSignal(),
+        ],
         optimizer_cls_and_kwargs=optimizer_for(args, model),
     )
     correct_loss_scaling(trainer)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +28,23 @@ from lte.options import (
 from lte.terminal import console, numbers
 
 
+@contextmanager
+def _going_on() -> Iterator[None]:
+    """Say how to go on after Ctrl-C or SIGTERM."""
+    from lte.training import Terminated, termination
+
+    how = "the same command goes on with the points that are missing"
+    try:
+        with termination():
+            yield
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; {how}", err=True)
+        raise typer.Exit(130) from None
+    except Terminated:
+        typer.echo(f"stopped by SIGTERM; {how}", err=True)
+        raise typer.Exit(143) from None
+
+
 def sweep(
     study: Annotated[Path, typer.Argument(help="YAML study: a recipe and grids of settings.")],
     only: Annotated[str, typer.Option(help="Shell pattern of the points to run.")] = "*",
@@ -34,7 +53,8 @@ def sweep(
     """Train and evaluate every point of a study that has no result yet; one JSON each."""
     from lte import study as module
 
-    done = module.run_study(module.load_study(study), only=only, part=part, report=console.print)
+    with _going_on():
+        done = module.run_study(module.load_study(study), only=only, part=part, report=console.print)
     console.print(f"{done} points run" if done else "nothing to run: every point has its result")
 
 
@@ -95,7 +115,7 @@ def compare(
         base["data"], eval_data = map(str, module.held_out(out))
         base["task"].pop("split", None)
         prepare = partial(module.hold_out, data, split, out)
-    try:
+    with _going_on():
         study = module.plan(
             base,
             methods=named,
@@ -111,8 +131,5 @@ def compare(
             include_path=include_path,
         )
         page = module.compare(study, out, report=console.print, prepare=prepare)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; the same command goes on with the points that are missing", err=True)
-        raise typer.Exit(130) from None
     console.print((out / "table.md").read_text())
     console.print(f"{page}; every point is in {out / 'points.csv'}")

@@ -4,6 +4,7 @@ from lte.training.arguments import PAPER, LTETrainingArguments, refuse_idle_loss
 from lte.training.callbacks import FiniteGradients, JsonLinesLog, StepProgress, last_complete_checkpoint
 from lte.training.losses import efficiency_loss, separability_loss
 from lte.training.precision import check_optimizer, optimizer_for
+from lte.training.stopping import StopAtSignal, Terminated, termination
 from lte.training.tracker import SparsityTracker
 from lte.training.trainer import LTETrainer, correct_loss_scaling
 
@@ -15,6 +16,8 @@ __all__ = [
     "LTETrainingArguments",
     "SparsityTracker",
     "StepProgress",
+    "StopAtSignal",
+    "Terminated",
     "check_optimizer",
     "correct_loss_scaling",
     "efficiency_loss",
@@ -22,4 +25,5 @@ __all__ = [
     "optimizer_for",
     "refuse_idle_losses",
     "separability_loss",
+    "termination",
 ]
