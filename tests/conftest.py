@@ -1,4 +1,4 @@
-"""Where CI asks for it (LTE_ALL_TESTS=1), a test that was skipped although this machine can run it fails the session."""
+"""With LTE_ALL_TESTS=1, as in CI, a test that was skipped although this machine can run it fails the session."""
 
 from __future__ import annotations
 

@@ -118,3 +118,35 @@ def test_padding_does_not_change_the_routing_of_real_tokens():
         batched = model(input_ids=ids, attention_mask=attention, position_ids=positions).logits
         alone = model(input_ids=short).logits
     torch.testing.assert_close(batched[1, 4:], alone[0], atol=1e-4, rtol=1e-4)
+
+
+def test_what_takes_the_slow_path_at_inference_says_why_once(caplog, monkeypatch):
+    monkeypatch.setattr("lte.nn.ffn._said", set())
+    model = lte.sparsify(models.build("llama"), lte.LTEConfig(expert_size=8, grouping="random", router_init="random"))
+    model.eval()
+    inputs, ffns = models.inputs(1, 4), sparse_ffns(model)
+    with torch.no_grad():
+        model(**inputs)
+        assert not caplog.records
+        handle = ffns[1].up_proj.register_forward_hook(lambda *_: None)
+        for _ in range(2):
+            model(**inputs)
+        assert len(caplog.records) == 1
+        assert "the FFN of layer 1 runs masked and dense, no faster than the dense" in caplog.text
+        assert "its up_proj has hooks (accelerate puts them there under device_map, and tools that watch)" in caplog.text
+        caplog.clear()
+        lte.prepare_for_inference(model)
+        assert "the FFN of layer 1 will not run through the kernels: its up_proj has hooks" in caplog.text
+        handle.remove()
+        caplog.clear()
+        lte.prepare_for_inference(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            model(**inputs)
+        assert "layer 0 runs masked and dense, no faster than the dense model: autocast is on" in caplog.text
+    caplog.clear()
+    model.train()
+    model(**inputs)
+    model.eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(**inputs)
+    assert not caplog.records  # a model that is being trained is looked at like this

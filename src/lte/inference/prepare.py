@@ -60,6 +60,10 @@ def prepare_for_inference(
     restore(model)
     model.eval()
     ffns = sparse_ffns(model)
+    for ffn in ffns:
+        if reason := ffn.obstacle(next(iter(model.parameters())).device.type):
+            logger.warning("the FFN of layer %d will not run through the kernels: %s", ffn.layer_index, reason)
+            break
     backend = _backend(model, impl)
     if backend == "reference":
         _set_path(ffns, Forced("reference"))

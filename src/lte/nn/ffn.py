@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import Any
@@ -41,6 +42,8 @@ from lte.ops import (
     sparse_ffn,
 )
 
+logger = logging.getLogger(__name__)
+
 RoutingObserver = Callable[[int, Routing], None]
 PathChooser = Callable[[int], tuple[str, float]]
 """Number of tokens -> the ``impl`` and ``max_density`` of :func:`lte.ops.sparse_ffn`."""
@@ -48,6 +51,15 @@ PathChooser = Callable[[int], tuple[str, float]]
 
 PROJECTIONS = ("gate", "up", "gate_up", "down")
 """The roles that hold weights."""
+
+
+_said: set[str] = set()
+
+
+def _say_once(reason: str, layer: int) -> None:
+    if reason not in _said:
+        _said.add(reason)
+        logger.warning("the FFN of layer %d runs masked and dense, no faster than the dense model: %s", layer, reason)
 
 
 class Mode(StrEnum):
@@ -114,12 +126,12 @@ class SparseFFN(nn.Module):
         """
         few_bits = self.quantized()
         if self.is_nested:
-            if self._runs_planes(x):
+            if self._runs_fast(x):
                 return self._operate_on_planes(x)
         elif few_bits is not None:
-            if self._runs_codes(x):
+            if x.numel() <= SMALL_BATCH * x.shape[-1] and self._runs_fast(x):
                 return self._operate_on_codes(x, few_bits)
-        elif self.mode == Mode.HARD and self._is_inference(x):
+        elif self._runs_fast(x):
             impl, max_density = self.choose_path(x.numel() // x.shape[-1])
             if impl != "reference" and (not self.keep_layout or is_packed(self.weights())):
                 return self._operate(x, impl, max_density)
@@ -182,13 +194,25 @@ class SparseFFN(nn.Module):
             activation=self.activation,
         )
 
-    def _runs_planes(self, x: Tensor) -> bool:
+    def _runs_fast(self, x: Tensor) -> bool:
+        """Whether an operator may stand for calls of the projections; why it may not is said once."""
         if self.mode != Mode.HARD or torch.is_grad_enabled() or self.training:
             return False
-        return not any(map(has_hooks, self.projections())) and not torch.is_autocast_enabled(x.device.type)
+        reason = self.obstacle(x.device.type)
+        if reason and not self.keep_layout and not torch.compiler.is_compiling():
+            _say_once(reason, self.layer_index)
+        return not reason
 
-    def _runs_codes(self, x: Tensor) -> bool:
-        return x.numel() <= SMALL_BATCH * x.shape[-1] and self._runs_planes(x)
+    def obstacle(self, device_type: str) -> str:
+        """Why a forward at inference is the masked dense form, no faster than a dense one; empty where it is not."""
+        if torch.is_autocast_enabled(device_type):
+            return "autocast is on; convert the model to the dtype instead"
+        for role, name in self.roles.items():
+            if role in PROJECTIONS and not is_plain(part := self._part(role)):
+                if has_hooks(part):
+                    return f"its {name} has hooks (accelerate puts them there under device_map, and tools that watch)"
+                return f"its {name} is a {type(part).__name__} (an adapter? merge it into the model)"
+        return ""
 
     def _operate_on_planes(self, x: Tensor) -> Tensor:
         if self.observer is not None:
@@ -276,11 +300,6 @@ class SparseFFN(nn.Module):
         bias = module.bias
         assert isinstance(bias, nn.Parameter)
         return bias
-
-    def _is_inference(self, x: Tensor) -> bool:
-        if torch.is_grad_enabled() or self.training or torch.is_autocast_enabled(x.device.type):
-            return False
-        return all(is_plain(part) for part in self.projections())
 
     def projections(self) -> list[nn.Module]:
         """The modules that hold the matrices."""

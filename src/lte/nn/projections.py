@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lte.errors import ConfigError
 from lte.nn.linear import FastLinear
+from lte.nn.quantized import QuantizedWeight
 from lte.ops import FFNWeights
 
 
@@ -57,6 +58,8 @@ def has_hooks(module: nn.Module) -> bool:
 
 def is_plain(module: nn.Module) -> bool:
     """Whether calling a projection is no more than multiplying with its weight, as an operator does."""
+    if isinstance(module, QuantizedWeight):
+        return not has_hooks(module)
     known = type(module) in (nn.Linear, FastLinear, DeferredLinear) or hasattr(module, "nf")
     return known and type(module.weight) is nn.Parameter and not has_hooks(module)
 
