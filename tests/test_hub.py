@@ -6,14 +6,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import lte
-from lte.errors import CheckpointError
+from lte.errors import CheckpointError, LTEError
+from lte.hub import SparseModelLoader
 from lte.nn import set_mode, sparse_ffns
 from tests import models
 
@@ -238,6 +241,23 @@ class TestBrokenCheckpoints:
         with pytest.raises(CheckpointError, match="not finite"):
             load(saved[1])
 
+    @pytest.mark.parametrize("name", ["layers.1.mlp.down_proj", "embed_tokens", "norm", "layers.0.self_attn.q_proj"])
+    @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+    def test_other_weights_with_nan(self, saved, load, name, value):
+        edit_weights(saved[1], lambda tensors: tensors[f"model.{name}.weight"].view(-1)[3:5].fill_(value))
+        with pytest.raises(CheckpointError, match=rf"model.{name}.weight has 2 of \d+ numbers that are NaN or"):
+            load(saved[1])
+
+    def test_tensor_parallelism(self, saved, load, monkeypatch):
+        def before(loader, model, checkpoint_files=None, **kwargs):
+            model.config.distributed_config = SimpleNamespace(tp_plan=None, tp_size=2)
+            original(loader, model, checkpoint_files=checkpoint_files, **kwargs)
+
+        original = SparseModelLoader._process_model_before_weight_loading
+        monkeypatch.setattr(SparseModelLoader, "_process_model_before_weight_loading", before)
+        with pytest.raises(CheckpointError, match="cannot be loaded with tensor parallelism"):
+            load(saved[1])
+
     def test_other_expert_size_in_the_config(self, saved, load):
         edit_config(saved[1], lambda config: config["quantization_config"].update(expert_size=16))
         with pytest.raises(CheckpointError, match="one of the two was edited"):
@@ -264,6 +284,23 @@ class TestBrokenCheckpoints:
         file.write_bytes(file.read_bytes()[: int(file.stat().st_size * keep)])
         with pytest.raises(CheckpointError, match="truncated or not a safetensors file"):
             load(saved[1])
+
+
+def test_a_dense_model_with_nan(tmp_path):
+    models.build("llama").save_pretrained(tmp_path)
+    edit_weights(tmp_path, lambda tensors: tensors["lm_head.weight"].view(-1)[:1].fill_(float("inf")))
+    with pytest.raises(CheckpointError, match="lm_head.weight has 1 of"):
+        lte.load_dense(tmp_path)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError("[enforce fail] not enough memory: 7")])
+def test_too_little_memory_is_no_broken_checkpoint(saved, error, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", fail)
+    with pytest.raises(LTEError, match="not enough memory to load it; try dtype=bfloat16"):
+        lte.load(saved[1])
 
 
 def test_missing_other_weight(saved):

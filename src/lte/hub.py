@@ -53,6 +53,12 @@ class SparseModelLoader(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        shards = getattr(model.config, "distributed_config", None)
+        if getattr(shards, "tp_plan", None) is not None or (getattr(shards, "tp_size", None) or 1) > 1:
+            raise CheckpointError(
+                "a sparse model cannot be loaded with tensor parallelism (tp_plan, tp_size): masks of the whole FFN "
+                "would meet parts of it. Load it whole, or with device_map"
+            )
         install_sparse_ffns(model, self.quantization_config.method)
         try:
             apply_config(model, self.quantization_config)
@@ -70,6 +76,7 @@ class SparseModelLoader(HfQuantizer):
         del model.hf_quantizer
         del model.quantization_method
         model.is_quantized = False
+        _check_numbers(model)
         for ffn in sparse_ffns(model):
             ffn.router.freeze()
         for module in model.modules():
@@ -162,6 +169,8 @@ def load_weights(model_class: Any, path: str | Path, *, new_head: bool = False, 
     except LTEError:
         raise
     except broken as error:
+        if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error):
+            raise LTEError(f"{path}: not enough memory to load it; try dtype=bfloat16, or device_map") from error
         raise CheckpointError(f"{path}: the checkpoint cannot be read: {_first_line(error)}") from error
     heads = ("classifier.", "score.", "pooler.") if new_head else ()
     missing = [
@@ -171,6 +180,8 @@ def load_weights(model_class: Any, path: str | Path, *, new_head: bool = False, 
         raise CheckpointError(f"{path}: the checkpoint lacks {_some(missing)}, which {type(model).__name__} needs")
     if options:
         gguf.make_plain(model, path)
+    if not sparse_ffns(model):  # the numbers of sparse ones were looked at while they were loaded
+        _check_numbers(model)
     return model
 
 
@@ -206,6 +217,17 @@ def _read_gguf_config(path: str | Path, **kwargs: Any) -> Any:
                 f"{path} cannot be read as a model (is the file whole?): {_first_line(error)}"
             ) from error
         raise CheckpointError(f"{str(path)!r} is neither a file here nor to be had from the hub") from error
+
+
+def _check_numbers(model: nn.Module) -> None:
+    """CheckpointError where a weight is a NaN or infinite; at the speed memory can be read."""
+    for name, tensor in model.state_dict().items():
+        if tensor.dtype == torch.int16:  # as modules of few bits keep numbers of bfloat16
+            tensor = tensor.view(torch.bfloat16)
+        if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor.sum(dtype=torch.float32)):
+            wrong = int((~torch.isfinite(tensor)).sum())
+            if wrong:
+                raise CheckpointError(f"{name} has {wrong} of {tensor.numel()} numbers that are NaN or infinite")
 
 
 def _names_a_folder(path: str) -> bool:

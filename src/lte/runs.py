@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -288,11 +289,15 @@ def check_folder(out: Path, recipe: Recipe, *, resume: bool, overwrite: bool) ->
 
 
 def claim_folder(out: Path, recipe: Recipe, *, overwrite: bool) -> None:
-    """Make ``out``, after :func:`check_folder`, and leave the recipe in it."""
-    if overwrite and out.is_dir():
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "recipe.yaml").write_text(dump_recipe(recipe))
+    """Make ``out``, after :func:`check_folder`, and leave the recipe in it; of several processes the first does it."""
+    processes = PartialState()
+    processes.wait_for_everyone()  # nobody looks at the folder any more
+    if processes.is_main_process:
+        if overwrite and out.is_dir():
+            shutil.rmtree(out)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "recipe.yaml").write_text(dump_recipe(recipe))
+    processes.wait_for_everyone()
 
 
 def _read_inputs(recipe: Recipe) -> tuple[Any, Task, Any]:

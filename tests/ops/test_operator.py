@@ -7,6 +7,7 @@ import dataclasses
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -437,3 +438,18 @@ def test_an_ffn_is_routed_by_its_own_copy(isa, d_model, d_ff, n_experts, gated, 
         assert 0.2 < mask.float().mean() < 0.8
         wanted = sparse_ffn(x, weights, mask, impl="cpu")
         assert torch.equal(copied_ffn(x, made, cut, n_experts, weights), wanted)
+
+
+def test_kernels_without_torchs_threads_say_so(caplog, monkeypatch):
+    from lte.ops.cpu import library
+
+    library._open.cache_clear()
+    monkeypatch.setattr(library, "open_library", lambda path: (SimpleNamespace(lte_shares_threads=lambda: 0), ""))
+    monkeypatch.setattr(library.Path, "glob", lambda self, pattern: [Path("_kernels.so")])
+    library._open()
+    library._open()
+    monkeypatch.undo()
+    library._open.cache_clear()
+    assert [record.message for record in caplog.records] == [
+        "the C++ kernels run on one thread: torch's OpenMP threads (libgomp) are not in this process"
+    ]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """What the kernels compute with, and the numbers ``lte.h`` gives them."""
@@ -173,7 +176,10 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
     found = sorted(Path(__file__).parent.glob("_kernels.*"))
     if not found:
         return None, "the C++ kernels were not built (install with a C++ compiler present)"
-    return open_library(found[0])
+    library, reason = open_library(found[0])
+    if library is not None and not library.lte_shares_threads():
+        logger.warning("the C++ kernels run on one thread: torch's OpenMP threads (libgomp) are not in this process")
+    return library, reason
 
 
 def open_library(path: Path) -> tuple[ctypes.CDLL | None, str]:
