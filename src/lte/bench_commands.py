@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lte.errors import ConfigError
-from lte.terminal import JsonFile, command_line, console, numbers, write_json
+from lte.terminal import JsonFile, command_line, console, numbers, whole_numbers, write_json
 
 bench_app = typer.Typer(help="Measure speed.", no_args_is_help=True)
 
@@ -148,7 +148,7 @@ def bench_ffn(
             d_ff=d_ff,
             dtype=dtype,
             sparsities=numbers(sparsity, "sparsity"),
-            tokens=[int(n) for n in numbers(tokens, "tokens")],
+            tokens=whole_numbers(tokens, "tokens"),
             expert_size=expert_size,
             router=router,
             bits=bits,

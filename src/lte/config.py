@@ -181,7 +181,7 @@ def sparsity_is(name: str) -> str:
 
 def settings_of(name: str) -> type[MethodConfig]:
     """The class of a method's settings; ConfigError lists the known ones."""
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise ConfigError(f"unknown method {name!r}; known methods: {', '.join(sorted(METHODS))}")
     return METHODS[name][0]
 

@@ -64,7 +64,9 @@ def weights_config(
     if by_neuron:
         coarse = coarse or min(bits, 3 if bits <= 5 else 4)
         settings = {"exact": EXACT, **settings}
-    return WeightsConfig(bits=bits, group=group or (64 if by_neuron else 32), coarse=coarse, **settings)
+    return WeightsConfig(
+        bits=bits, group=(64 if by_neuron else 32) if group is None else group, coarse=coarse, **settings
+    )
 
 
 def picks_neurons(method: MethodConfig) -> bool:

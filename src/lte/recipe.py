@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from lte.config import MethodConfig, method_config, method_of, sparsity_is, vali
 from lte.errors import ConfigError
 from lte.hub import read_config
 from lte.tasks import TaskConfig
-from lte.training import PAPER, check_optimizer
+from lte.training import PAPER, check_optimizer, check_ranges
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "single-stage": {"sparsity": {}, "training": {}},
@@ -205,25 +206,41 @@ def put(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _typed(value: Any, key: str, kind: str) -> Any:
-    """A value as the field's type has it, where YAML's differs: ``1e-4`` is text to YAML, and ``no`` is False."""
+    """A value as the field's type has it; ConfigError where it cannot be.
+
+    YAML's types differ from what is meant: ``1e-4`` is text to it, and ``no`` is False.
+    """
     if "Strategy" in kind and value is False:
         return "no"
-    words = set(re.findall(r"\w+", kind))
-    if not words & {"int", "float"} or "str" in words or value is None or isinstance(value, int | float):
+    words = set(re.findall(r"\w+", kind)) - {"class"}
+    optional = bool(words & {"None", "NoneType"})
+    words -= {"None", "NoneType"}
+    if not words or not words <= {"int", "float", "bool"}:
+        return value
+    if value is None:
+        if not optional:
+            raise ConfigError(f"{key} has no value; give one, or leave it out")
+        return None
+    if words == {"bool"}:
+        if not isinstance(value, bool):
+            raise ConfigError(f"{key}={value!r} must be true or false")
         return value
     try:
-        return float(value) if "float" in words else int(value)
+        number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         raise ConfigError(f"{key}={value!r} is not a number") from None
+    if not math.isfinite(number):
+        raise ConfigError(f"{key}={value!r} is not a finite number")
+    # Steps are shares where they are below 1, and whole numbers above.
+    whole = "float" not in words or (key.endswith("_steps") and number == int(number))
+    if whole and number != int(number):
+        raise ConfigError(f"{key}={value!r} is not a whole number")
+    return int(number) if whole else number
 
 
 def _check_arguments(args: Any) -> None:
     """What transformers would only stumble over once the run has begun."""
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"training.{name}={getattr(args, name)} must be at least 1")
-    if args.learning_rate < 0:
-        raise ConfigError(f"training.learning_rate={args.learning_rate} must not be negative")
+    check_ranges(args)
     if str(args.eval_strategy.value) != "no":
         raise ConfigError("training.eval_strategy is not used; run `lte evaluate` on the result")
     schedules = {getattr(args, "stage1_scheduler", None), args.lr_scheduler_type} - {None}

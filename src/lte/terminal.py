@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import sys
@@ -66,6 +67,14 @@ def numbers(text: str, name: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError(f"--{name} {text!r} is no list of numbers; write it like 0,0.5,0.8") from None
+
+
+def whole_numbers(text: str, name: str) -> list[int]:
+    """``1,16`` -> [1, 16], the value of the flag ``--name``."""
+    found = numbers(text, name)
+    if not all(math.isfinite(number) and number == int(number) for number in found):
+        raise ConfigError(f"--{name} {text!r} is no list of whole numbers; write it like 1,16")
+    return [int(number) for number in found]
 
 
 class ProgressBar:

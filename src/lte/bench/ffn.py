@@ -40,6 +40,9 @@ from lte.thresholds import shifted
 
 DISTINCT_BYTES = 512 << 20
 MOST_DENSE = 4
+MOST_LAYERS = 512
+"""However small they are."""
+
 ROUTERS = ("linear", "copy", "mask")
 """What decides in a benchmark: a linear router, the FFN's own copy, or a mask that is given and costs nothing."""
 
@@ -155,7 +158,7 @@ def bench_ffn(
     device = device or torch.device("cpu")
     if router not in ROUTERS:
         raise ConfigError(f"router {router!r} is unknown; choose one of {', '.join(ROUTERS)}")
-    _check(d_ff, expert_size, dtype, sparsities, tokens)
+    _check(d_model, d_ff, expert_size, dtype, sparsities, tokens)
     if weights is not None:
         _check_few_bits(weights, expert_size, tokens)
     backend = _backend(impl, DTYPES[dtype], device)
@@ -177,7 +180,11 @@ def bench_ffn(
     return rows, crossover
 
 
-def _check(d_ff: int, expert_size: int, dtype: str, sparsities: Sequence[float], tokens: Sequence[int]) -> None:
+def _check(
+    d_model: int, d_ff: int, expert_size: int, dtype: str, sparsities: Sequence[float], tokens: Sequence[int]
+) -> None:
+    if d_model < 1 or d_ff < 1:
+        raise ConfigError(f"d_model={d_model}, d_ff={d_ff}: both are at least 1")
     check_divisible(d_ff, expert_size)
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
@@ -235,7 +242,7 @@ def _build(
 
     layer_bytes = 3 * d_model * d_ff * (pattern.element_size() if bits is None else bits / 8)
     ffns, denses = [], []
-    for layer in range(max(2, math.ceil(DISTINCT_BYTES / layer_bytes))):
+    for layer in range(min(MOST_LAYERS, max(2, math.ceil(DISTINCT_BYTES / layer_bytes)))):
         # Beside weights of few bits, the dense baseline takes turns on as many layers as no cache holds.
         if bits is None or layer < MOST_DENSE:
             denses.append((matrix(d_ff, d_model), matrix(d_ff, d_model), matrix(d_model, d_ff)))

@@ -1,6 +1,6 @@
 """Losses, stages and the trainer."""
 
-from lte.training.arguments import PAPER, LTETrainingArguments, refuse_idle_losses
+from lte.training.arguments import PAPER, LTETrainingArguments, check_ranges, refuse_idle_losses
 from lte.training.callbacks import FiniteGradients, JsonLinesLog, StepProgress, last_complete_checkpoint
 from lte.training.losses import efficiency_loss, separability_loss
 from lte.training.precision import check_optimizer, optimizer_for
@@ -19,6 +19,7 @@ __all__ = [
     "StopAtSignal",
     "Terminated",
     "check_optimizer",
+    "check_ranges",
     "correct_loss_scaling",
     "efficiency_loss",
     "last_complete_checkpoint",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,8 +78,7 @@ class LTETrainingArguments(TrainingArguments):
                 f"target_sparsity={target} and eta={self.eta}: give one of the two, for instance target_sparsity=0.7"
             )
         _require(self.stages in (1, 2), "stages", self.stages, "must be 1, or 2 for the published training")
-        for name in ("eta", "lambda_sep", "router_learning_rate", "router_weight_decay"):
-            _require((getattr(self, name) or 0) >= 0, name, getattr(self, name), "must not be negative")
+        check_ranges(self)
         for name in ("target_warmup", "eta_warmup", "anneal", "distill", "lambda_start", "lambda_full"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "is a share, in [0, 1]")
         _require(
@@ -91,7 +90,7 @@ class LTETrainingArguments(TrainingArguments):
         _require(self.lambda_start <= self.lambda_full, "lambda_start", self.lambda_start, "is after lambda_full")
         for name in STAGE_LENGTHS:
             value = getattr(self, name)
-            _require(value is None or 0 <= value < math.inf, name, value, "must be a number, not negative")
+            _require(value is None or 0 <= value < math.inf, name, value, "must not be negative")
             if self.stages == 1:
                 _require(value is None, name, value, "needs stages=2; one stage takes num_train_epochs or max_steps")
         if self.stages == 2:
@@ -102,6 +101,30 @@ class LTETrainingArguments(TrainingArguments):
         super().__post_init__()
         if isinstance(self.gradient_checkpointing_kwargs, dict):
             refuse_reentrant(self.gradient_checkpointing_kwargs)
+
+
+NOT_NEGATIVE = (
+    *("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon", "dataloader_num_workers"),
+    *("eta", "lambda_sep", "router_learning_rate", "router_weight_decay", "stage2_learning_rate"),
+)
+AT_LEAST_ONE = ("per_device_train_batch_size", "gradient_accumulation_steps", "save_total_limit")
+
+
+def check_ranges(args: TrainingArguments) -> None:
+    """ConfigError for numbers that transformers would stumble over, or not, once a run has begun."""
+
+    def require(names: Iterable[str], fits: Callable[[Any], bool], what: str) -> None:
+        for name in names:
+            value = getattr(args, name, None)
+            if value is not None and not fits(value):
+                raise ConfigError(f"training.{name}={value} {what}")
+
+    require(NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "must not be negative")
+    require(AT_LEAST_ONE, lambda value: value >= 1, "must be at least 1")
+    require(("num_train_epochs", "save_steps", "logging_steps"), lambda value: 0 < value < math.inf, "must be above 0")
+    require(("adam_beta1", "adam_beta2"), lambda value: 0 <= value < 1, "must be in [0, 1)")
+    require(("max_steps",), lambda value: value == -1 or value >= 1, "must be at least 1, or -1 for whole epochs")
+    require(("seed", "data_seed"), lambda value: 0 <= value < 2**32, "must be from 0 to 4294967295")
 
 
 def refuse_idle_losses(args: LTETrainingArguments) -> None:

@@ -1,0 +1,251 @@
+"""Every command on bad input: one line and exit code 2, no hang, nothing lost.
+
+python -m tests.campaign.bad_inputs [--json FILE] [PATTERN]    # about 10 minutes for all
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from typer.testing import CliRunner
+
+import lte
+from lte.cli import app
+from lte.errors import LTEError
+from lte.models import train_tokenizer
+from tests import models
+
+SECONDS = 20
+"""After which a command counts as hanging."""
+
+NUMBERS = ["nan", "inf", "-1", "0", "1e400", "x", "", "[]", "{}", "null", "true"]
+TEXT = "A small text, of some words and few lines, that is read again and again.\n"
+
+
+class Hangs(BaseException):
+    """A command went on for too long."""
+
+
+def build(root: Path) -> dict[str, str]:
+    """A folder with what the commands want, and with what they do not: name -> path."""
+    tokenizer = train_tokenizer([TEXT], 280)
+    model = models.build("llama")
+    model.resize_token_embeddings(280)
+    at = {name: str(root / name) for name in ("dense", "sparse", "text.txt", "empty.txt", "folder", "cut")}
+    model.save_pretrained(at["dense"])
+    made = lte.sparsify(model, lte.LTEConfig(expert_size=8, grouping="random", router_init="random"))
+    made.save_pretrained(at["sparse"])
+    for folder in ("dense", "sparse"):
+        tokenizer.save_pretrained(at[folder])
+    (root / "text.txt").write_text(TEXT * 60)
+    (root / "empty.txt").write_text("")
+    (root / "folder").mkdir()
+    shutil.copytree(at["sparse"], at["cut"])
+    weights = Path(at["cut"]) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:3000])
+    files = {
+        "latin.txt": "caf\xe9 \xe9\n".encode("latin-1") * 200,
+        "zeros.bin": b"\0" * 4096,
+        "broken.json": b"{",
+        "list.json": b"[1, 2]",
+        "broken.jsonl": b'{"text": "a"}\n{"text": \n',
+        "other.jsonl": b'{"label": 1}\n' * 20,
+        "numbers.jsonl": b'{"text": 3}\n' * 20,
+        "broken.yaml": b"model: [\n",
+        "list.yaml": b"- a\n- b\n",
+        "odd.yaml": b"model: 3\ndata: {}\nout: null\n",
+        "fake.gguf": b"GGUF" + b"\xff" * 64,
+        "not.gguf": b"hello",
+        "shape.json": json.dumps({"model_type": "llama", "hidden_size": -4}).encode(),
+        "heads.json": json.dumps({"model_type": "llama", "hidden_size": 64, "num_attention_heads": 7}).encode(),
+        "kind.json": json.dumps({"model_type": "nothing"}).encode(),
+    }
+    for name, content in files.items():
+        (root / name).write_bytes(content)
+        at[name] = str(root / name)
+    at["none"] = str(root / "no" / "such" / "place")
+    at["under"] = str(root / "text.txt" / "out")
+    return at
+
+
+def commands(at: dict[str, str]) -> dict[str, list[str]]:
+    """A good line of every command; what is bad is put at its end."""
+    data = ["--data", at["text.txt"]]
+    context = ["--context-length", "16"]
+    run = ["--model", at["dense"], "--task", "lm", *data, *context, "--batch-size", "4", "--out", "OUT"]
+    return {
+        "train": ["train", *run, "--expert-size", "8", "--target-sparsity", "0.3", "--set", "training.max_steps=1"],
+        "finetune": ["finetune", *run, "--set", "training.max_steps=1"],
+        "sparsify": ["sparsify", *run, "--expert-size", "8", "--target-sparsity", "0.3"],
+        "evaluate": ["evaluate", at["sparse"], *data, *context],
+        "calibrate": ["calibrate", "SPARSE", *data, *context, "--target-sparsity", "0.3"],
+        "quantize": ["quantize", at["dense"], "--weights", "int4", *data, *context, "--tokens", "64", "--out", "OUT"],
+        "generate": ["generate", at["sparse"], "--prompt", "a", "--max-new-tokens", "2"],
+        "inspect": ["inspect", at["sparse"]],
+        "init": ["init", "--config", at["shape.json"], *data, "--vocab-size", "280", "--out", "OUT"],
+        "ffn": ["bench", "ffn", "--d-model", "64", "--d-ff", "128", "--sparsity", "0.5"],
+        "limit": ["bench", "limit", "--config", "llama-2-7b"],
+        "compare": [
+            *("compare", "--model", at["dense"], "--task", "lm", *data, *context, "--out", "OUT", "--steps", "1"),
+            *("--methods", "kla", "--sparsities", "0.5", "--decode-tokens", "0"),
+        ],
+    }
+
+
+def cases(at: dict[str, str]) -> Iterator[tuple[str, list[str]]]:
+    """Name and line of every case."""
+    good = commands(at)
+    places = [name for name in at if name not in ("dense", "sparse", "text.txt")]
+    of_run = [
+        *("learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size", "weight_decay"),
+        *("max_grad_norm", "warmup_steps", "gradient_accumulation_steps", "seed", "save_steps", "logging_steps"),
+        *("adam_beta1", "optim", "lr_scheduler_type", "bf16", "no_such_setting"),
+    ]
+    of_ours = [
+        *("target_sparsity", "eta", "stage1_epochs", "stage2_epochs", "router_learning_rate", "stage2_learning_rate"),
+        *("router_weight_decay", "stage1_steps", "stage2_steps", "distill"),
+    ]
+    for command, names in (("train", of_run + of_ours), ("finetune", of_run)):
+        for name in names:
+            for value in NUMBERS:
+                yield f"{command} training.{name}={value}", [*good[command], "--set", f"training.{name}={value}"]
+    for name in ("expert_size", "threshold", "grouping", "router_init", "router_init_score", "method", "no_such"):
+        for value in NUMBERS:
+            for command in ("train", "sparsify"):
+                yield f"{command} sparsity.{name}={value}", [*good[command], "--set", f"sparsity.{name}={value}"]
+    for name in ("context_length", "stride", "text_column", "limit", "name", "no_such"):
+        for value in NUMBERS:
+            yield f"finetune task.{name}={value}", [*good["finetune"], "--set", f"task.{name}={value}"]
+    for command in ("train", "finetune", "sparsify", "evaluate", "calibrate", "quantize", "compare"):
+        for place in places:
+            yield f"{command} --data {place}", [*good[command], "--data", at[place]]
+    for command in ("train", "finetune", "sparsify", "compare"):
+        for place in [*places, "sparse"]:
+            yield f"{command} --model {place}", [*good[command], "--model", at[place]]
+    for command in ("evaluate", "calibrate", "quantize", "generate", "inspect"):
+        for place in places:
+            yield f"{command} {place}", [good[command][0], at[place], *good[command][2:]]
+    for command in ("train", "finetune", "sparsify", "quantize", "compare", "init"):
+        for place in ("text.txt", "under", "dense"):
+            yield f"{command} --out {place}", [*good[command], "--out", at[place]]
+    for command in ("train", "finetune", "sparsify"):
+        for place in places:
+            yield f"{command} recipe {place}", [command, at[place], "--out", "OUT"]
+    for place in places:
+        yield f"init --config {place}", ["init", "--config", at[place], *good["init"][3:]]
+        yield f"evaluate --json {place}", [*good["evaluate"], "--json", at[place]]
+        yield f"evaluate --baseline {place}", [*good["evaluate"], "--baseline", at[place]]
+        yield f"evaluate --against {place}", [*good["evaluate"], "--against", at[place]]
+    flags = {
+        "evaluate": ["--sparsity", "--batch-size", "--context-length", "--stride", "--limit", "--max-new-tokens"],
+        "calibrate": ["--target-sparsity", "--tokens", "--context-length", "--limit"],
+        "quantize": ["--weights", "--group", "--head", "--coarse", "--bits-per-token", "--tokens", "--steps"],
+        "generate": ["--max-new-tokens", "--temperature", "--seed"],
+        "init": ["--vocab-size", "--seed"],
+        "ffn": ["--d-model", "--d-ff", "--dtype", "--sparsity", "--tokens", "--expert-size", "--router", "--weights"],
+        "limit": ["--config", "--sparsity", "--expert-size", "--context"],
+        "compare": ["--methods", "--sparsities", "--steps", "--dense-steps", "--seeds", "--decode-tokens", "--tasks"],
+        "train": ["--target-sparsity", "--epochs", "--batch-size", "--learning-rate", "--expert-size", "--recipe"],
+    }
+    for command, names in flags.items():
+        for name in names:
+            for value in ["nan", "inf", "-1", "0", "2", "x", "", "1e9"]:
+                yield f"{command} {name} {value}", [*good[command], name, value]
+
+
+GOOD = re.compile(
+    r"(seed|logging_steps|save_steps)=(0|-1|true)|weight_decay=(0|true)|warmup_steps=(0|true)|eta=(0|true)|\.limit="
+    r"|=null$|=$|max_grad_norm=(0|true)|=true$|stage\d_\w+=0|(--seed|--limit|--stride|--dense-steps|--decode-tokens|"
+    r"--context|--steps|--temperature|--tokens|--target-sparsity|--sparsity|--sparsities) (0|2|1e9|-1)$|--data folder|"
+    r"(threshold|router_init_score|adam_beta1|learning_rate|epochs)=0$|--(json|data) .*(broken|list)|--json none"
+    r"|(--batch-size|--context-length|--max-new-tokens|--epochs|--learning-rate) 2$|--data (shape|heads|kind).json"
+)
+"""Cases that are no mistake, or one only a reader of the result can see."""
+
+
+def digest(root: Path) -> dict[str, str]:
+    """What is in the files that must not change."""
+    return {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and "/scratch/" not in str(path)
+    }
+
+
+def outcome(words: list[str]) -> tuple[str, str]:
+    """``refused``, ``accepted``, ``hang`` or ``exception``, and what was said."""
+
+    def stop(*_: Any) -> None:
+        raise Hangs
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS)
+    try:
+        result = CliRunner().invoke(app, words)
+    except Hangs:
+        return "hang", ""
+    finally:
+        signal.alarm(0)
+    error = result.exception
+    if isinstance(error, Hangs):
+        return "hang", ""
+    if isinstance(error, LTEError | OSError) or (isinstance(error, SystemExit) and error.code == 2):
+        return "refused", str(error)
+    if error is None or (isinstance(error, SystemExit) and not error.code):
+        return "accepted", result.output[-200:]
+    return "exception", f"{type(error).__name__}: {error}"[:300]
+
+
+def main() -> None:
+    """Run the cases, print those that went wrong, write the counts."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("pattern", nargs="?", default="")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--part", default="1/1", help="i/n")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    part, parts = map(int, given.part.split("/"))
+    root = Path(tempfile.mkdtemp(prefix="lte-campaign-"))
+    at = build(root)
+    os.chdir(root)
+    before, counts, wrong = digest(root), Counter[str](), list[str]()
+    every = [case for case in cases(at) if given.pattern in case[0]]
+    for name, words in every[part - 1 :: parts]:
+        scratch = root / "scratch"
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        if "SPARSE" in words:
+            shutil.copytree(at["sparse"], scratch / "sparse")
+        places = {"OUT": str(scratch / "out"), "SPARSE": str(scratch / "sparse")}
+        kind, said = outcome([places.get(word, word) for word in words])
+        if kind == "accepted" and GOOD.search(name):
+            kind = "no mistake"
+        if (now := digest(root)) != before:
+            wrong.append(f"LOST {name}: {sorted(set(before.items()) ^ set(now.items()))[:3]}")
+            counts["lost"] += 1
+            before = now
+        counts[kind] += 1
+        if kind not in ("refused", "no mistake"):
+            wrong.append(f"{kind} {name}: {' '.join(said.split())}")
+            print(wrong[-1], flush=True)
+    print(dict(counts), file=sys.stderr)
+    if given.json:
+        given.json.write_text(json.dumps({"counts": dict(counts), "wrong": wrong}, indent=2) + "\n")
+    shutil.rmtree(root)
+
+
+if __name__ == "__main__":
+    main()
