@@ -274,7 +274,7 @@ def bench_limit(
     from lte.bench.shapes import SHAPES
 
     rows = run(
-        [config] if config else list(SHAPES),
+        list(SHAPES) if config is None else [config],
         numbers(sparsity, "sparsity"),
         expert_size=expert_size,
         context=context,

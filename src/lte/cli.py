@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from lte.bench_commands import bench_app
 from lte.errors import ConfigError, LTEError
 from lte.evaluate_commands import calibrate, evaluate
+from lte.memory import is_shortage
 from lte.options import (
     BatchSize,
     ContextLength,
@@ -378,13 +379,11 @@ def main() -> None:
         if debug:
             raise
         _fail(2, f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
-    except MemoryError:
-        if debug:
-            raise
-        _fail(1, "out of memory; try a smaller batch or context, or another dtype")
     except Exception as error:
         if debug:
             raise
+        if is_shortage(error):
+            _fail(1, "out of memory; try a smaller batch or context, or another dtype")
         said = " ".join(str(error).split())
         said = said if len(said) < 300 else said[:300] + "..."
         _fail(1, f"{type(error).__name__}: {said}; the traceback is in {_leave_traceback(error)}, --debug shows it")

@@ -7,14 +7,12 @@ the ``quantization_config`` entry of ``config.json``.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -23,6 +21,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from lte import gguf
 from lte.config import QUANT_METHOD, SparsityConfig
 from lte.errors import CheckpointError, ConfigError, LTEError
+from lte.memory import is_shortage
 from lte.nn import QuantizedWeight, SparseFFN, sparse_ffns
 from lte.quantization import install_quantized
 from lte.sparsify import install_sparse_ffns
@@ -32,10 +31,9 @@ _HUB_KEYS = ("revision", "token", "cache_dir")
 """Keywords of ``from_pretrained`` that say which checkpoint of the hub is meant."""
 
 _Errors = tuple[type[Exception], ...]
-_BROKEN: _Errors = (SafetensorError, OSError, HFValidationError, json.JSONDecodeError, KeyError, RuntimeError)
-_BROKEN_GGUF: _Errors = (Exception,)
-"""What transformers raises on a checkpoint that is broken or not what it should be. Readers of GGUF check little, and
-tokenizers raises nothing narrower."""
+_BROKEN: _Errors = (Exception,)
+"""What transformers raises on a checkpoint that is broken or not what it should be: its configs check numbers with
+whatever errors these give, readers of GGUF check little, and tokenizers raises nothing narrower."""
 
 register_quantization_config(QUANT_METHOD)(SparsityConfig)
 
@@ -110,7 +108,8 @@ def load(path: str | Path, **kwargs: Any) -> Any:
             f"{path} is a dense checkpoint: its config.json has no quantization_config of lte; "
             "make it sparse with lte.sparsify or `lte train`"
         )
-    architecture = (config.architectures or [None])[0]
+    named = config.architectures
+    architecture = named[0] if isinstance(named, list) and named else None
     model_class = getattr(transformers, str(architecture), None)
     if model_class is None:
         raise CheckpointError(
@@ -148,7 +147,7 @@ def load_tokenizer(path: str | Path) -> Any:
     where, options = gguf.reading_options(path)
     try:
         return AutoTokenizer.from_pretrained(where, **options)
-    except _BROKEN_GGUF as error:
+    except _BROKEN as error:
         raise CheckpointError(f"no tokenizer could be loaded from {str(path)!r}: {_first_line(error)}") from error
 
 
@@ -159,17 +158,15 @@ def load_weights(model_class: Any, path: str | Path, *, new_head: bool = False, 
     only with ``new_head``. What comes out of a ``.gguf`` file is made a plain model.
     """
     where, options = gguf.reading_options(path)
-    broken = _BROKEN
     if options:
         gguf.check_file(path)
         options |= gguf.unpacked()
-        broken = _BROKEN_GGUF
     try:
         model, info = model_class.from_pretrained(where, output_loading_info=True, **options, **kwargs)
     except LTEError:
         raise
-    except broken as error:
-        if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error):
+    except _BROKEN as error:
+        if is_shortage(error):
             raise LTEError(f"{path}: not enough memory to load it; try dtype=bfloat16, or device_map") from error
         raise CheckpointError(f"{path}: the checkpoint cannot be read: {_first_line(error)}") from error
     heads = ("classifier.", "score.", "pooler.") if new_head else ()
@@ -198,7 +195,7 @@ def read_config(path: str | Path, **kwargs: Any) -> Any:
         return AutoConfig.from_pretrained(path, **kwargs)
     except LTEError:
         raise
-    except (OSError, HFValidationError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except _BROKEN as error:
         if local.is_dir():
             raise CheckpointError(f"{path}/config.json cannot be read: {_first_line(error)}") from error
         raise CheckpointError(f"{str(path)!r} is neither a folder here nor to be had from the hub") from error
@@ -209,7 +206,7 @@ def _read_gguf_config(path: str | Path, **kwargs: Any) -> Any:
     where, options = gguf.reading_options(path)
     try:
         return AutoConfig.from_pretrained(where, **options, **kwargs)
-    except _BROKEN_GGUF as error:
+    except _BROKEN as error:
         if "is not supported" in str(error):
             raise CheckpointError(f"{path}: {_first_line(error)} Give a model folder or hub id instead") from error
         if Path(path).is_file():
@@ -272,11 +269,15 @@ def _check_files(model: Any, checkpoint_files: Iterable[str]) -> None:
     """
     shapes: dict[str, list[int]] = {}
     prefix = model.base_model_prefix + "."
+    floating = {name.removeprefix(prefix): value.is_floating_point() for name, value in model.state_dict().items()}
     for file in checkpoint_files:
         try:
             with safe_open(file, framework="pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118 - a safetensors file is not a mapping
-                    shapes[key.removeprefix(prefix)] = tensors.get_slice(key).get_shape()
+                    stored = tensors.get_slice(key)
+                    shapes[key.removeprefix(prefix)] = stored.get_shape()
+                    if floating.get(key.removeprefix(prefix)) is (stored.get_dtype()[0] not in "FB"):
+                        raise CheckpointError(f"{file}: {key} is stored as {stored.get_dtype()}, which it cannot be")
                     if ".router." in key and not torch.isfinite(tensors.get_tensor(key)).all():
                         raise CheckpointError(f"{file}: {key} holds values that are not finite")
         except SafetensorError as error:

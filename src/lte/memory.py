@@ -22,6 +22,12 @@ def _malloc_trim() -> Callable[[int], int] | None:
     return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
+def is_shortage(error: BaseException) -> bool:
+    """Whether an error says that there is too little memory."""
+    said = ("not enough memory", "can't allocate memory", "out of memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in said)
+
+
 def trim_heap(device: torch.device) -> None:
     """Hand freed memory back: among what is kept of every layer, glibc leaves holes as large as the layer's hiddens."""
     trim = _malloc_trim()

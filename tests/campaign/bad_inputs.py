@@ -172,6 +172,7 @@ GOOD = re.compile(
     r"--context|--steps|--temperature|--tokens|--target-sparsity|--sparsity|--sparsities) (0|2|1e9|-1)$|--data folder|"
     r"(threshold|router_init_score|adam_beta1|learning_rate|epochs)=0$|--(json|data) .*(broken|list)|--json none"
     r"|(--batch-size|--context-length|--max-new-tokens|--epochs|--learning-rate) 2$|--data (shape|heads|kind).json"
+    r"|(--epochs|--learning-rate) (0|1e9)$|max_steps=-1|distill=0|--d-model 2|--expert-size 2"
 )
 """Cases that are no mistake, or one only a reader of the result can see."""
 
@@ -217,6 +218,7 @@ def main() -> None:
     parser.add_argument("--part", default="1/1", help="i/n")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    target = given.json and given.json.absolute()
     part, parts = map(int, given.part.split("/"))
     root = Path(tempfile.mkdtemp(prefix="lte-campaign-"))
     at = build(root)
@@ -242,8 +244,8 @@ def main() -> None:
             wrong.append(f"{kind} {name}: {' '.join(said.split())}")
             print(wrong[-1], flush=True)
     print(dict(counts), file=sys.stderr)
-    if given.json:
-        given.json.write_text(json.dumps({"counts": dict(counts), "wrong": wrong}, indent=2) + "\n")
+    if target:
+        target.write_text(json.dumps({"counts": dict(counts), "wrong": wrong}, indent=2) + "\n")
     shutil.rmtree(root)
 
 

@@ -96,6 +96,9 @@ def bench_limit(
     """One row per model and sparsity; see :class:`DecodeBytes`."""
     if context < 0 or expert_size < 1:
         raise ConfigError(f"context={context}, expert_size={expert_size}: at least 0 and 1")
+    for sparsity in sparsities:
+        if not 0 <= sparsity <= 1:
+            raise ConfigError(f"sparsity={sparsity} is out of range; it is the share left out, from 0 to 1")
     rows = []
     for name in names:
         count = decode_bytes(model_config(name), expert_size=expert_size, weight_bytes=weight_bytes, context=context)
