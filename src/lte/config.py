@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar, get_args
 
 import pydantic
 import torch
@@ -26,7 +26,19 @@ FORMAT_VERSION = 1
 """Version of the saved format; a checkpoint of a later one is refused."""
 
 
-class MethodConfig(pydantic.BaseModel):
+class Settings(pydantic.BaseModel):
+    """Values of their own types: to pydantic, true is a 1."""
+
+    @pydantic.field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
+            raise ValueError("is neither true nor false")
+        return value
+
+
+class MethodConfig(Settings):
     """Settings that all methods have: what is switched, and where. A method's own are those of its subclass.
 
     Attributes:
@@ -209,7 +221,7 @@ class OperatingPoint(pydantic.BaseModel):
     per_layer: bool = False
 
 
-class WeightsConfig(pydantic.BaseModel):
+class WeightsConfig(Settings):
     """How weights of few bits are stored; ConfigError for anything else.
 
     Attributes:
@@ -232,7 +244,7 @@ class WeightsConfig(pydantic.BaseModel):
     tied: bool = False
     coarse: Annotated[int, pydantic.Field(ge=1, le=4)] | None = None
     exact: Annotated[int, pydantic.Field(ge=0)] = 0
-    fine: float | None = None
+    fine: Annotated[float, pydantic.Field(ge=-500, le=500)] | None = None
     fine_share: Annotated[float, pydantic.Field(ge=0, le=1)] = 1.0
 
     def __init__(self, **values: Any) -> None:

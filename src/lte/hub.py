@@ -288,9 +288,10 @@ def _check_files(model: Any, checkpoint_files: Iterable[str]) -> None:
         if isinstance(module, SparseFFN | QuantizedWeight)
         for parameter, value in module.state_dict().items()
     }
-    leftover = sorted(key for key in set(shapes) - set(expected) if ".router." in key)
+    leftover = sorted(key for key in set(shapes) - set(expected) if ".router." in key or key.endswith(".codes"))
     if leftover:
-        raise CheckpointError(f"the checkpoint holds routers that config.json has no layers for: {_some(leftover)}")
+        what = "routers" if ".router." in leftover[0] else "weights of few bits"
+        raise CheckpointError(f"the checkpoint holds {what} that config.json has no layers for: {_some(leftover)}")
     missing = sorted(set(expected) - set(shapes))
     if missing:
         what = "routers" if all(".router." in key for key in missing) else "FFN weights"

@@ -109,6 +109,8 @@ def apply_config(model: nn.Module, config: SparsityConfig) -> None:
     for thresholds in [config.thresholds or (), *(point.thresholds for point in config.operating_points)]:
         if len(thresholds) not in (0, count):
             raise ConfigError(f"{len(thresholds)} thresholds for {count} sparse FFNs; config.json was edited")
+    if config.operating_points and not config.thresholds:
+        raise ConfigError("operating points, but no thresholds; config.json was edited")
     for ffn, threshold in zip(sparse_ffns(model), config.thresholds or (), strict=False):
         ffn.router.threshold = threshold
 
