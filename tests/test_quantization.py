@@ -341,3 +341,19 @@ def test_what_cannot_be_tuned():
         lte.tune_quantized(model, teacher, text, 0)
     with pytest.raises(ConfigError, match=r"learning_rate=nan"):
         lte.tune_quantized(model, teacher, text, 2, learning_rate=float("nan"))
+
+
+def test_an_interrupted_tuning_leaves_a_whole_model():
+    teacher = models.build("llama")
+    model = lte.quantize(copy.deepcopy(teacher), bits=4)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lte.tune_quantized(model, teacher, [models.inputs(2, 9)], 5, progress=stop)
+    after = model.state_dict()
+    assert set(after) == set(before)
+    assert any(not torch.equal(after[name], value) for name, value in before.items() if name.endswith("scales"))
+    logits(model)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import get_linear_schedule_with_warmup
 
 from lte.calibration import device_inputs
 from lte.errors import ConfigError, LTEError
@@ -68,34 +67,34 @@ def tune_quantized(
     config: Any = model.config
     learning_rate = default_rate(config.quantization_config.weights.bits) if learning_rate is None else learning_rate
     check_steps(steps, learning_rate)
-    dtype, device = next(iter(model.parameters())).dtype, next(iter(model.parameters())).device
     norms = [p for p in model.parameters() if p.requires_grad and p.ndim == 1 and p.is_floating_point()]
     learned = [layer.learn_scales() for layer in layers] + [p for ffn in planes for p in ffn.parameters()]
     losses: list[float] = []
-    with _only(model, [*norms, *learned]), _in_float32(norms), _standing_in(planes):
-        optimizer = torch.optim.AdamW([*norms, *learned], lr=learning_rate, weight_decay=0.0)
-        schedule = get_linear_schedule_with_warmup(optimizer, max(1, steps // 10), steps + 1)
-        for step in range(steps):
-            total = 0.0
-            for number in range(step * accumulation, (step + 1) * accumulation):
-                inputs, mask_T = device_inputs(_without_labels(batches[number % len(batches)]), device)
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    loss = _divergence(model(**inputs, use_cache=False).logits, _predicted(teacher, inputs), mask_T)
-                (loss / accumulation).backward()
-                total += float(loss.detach()) / accumulation
-            if not math.isfinite(total):
-                raise LTEError(f"the loss was {total} at step {step + 1}; use a smaller learning rate")
-            nn.utils.clip_grad_norm_([*norms, *learned], 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            losses.append(total)
-            if progress is not None:
-                progress(step + 1, steps)
-    for layer in layers:
-        layer.fix_scales()
-    for ffn in planes:
-        ffn.fix()
+    try:
+        with _only(model, [*norms, *learned]), _in_float32(norms), _standing_in(planes):
+            optimizer = torch.optim.AdamW([*norms, *learned], lr=learning_rate, weight_decay=0.0)
+            rising = max(1, steps // 10)
+            schedule = torch.optim.lr_scheduler.LambdaLR(
+                optimizer, lambda step: min((step + 1) / rising, (steps - step) / steps)
+            )
+            for step in range(steps):
+                loss = 0.0
+                for number in range(step * accumulation, (step + 1) * accumulation):
+                    loss += _backward(model, teacher, batches[number % len(batches)], accumulation)
+                if not math.isfinite(loss):
+                    raise LTEError(f"the loss was {loss} at step {step + 1}; use a smaller learning rate")
+                nn.utils.clip_grad_norm_([*norms, *learned], 1.0)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                losses.append(loss)
+                if progress is not None:
+                    progress(step + 1, steps)
+    finally:  # a run that is interrupted keeps what it has learned
+        for layer in layers:
+            layer.fix_scales()
+        for ffn in planes:
+            ffn.fix()
     few = max(1, steps // 5)
     begun, ended = (sum(part) / few for part in (losses[:few], losses[-few:]))
     said = f"KL divergence {begun:.4f} in the first {few} steps, {ended:.4f} in the last"
@@ -115,6 +114,17 @@ def check_steps(steps: int, learning_rate: float) -> None:
     """ConfigError for settings that cannot be."""
     if steps < 1 or not 0 < learning_rate < 1:
         raise ConfigError(f"steps={steps}, learning_rate={learning_rate}: at least 1, and between 0 and 1")
+
+
+def _backward(model: Any, teacher: Any, batch: Mapping[str, Tensor], parts: int) -> float:
+    """Add the gradients of one of so many parts of a step; its share of the loss."""
+    parameter = next(iter(model.parameters()))
+    dtype, device = parameter.dtype, parameter.device
+    inputs, mask_T = device_inputs(_without_labels(batch), device)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        loss = _divergence(model(**inputs, use_cache=False).logits, _predicted(teacher, inputs), mask_T) / parts
+    loss.backward()
+    return float(loss.detach())
 
 
 @torch.no_grad()
