@@ -40,6 +40,35 @@ def activate(z, ACT: tl.constexpr):
 
 
 @triton.jit
+def hidden_of(up, gate, gate_ptr, up_bias_ptr, gate_bias_ptr, rows, active, ACT: tl.constexpr):
+    """What enters the down projection, [T, ROWS], from the products."""
+    if up_bias_ptr is not None:
+        up += tl.load(up_bias_ptr + rows, mask=active, other=0.0).to(tl.float32)[None, :]
+    if gate_ptr is not None:
+        if gate_bias_ptr is not None:
+            gate += tl.load(gate_bias_ptr + rows, mask=active, other=0.0).to(tl.float32)[None, :]
+        hidden = activate(gate, ACT) * up
+    else:
+        hidden = activate(up, ACT)
+    return hidden
+
+
+@triton.jit
+def store_output(
+    acc, out_ptr, bias_ptr, partial_ptr, offsets, mask, cols, used, n_tokens, D: tl.constexpr, SPLITS: tl.constexpr
+):
+    """The sums of all splits, [T, columns], in the order of the splits, and the bias."""
+    if SPLITS > 1:
+        acc = tl.zeros(acc.shape, tl.float32)
+        for part in range(0, used):
+            at = part * n_tokens * D + offsets
+            acc += tl.load(partial_ptr + at, mask=mask, other=0.0, cache_modifier=".cg")
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
+    tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def multiply_add(a, b, acc):
     """``a @ b + acc`` in float32."""
     if INTERPRETED:
@@ -290,14 +319,7 @@ def hidden_tile_kernel(
                     offsets = rows.to(tl.int64)[:, None] * gate_stride + cols[None, :]
                     gate = tl.load(gate_ptr + offsets, mask=mask, other=0.0)
                     gate_acc = multiply_add(x, gate.trans(), gate_acc)
-            if up_bias_ptr is not None:
-                up_acc += tl.load(up_bias_ptr + rows, mask=active, other=0.0).to(tl.float32)[None, :]
-            if gate_ptr is not None:
-                if gate_bias_ptr is not None:
-                    gate_acc += tl.load(gate_bias_ptr + rows, mask=active, other=0.0).to(tl.float32)[None, :]
-                hidden = activate(gate_acc, ACT) * up_acc
-            else:
-                hidden = activate(up_acc, ACT)
+            hidden = hidden_of(up_acc, gate_acc, gate_ptr, up_bias_ptr, gate_bias_ptr, rows, active, ACT)
             if expert_weights_ptr is not None:  # noqa: SIM102 - without experts there is no scale to ask
                 if scale.dtype.is_floating():
                     hidden = hidden * scale.to(tl.float32)
@@ -424,11 +446,4 @@ def down_tile_kernel(
             tl.store(partial_ptr + split * n_tokens * D + out_offsets, acc, mask=out_mask)
             last = is_last(done_ptr + block * N_DONE + tl.program_id(0), used)
         if last:
-            if SPLITS > 1:
-                acc = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-                for part in range(0, used):
-                    offsets = part * n_tokens * D + out_offsets
-                    acc += tl.load(partial_ptr + offsets, mask=out_mask, other=0.0, cache_modifier=".cg")
-            if bias_ptr is not None:
-                acc += tl.load(bias_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
-            tl.store(out_ptr + out_offsets, acc.to(out_ptr.dtype.element_ty), mask=out_mask)
+            store_output(acc, out_ptr, bias_ptr, partial_ptr, out_offsets, out_mask, cols, used, n_tokens, D, SPLITS)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
-from lte.ops.triton.kernels import INTERPRETED, activate, is_last, list_active, multiply_add, share_of
+from lte.ops.triton.kernels import INTERPRETED, hidden_of, is_last, list_active, multiply_add, share_of, store_output
 
 
 @triton.jit
@@ -135,14 +135,7 @@ def lowbit_rows_kernel(
             if ONE:
                 up, gate = tl.sum(up, 0)[None, :], tl.sum(gate, 0)[None, :]
             up, gate = up * (1 << BITS), gate * (1 << BITS)
-            if up_bias_ptr is not None:
-                up += tl.load(up_bias_ptr + rows, mask=active, other=0.0).to(tl.float32)[None, :]
-            if gate_ptr is not None:
-                if gate_bias_ptr is not None:
-                    gate += tl.load(gate_bias_ptr + rows, mask=active, other=0.0).to(tl.float32)[None, :]
-                hidden = activate(gate, ACT) * up
-            else:
-                hidden = activate(up, ACT)
+            hidden = hidden_of(up, gate, gate_ptr, up_bias_ptr, gate_bias_ptr, rows, active, ACT)
             if expert_weights_ptr is not None:  # noqa: SIM102 - without experts there is no scale to ask
                 if scale.dtype.is_floating():
                     hidden = hidden * scale.to(tl.float32)
@@ -210,11 +203,4 @@ def lowbit_down_kernel(
             tl.store(partial_ptr + split * n_tokens * D + out_at, acc, mask=out_mask)
             last = is_last(done_ptr + block * N_DONE + tl.program_id(0), used)
         if last:
-            if SPLITS > 1:
-                acc = tl.zeros([BLOCK_T, ROWS], tl.float32)
-                for part in range(0, used):
-                    at = part * n_tokens * D + out_at
-                    acc += tl.load(partial_ptr + at, mask=out_mask, other=0.0, cache_modifier=".cg")
-            if bias_ptr is not None:
-                acc += tl.load(bias_ptr + rows, mask=inside, other=0.0).to(tl.float32)[None, :]
-            tl.store(out_ptr + out_at, acc.to(out_ptr.dtype.element_ty), mask=out_mask)
+            store_output(acc, out_ptr, bias_ptr, partial_ptr, out_at, out_mask, rows, used, n_tokens, D, SPLITS)
