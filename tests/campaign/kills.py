@@ -1,0 +1,137 @@
+"""Runs that are killed at random and resumed end bit-equal to the one that was not.
+
+python -m tests.campaign.kills [--kills 100] [--processes 1] [--signal KILL|TERM|INT] [--json FILE]    # 15 s a kill
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from lte.models import train_tokenizer
+from tests import models
+
+TEXT = "A small text, of some words and few lines, that is read again and again.\n"
+STEPS = 400
+
+
+def command(root: Path, out: Path, processes: int, *more: str) -> list[str]:
+    """``lte train`` in as many processes."""
+    start = [sys.executable, "-m", "lte_start"]
+    if processes > 1:
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        start += ["-m", "lte_start"]
+    words = [
+        "train",
+        "--model",
+        str(root / "dense"),
+        "--task",
+        "lm",
+        "--data",
+        str(root / "text.txt"),
+        "--out",
+        str(out),
+    ]
+    words += ["--context-length", "16", "--batch-size", "4", "--target-sparsity", "0.4"]
+    words += [
+        "--set",
+        f"training.max_steps={STEPS}",
+        "--set",
+        "training.save_steps=20",
+        "--set",
+        "training.save_total_limit=2",
+    ]
+    return [*start, *words, *more]
+
+
+def chain(
+    root: Path, name: str, kills: int, processes: int, number: int, chance: random.Random
+) -> tuple[int, list[str]]:
+    """Kill a run so many times, or until it is done; kills made, and what went wrong."""
+    out, made, wrong = root / name, 0, list[str]()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    while True:
+        resume = ["--resume"] if (out / "recipe.yaml").is_file() else []
+        process = subprocess.Popen(
+            command(root, out, processes, *resume),
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        if made < kills:
+            # Some before the first step, most in the middle of training.
+            begun, patience = time.monotonic(), chance.uniform(2, 6)
+            log = out / "training_log.jsonl"
+            while process.poll() is None and not log.is_file() and time.monotonic() - begun < 60:
+                time.sleep(0.05)
+            if process.poll() is None:
+                time.sleep(chance.uniform(0, patience) / 3)
+            if process.poll() is None:
+                os.killpg(process.pid, number)
+                made += 1
+        said = process.communicate()[1]
+        if "Traceback" in said and number != signal.SIGKILL:
+            wrong.append(f"{name}: a traceback: {said[-300:]}")
+        if process.returncode == 0:
+            return made, wrong
+        if made >= kills and process.returncode not in (-number, 128 + number, 130, 143):
+            wrong.append(f"{name}: ended with {process.returncode}: {said[-300:]}")
+            return made, wrong
+
+
+def main() -> None:
+    """Run chains until there were as many kills as asked for; print and write the counts."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--signal", choices=["KILL", "TERM", "INT"], default="KILL")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    root, chance = Path(tempfile.mkdtemp(prefix="lte-kills-")), random.Random(0)
+    model = models.build("llama")
+    model.resize_token_embeddings(280)
+    model.save_pretrained(root / "dense")
+    train_tokenizer([TEXT], 280).save_pretrained(root / "dense")
+    (root / "text.txt").write_text(TEXT * 400)
+    chain(root, "whole", 0, given.processes, signal.SIGKILL, chance)
+    wanted = load_file(root / "whole" / "model.safetensors")
+    counts, wrong = Counter[str](), list[str]()
+    while counts["kills"] < given.kills:
+        name = f"chain-{counts['chains']}"
+        left = min(chance.randint(1, 4), given.kills - counts["kills"])
+        number = getattr(signal, f"SIG{given.signal}")
+        made, found = chain(root, name, left, given.processes, number, chance)
+        counts["kills"] += made
+        counts["chains"] += 1
+        wrong += found
+        file = root / name / "model.safetensors"
+        same = file.is_file() and all(torch.equal(value, wanted[key]) for key, value in load_file(file).items())
+        counts["bit-equal" if same else "different"] += 1
+        if not same:
+            wrong.append(f"{name}: other weights than the run that was not killed")
+        print(dict(counts), wrong[-1:] if not same else "", flush=True)
+        shutil.rmtree(root / name, ignore_errors=True)
+        if not made:
+            break
+    if given.json:
+        about = {"signal": given.signal, "processes": given.processes}
+        given.json.write_text(json.dumps({**about, "counts": dict(counts), "wrong": wrong}, indent=2) + "\n")
+    shutil.rmtree(root)
+
+
+if __name__ == "__main__":
+    main()
