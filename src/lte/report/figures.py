@@ -166,3 +166,39 @@ def scores_figure(histograms: Mapping[str, Sequence[Sequence[float]]], file: Pat
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=130)
+
+
+def front_figure(rows: Sequence[Mapping[str, Any]], title: str, file: Path) -> None:
+    """Loss against bits read and against time, of ours and of llama.cpp's formats.
+
+    Args:
+        rows: of ``lte bench front``.
+        title: of the figure.
+        file: the PNG to write.
+    """
+    figure = Figure(figsize=(9.5, 4.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2, sharey=True)
+    done = [row for row in rows if row["status"] == "ok" and row["weights"] != "bf16"]
+    for axes, key, label in zip(
+        panels, ("bits_per_weight", "ms_per_token"), ("bits of all weights a token reads", "ms a token"), strict=True
+    ):
+        for engine, steps, mark in (("lte", False, "o"), ("lte", True, "*"), ("llama.cpp", False, "s")):
+            of = [row for row in done if row["engine"] == engine and bool(row["steps"]) == steps]
+            of.sort(key=lambda row: row["bits_per_weight"])
+            if of:
+                name = engine + (", scales trained" if steps else "")
+                axes.plot([r[key] for r in of], [r["above_dense"] for r in of], marker=mark, label=name, linewidth=1)
+                for row in of:
+                    axes.annotate(
+                        row["weights"],
+                        (row[key], row["above_dense"]),
+                        fontsize=6,
+                        xytext=(3, 3),
+                        textcoords="offset points",
+                    )
+        axes.set(xlabel=label)
+        axes.grid(alpha=0.3)
+    panels[0].set(ylabel="nats above 16 bits", title=title)
+    panels[0].legend(fontsize=8)
+    figure.savefig(file, dpi=130)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lte.report.comparison import FEWEST, fewest_table, points_table
-from lte.report.figures import scores_figure, settings_figure, tradeoff_figure
+from lte.report.figures import front_figure, scores_figure, settings_figure, tradeoff_figure
 from lte.report.studies import Row, bytes_read, interpolated, markdown_table, read_rows
 
 TITLES = {
@@ -37,6 +37,7 @@ def fill(text: str, results: Path) -> str:
         "limit": _limit,
         "step": _step,
         "gpu": _gpu,
+        "front": _front,
         "glue": _glue,
     }
     for name, make in blocks.items():
@@ -262,6 +263,34 @@ def _decode(results: Path) -> str:
     return "\n".join(parts) + _where(results)
 
 
+def _front(results: Path) -> str:
+    parts = []
+    for name, record in _fronts(results).items():
+        rows = [
+            [
+                f"{row['engine']} {row['weights']}" + (f", {row['steps']} steps" if row["steps"] else ""),
+                *(f"{row[key]:.{places}f}" for key, places in (("bits_per_weight", 2), ("mbytes", 1))),
+                *(f"{row['above_dense']:+.3f}", f"{row['kl_divergence']:.4f}", f"{row['same_top']:.1%}"),
+                f"{row['ms_per_token']:.1f}",
+            ]
+            for row in sorted(record["rows"], key=lambda row: -row.get("bits_per_weight", 0))
+            if row["status"] == "ok"
+        ]
+        left = [
+            f"{row['weights']} ({row['status'].removeprefix('left out: ')})"
+            for row in record["rows"]
+            if "loss" not in row
+        ]
+        head = ["weights", "bits", "MB a token", "nats above 16 bits", "KL", "same top", "ms a token"]
+        said = f"\nLeft out: {', '.join(left)}.\n" if left else ""
+        parts.append(f"**{name}**\n\n{markdown_table(head, rows)}{said}\n![{name}](figures/{name}.png)\n")
+    return "\n".join(parts)
+
+
+def _fronts(results: Path) -> dict[str, dict[str, Any]]:
+    return {name: record for name, record in _read(results / "speed").items() if "bench front" in record["command"]}
+
+
 def _gpu(results: Path) -> str:
     parts = []
     for record in _read(results / "gpu").values():
@@ -341,6 +370,8 @@ def main(root: Path) -> None:
     for folder in sorted((root / "results" / "ablations").glob("*/")):
         if found := _by_loss(folder):
             settings_figure(found, folder.name, figures / f"ablation-{folder.name}.png")
+    for name, record in _fronts(root / "results").items():
+        front_figure(record["rows"], name, figures / f"{name}.png")
     routers = root / "results" / "ablations" / "router"
     records = [json.loads(path.read_text()) for path in sorted(routers.glob("*seed=0.json"))]
     shown = ("linear, fitted start", "softmax top-k")
