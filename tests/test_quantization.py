@@ -357,3 +357,9 @@ def test_an_interrupted_tuning_leaves_a_whole_model():
     assert set(after) == set(before)
     assert any(not torch.equal(after[name], value) for name, value in before.items() if name.endswith("scales"))
     logits(model)
+
+
+def test_rounding_says_nothing_of_its_own_hooks(caplog, monkeypatch):
+    monkeypatch.setattr("lte.nn.ffn._said", set())
+    lte.quantize(sparse("llama").eval(), bits=4, calibration=[models.inputs(2, 9)])
+    assert not caplog.records

@@ -23,6 +23,7 @@ from lte.nn import (
     QuantizedWeight,
     TiedHead,
     sparse_ffns,
+    unsaid,
 )
 from lte.ops import lowbit
 from lte.planes import (
@@ -189,8 +190,9 @@ def block_inputs(
     for block, given, its in zip(blocks, options, layers, strict=True):
         sums: dict[str, Tensor] = {}
         watching = [place.module.register_forward_pre_hook(_adder(sums, place.name)) for place in its]
-        for x, kwargs in zip(hidden, given, strict=True):
-            block(x, **kwargs)
+        with unsaid():
+            for x, kwargs in zip(hidden, given, strict=True):
+                block(x, **kwargs)
         for handle in watching:
             handle.remove()
         yield sums

@@ -1,7 +1,7 @@
 """Sparse FFN modules and routers. PyTorch only."""
 
 from lte.nn.copies import CopyRouter
-from lte.nn.ffn import Mode, RoutingObserver, SparseFFN, SplitSparseFFN
+from lte.nn.ffn import Mode, RoutingObserver, SparseFFN, SplitSparseFFN, unsaid
 from lte.nn.learned_planes import LearnedPlanes
 from lte.nn.linear import FastLinear
 from lte.nn.nested import NestedDown, NestedLinear
@@ -61,4 +61,5 @@ __all__ = [
     "observe_routing",
     "set_mode",
     "sparse_ffns",
+    "unsaid",
 ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from enum import StrEnum
 from typing import Any
 
@@ -56,8 +57,24 @@ PROJECTIONS = ("gate", "up", "gate_up", "down")
 _said: set[str] = set()
 
 
+@contextmanager
+def unsaid() -> Iterator[None]:
+    """Inside, nothing is said of FFNs that run masked and dense: it is this package that watches their projections."""
+    before = set(_said)
+    _said.add(ANYTHING)
+    try:
+        yield
+    finally:
+        _said.clear()
+        _said.update(before)
+
+
+ANYTHING = ""
+"""Among what was said: nothing is to be said."""
+
+
 def _say_once(reason: str, layer: int) -> None:
-    if reason not in _said:
+    if reason not in _said and ANYTHING not in _said:
         _said.add(reason)
         logger.warning("the FFN of layer %d runs masked and dense, no faster than the dense model: %s", layer, reason)
 
