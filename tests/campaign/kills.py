@@ -71,6 +71,8 @@ def chain(
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            # A shell's background jobs ignore it, and hand that on.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         if made < kills:
             # Some before the first step, most in the middle of training.
