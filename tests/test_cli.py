@@ -415,7 +415,7 @@ def test_a_result_overwrites_nothing_but_a_result(trained, folder, tmp_path):
     assert "is no folder one can write to" in fails("methods", "--json", data / "f.json")
     for _ in range(2):
         assert run("methods", "--json", tmp_path / "new" / "f.json").exit_code == 0
-    assert json.loads((tmp_path / "new" / "f.json").read_text())["command"].startswith("lte ")
+    assert json.loads((tmp_path / "new" / "f.json").read_text())["command"].startswith("lte")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["f.json"]
 
 

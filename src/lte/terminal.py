@@ -58,7 +58,7 @@ def _is_result(path: Path) -> bool:
         found = json.loads(path.read_text())
     except (ValueError, OSError):
         return False
-    return isinstance(found, dict) and str(found.get("command", "")).startswith("lte ")
+    return isinstance(found, dict) and str(found.get("command", "")).split(" ")[0] == "lte"
 
 
 def numbers(text: str, name: str) -> list[float]:
