@@ -60,7 +60,7 @@ def test_missing_recipe_file(tmp_path):
         ("training.eta=-1", "eta=-1"),
         ("training.stage1_steps=abc", "training.stage1_steps='abc' is not a number"),
         ("training.stage1_epochs=.nan", "stage1_epochs=nan is not a finite number"),
-        ("training.stage2_epochs=-0.5", "stage2_epochs=-0.5 must not be negative"),
+        ("training.stage2_epochs=-0.5", "stage2_epochs=-0.5 must be a number, not negative"),
         ("training.stage1_scheduler=foo", "training: "),
         ("training.lr_scheduler_type=cosine_with_min_lr", "training: "),
         ("training.per_device_train_batch_size=0", "training.per_device_train_batch_size=0 must be at least 1"),

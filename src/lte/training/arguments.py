@@ -90,7 +90,7 @@ class LTETrainingArguments(TrainingArguments):
         _require(self.lambda_start <= self.lambda_full, "lambda_start", self.lambda_start, "is after lambda_full")
         for name in STAGE_LENGTHS:
             value = getattr(self, name)
-            _require(value is None or 0 <= value < math.inf, name, value, "must not be negative")
+            _require(value is None or 0 <= value < math.inf, name, value, "must be a number, not negative")
             if self.stages == 1:
                 _require(value is None, name, value, "needs stages=2; one stage takes num_train_epochs or max_steps")
         if self.stages == 2:
