@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from enum import StrEnum
 from typing import Any
 
@@ -55,26 +56,21 @@ PROJECTIONS = ("gate", "up", "gate_up", "down")
 
 
 _said: set[str] = set()
+_quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 
 
 @contextmanager
 def unsaid() -> Iterator[None]:
     """Inside, nothing is said of FFNs that run masked and dense: it is this package that watches their projections."""
-    before = set(_said)
-    _said.add(ANYTHING)
+    before = _quiet.set(True)
     try:
         yield
     finally:
-        _said.clear()
-        _said.update(before)
-
-
-ANYTHING = ""
-"""Among what was said: nothing is to be said."""
+        _quiet.reset(before)
 
 
 def _say_once(reason: str, layer: int) -> None:
-    if reason not in _said and ANYTHING not in _said:
+    if reason not in _said and not _quiet.get():
         _said.add(reason)
         logger.warning("the FFN of layer %d runs masked and dense, no faster than the dense model: %s", layer, reason)
 
