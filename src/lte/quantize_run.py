@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lte.accounting import model_cost
-from lte.calibration import every_nth, sample_batches, token_count
+from lte.calibration import every_nth, sample_batches
 from lte.errors import ConfigError
 from lte.evaluate import versions
 from lte.hub import default_device, is_sparse_config, load, load_dense, load_tokenizer, read_config
@@ -20,7 +20,7 @@ from lte.quantization import quantize, read_on_average
 from lte.runs import RUN_FILE, write_whole
 from lte.tasks import Task
 from lte.thresholds import DIAL_TOKENS
-from lte.tuning import LEARNING_RATE, STEP_TOKENS, check_steps, tune_quantized
+from lte.tuning import LEARNING_RATE, STEP_TOKENS, batches_per_step, check_steps, tune_quantized
 
 
 def quantize_checkpoint(
@@ -80,10 +80,9 @@ def quantize_checkpoint(
     before = model_cost(model).dense_bytes
     quantize(model, **wanted, calibration=rounding, progress=show)
     if steps and batches:
-        per_step = max(1, round(STEP_TOKENS * len(batches) / token_count(batches)))
         losses = tune_quantized(
             *(model, read().eval(), batches, steps),
-            accumulation=per_step,
+            accumulation=batches_per_step(batches),
             learning_rate=learning_rate,
             progress=partial(show, before=layers[0]),
         )

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lte.calibration import device_inputs
+from lte.calibration import device_inputs, token_count
 from lte.errors import ConfigError, LTEError
 from lte.nn import LearnedPlanes, QuantizedLinear, sparse_ffns
 
@@ -23,6 +23,11 @@ logger = logging.getLogger(__name__)
 
 LEARNING_RATE = 5e-3
 """Of factors that begin at 1, for weights of 4 bits: Adam moves them by about this much a step."""
+
+
+def batches_per_step(batches: Sequence[Mapping[str, Tensor]]) -> int:
+    """How many batches hold about ``STEP_TOKENS`` tokens: at least one."""
+    return max(1, round(STEP_TOKENS * len(batches) / token_count(batches)))
 
 
 def tune_quantized(

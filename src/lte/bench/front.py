@@ -19,7 +19,7 @@ from lte.accounting import model_cost
 from lte.bench import llama_cpp
 from lte.bench.decode import PROMPT_TOKENS, generate_seconds
 from lte.bench.rows import Row
-from lte.calibration import every_nth, sample_batches, token_count
+from lte.calibration import every_nth, sample_batches
 from lte.errors import ConfigError, LTEError
 from lte.evaluate import versions
 from lte.hub import load_dense, load_tokenizer
@@ -30,7 +30,7 @@ from lte.ops import SMALL_BATCH
 from lte.quantization import quantize, read_on_average
 from lte.sparsify import sparsify
 from lte.tasks import Task
-from lte.tuning import STEP_TOKENS, tune_quantized
+from lte.tuning import STEP_TOKENS, batches_per_step, tune_quantized
 
 
 @dataclass
@@ -128,7 +128,7 @@ def bench_front(
             engines.append(_ours(prepare_for_inference(copy.deepcopy(model)), width.name, 0, prompt))
             if steps:
                 progress(f"{width.name}: {steps} steps")
-                per_step = max(1, round(STEP_TOKENS * len(batches) / token_count(batches)))
+                per_step = batches_per_step(batches)
                 with torch.enable_grad():
                     tune_quantized(model, stock, batches, steps, accumulation=per_step, learning_rate=learning_rate)
                 if width.bits_per_token is not None:
