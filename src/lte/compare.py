@@ -14,10 +14,10 @@ from transformers import AutoModel
 
 from lte.config import METHODS, settings_of
 from lte.errors import ConfigError
+from lte.files import write_whole
 from lte.hub import read_config
 from lte.recipe import parse_setting, read_yaml
 from lte.report.comparison import write_report
-from lte.runs import write_whole
 from lte.sparsify import install_sparse_ffns
 from lte.study import DENSE, Study, parse_study, points, run_study
 from lte.tasks.sources import load_rows

@@ -15,9 +15,10 @@ from lte.accounting import model_cost
 from lte.calibration import every_nth, sample_batches
 from lte.errors import ConfigError
 from lte.evaluate import versions
+from lte.files import write_whole
 from lte.hub import default_device, is_sparse_config, load, load_dense, load_tokenizer, read_config
 from lte.quantization import quantize, read_on_average
-from lte.runs import RUN_FILE, write_whole
+from lte.runs import RUN_FILE
 from lte.tasks import Task
 from lte.thresholds import DIAL_TOKENS
 from lte.tuning import LEARNING_RATE, STEP_TOKENS, batches_per_step, check_steps, tune_quantized

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from lte.calibration import device_inputs, sample_batches
 from lte.config import MethodConfig, OperatingPoint, method_of
 from lte.errors import ConfigError
 from lte.evaluate import check_direction, load_for_evaluation, versions
+from lte.files import write_whole
 from lte.hub import default_device, is_sparse_config, load, load_dense, load_tokenizer, read_config
 from lte.memory import peak_memory
 from lte.nn import SparsityMeter, observe_routing, sparse_ffns
@@ -238,14 +238,6 @@ def calibrate_checkpoint(
         record = json.loads((path / RUN_FILE).read_text()) | _point_sparsity(points[-1])
         write_whole(path / RUN_FILE, json.dumps(record, indent=2) + "\n")
     return points
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a file so that an interruption leaves the old one, or none."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, file)
 
 
 def trained_task(model: str, name: str | None) -> dict[str, Any]:

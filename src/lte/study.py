@@ -22,9 +22,10 @@ from lte.calibration import sample_batches
 from lte.config import validate_model
 from lte.errors import ConfigError
 from lte.evaluate import evaluate, load_for_evaluation
+from lte.files import write_whole
 from lte.hub import default_device, load, load_dense, load_tokenizer
 from lte.recipe import Recipe, parse_recipe, put, read_yaml
-from lte.runs import RUN_FILE, check_recipe, finetune, make_sparse, train, write_whole
+from lte.runs import RUN_FILE, check_recipe, finetune, make_sparse, train
 from lte.tasks import Task, TaskConfig, build_task
 from lte.thresholds import DIAL_TOKENS, find_thresholds, set_thresholds, thresholds_of
 

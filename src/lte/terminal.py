@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from lte.errors import ConfigError
+from lte.files import write_whole
 
 console = Console(soft_wrap=True)
 
@@ -47,10 +48,7 @@ JsonFile = Annotated[
 def write_json(path: Path | None, result: dict[str, Any]) -> None:
     """Write a result and the command that made it, where a file was asked for; whole, or not at all."""
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps({"command": command_line()} | result, indent=2) + "\n")
-        os.replace(partial, path)
+        write_whole(path, json.dumps({"command": command_line()} | result, indent=2) + "\n")
 
 
 def _is_result(path: Path) -> bool:

@@ -12,6 +12,7 @@ FLOORS = [
     "quiet",
     "errors",
     "memory",
+    "files",
     "ops",
     "nn",
     "rounding",
