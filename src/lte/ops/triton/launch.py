@@ -56,12 +56,8 @@ def sparse_ffn(x_TD: Tensor, weights: FFNWeights, expert_weights_TE: Tensor | No
     """
     check_ffn(x_TD, weights)
     if expert_weights_TE is not None:
-        n_experts = expert_weights_TE.shape[-1]
-        check_experts(weights.d_ff, n_experts)
-        expert_weights_TE = expert_weights_TE.contiguous()
-        check_tensor("expert_weights_TE", expert_weights_TE, (x_TD.shape[0], n_experts), x_TD.device)
-        if expert_weights_TE.dtype == torch.bool:
-            expert_weights_TE = expert_weights_TE.view(torch.uint8)
+        check_experts(weights.d_ff, expert_weights_TE.shape[-1])
+        expert_weights_TE = kernel_mask(x_TD, expert_weights_TE)
     if x_TD.shape[0] == 0:
         return torch.empty_like(x_TD)
     gpu = current_gpu(x_TD.device)
@@ -149,6 +145,13 @@ def plan_copy_scores(x_TD: Tensor, copy: FFNCopy, weights: FFNWeights, scores_TF
     )
     grid = (triton.cdiv(weights.d_ff, 16 * blocks), triton.cdiv(n_tokens, 16))
     return Launch(kernels.copy_scores_kernel, grid, args, constants, warps=4)
+
+
+def kernel_mask(x_TD: Tensor, expert_weights_TE: Tensor) -> Tensor:
+    """``expert_weights_TE`` as the kernels read it: contiguous, and uint8 where it was bool."""
+    expert_weights_TE = expert_weights_TE.contiguous()
+    check_tensor("expert_weights_TE", expert_weights_TE, (len(x_TD), expert_weights_TE.shape[-1]), x_TD.device)
+    return expert_weights_TE.view(torch.uint8) if expert_weights_TE.dtype == torch.bool else expert_weights_TE
 
 
 def problem_of(x_TD: Tensor, weights: FFNWeights, expert_weights_TE: Tensor | None) -> Problem:

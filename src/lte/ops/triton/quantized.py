@@ -14,13 +14,13 @@ from lte.ops.backends import GPU_WIDTHS
 from lte.ops.lowbit import ROWS, LowBitMatrix
 from lte.ops.quantized import QuantizedFFN
 from lte.ops.triton import lowbit
-from lte.ops.triton.checks import check_tensor
 from lte.ops.triton.configs import token_bucket
 from lte.ops.triton.launch import (
     LIST_EXPERTS,
     LIST_TOKENS,
     Launch,
     current_gpu,
+    kernel_mask,
     plan_router,
     run,
     workspace,
@@ -99,10 +99,7 @@ def quantized_ffn(
         expert_weights_TE = workspace((len(x_TD), len(router[0])), torch.uint8, x_TD.device)
         run(x_TD.device, [plan_router(x_TD, *router, expert_weights_TE, pdl=False)])
     elif expert_weights_TE is not None:
-        expert_weights_TE = expert_weights_TE.contiguous()
-        check_tensor("expert_weights_TE", expert_weights_TE, (len(x_TD), expert_weights_TE.shape[-1]), x_TD.device)
-        if expert_weights_TE.dtype == torch.bool:
-            expert_weights_TE = expert_weights_TE.view(torch.uint8)
+        expert_weights_TE = kernel_mask(x_TD, expert_weights_TE)
     out_TD, launches = plan_ffn(x_TD, weights, expert_weights_TE, current_gpu(x_TD.device).sms)
     run(x_TD.device, launches)
     return out_TD
