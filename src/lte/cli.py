@@ -9,10 +9,9 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.table import Column, Table
@@ -47,7 +46,10 @@ from lte.options import (
 )
 from lte.quantize_commands import quantize
 from lte.study_commands import compare, sweep
-from lte.terminal import JsonFile, command_line, console, write_json
+from lte.terminal import JsonFile, command_line, console, stoppable, write_json
+
+if TYPE_CHECKING:
+    from lte.training import Terminated
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -402,23 +404,15 @@ def _leave_traceback(error: BaseException) -> str:
     return path
 
 
-@contextmanager
-def _resumable(out: str) -> Iterator[None]:
-    """Say how to go on after Ctrl-C or SIGTERM."""
-    from lte.training import Terminated, termination
+def _resumable(out: str) -> AbstractContextManager[None]:
+    def how(stopped: Terminated | None) -> str:
+        if stopped is None:
+            return f"the same command with --resume goes on from the last checkpoint in {out}"
+        if stopped.checkpoint is None:
+            return "nothing was trained yet: run the same command again"
+        return f"a checkpoint is in {stopped.checkpoint}: the same command with --resume goes on from it"
 
-    try:
-        with termination():
-            yield
-    except KeyboardInterrupt:
-        typer.echo(f"interrupted; the same command with --resume goes on from the last checkpoint in {out}", err=True)
-        raise typer.Exit(130) from None
-    except Terminated as stopped:
-        said = "nothing was trained yet: run the same command again"
-        if stopped.checkpoint is not None:
-            said = f"a checkpoint is in {stopped.checkpoint}: the same command with --resume goes on from it"
-        typer.echo(f"stopped by SIGTERM; {said}", err=True)
-        raise typer.Exit(143) from None
+    return stoppable(how)
 
 
 def _cost(summary: dict[str, Any]) -> str:

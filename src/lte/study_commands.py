@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,24 +24,11 @@ from lte.options import (
     TextPairColumn,
     common_flags,
 )
-from lte.terminal import console, numbers
+from lte.terminal import console, numbers, stoppable
 
 
-@contextmanager
-def _going_on() -> Iterator[None]:
-    """Say how to go on after Ctrl-C or SIGTERM."""
-    from lte.training import Terminated, termination
-
-    how = "the same command goes on with the points that are missing"
-    try:
-        with termination():
-            yield
-    except KeyboardInterrupt:
-        typer.echo(f"interrupted; {how}", err=True)
-        raise typer.Exit(130) from None
-    except Terminated:
-        typer.echo(f"stopped by SIGTERM; {how}", err=True)
-        raise typer.Exit(143) from None
+def _going_on() -> AbstractContextManager[None]:
+    return stoppable(lambda stopped: "the same command goes on with the points that are missing")
 
 
 def sweep(

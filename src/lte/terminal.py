@@ -7,14 +7,19 @@ import math
 import os
 import shlex
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from lte.errors import ConfigError
 from lte.files import write_whole
+
+if TYPE_CHECKING:
+    from lte.training import Terminated
 
 console = Console(soft_wrap=True)
 
@@ -49,6 +54,22 @@ def write_json(path: Path | None, result: dict[str, Any]) -> None:
     """Write a result and the command that made it, where a file was asked for; whole, or not at all."""
     if path is not None:
         write_whole(path, json.dumps({"command": command_line()} | result, indent=2) + "\n")
+
+
+@contextmanager
+def stoppable(how: Callable[[Terminated | None], str]) -> Iterator[None]:
+    """Say how to go on after Ctrl-C, of which ``how`` is given None, or SIGTERM."""
+    from lte.training import Terminated, termination
+
+    try:
+        with termination():
+            yield
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; {how(None)}", err=True)
+        raise typer.Exit(130) from None
+    except Terminated as stopped:
+        typer.echo(f"stopped by SIGTERM; {how(stopped)}", err=True)
+        raise typer.Exit(143) from None
 
 
 def _is_result(path: Path) -> bool:
