@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -75,6 +76,7 @@ def bench_decode(
     compiled: bool = True,
     with_llama_cpp: bool = True,
     device: torch.device | None = None,
+    seconds: float = math.inf,
     progress: Callable[[str], None] = lambda line: None,
 ) -> tuple[list[Row], Crossover | None]:
     """ms per token of transformers, transformers compiled, this package at each sparsity, and llama.cpp.
@@ -95,8 +97,10 @@ def bench_decode(
         compiled: whether to measure ``torch.compile`` too, which takes a minute or more to compile.
         with_llama_cpp: whether to measure llama.cpp, where ``llama-cpp-python`` and ``gguf`` are installed.
         device: CPU by default.
+        seconds: after which no further engine is warmed up; rows say which were left out.
         progress: told what is being done.
     """
+    deadline = time.perf_counter() + seconds
     device = device or torch.device("cpu")
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
@@ -148,7 +152,7 @@ def bench_decode(
         for engine in engines:
             engine.row["limit_speedup"] = count.dense / engine.n_bytes
         engines += _llama_cpp_engines(bench, model, dtype, weights, with_llama_cpp and batch == 1, stack, progress)
-        limits = _take_turns(engines, model, new_tokens, rounds, progress)
+        limits = _take_turns(engines, model, new_tokens, rounds, deadline, progress)
     return _finish(engines, limits), getattr(model, "lte_crossover", None)
 
 
@@ -225,10 +229,7 @@ class _Bench:
             row = {"engine": "transformers-compiled", **common, "backend": "torch.compile, static cache"}
             engine = Engine(row, lambda n: generate_seconds(dense, self.ids, n, static=True), self.count.dense)
             progress("torch.compile of the dense baseline")
-            try:
-                engine.seconds(self.new_tokens)
-            except Exception as error:  # noqa: BLE001 - whatever the compiler lacks, the row says so
-                engine.row["status"] = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
+            _warm_up(engine, self.new_tokens)
             engines.append(engine)
         return engines
 
@@ -332,8 +333,10 @@ def generate_seconds(model: Any, ids_BS: Tensor, new_tokens: int, *, static: boo
             torch.cuda.synchronize()
         return time.perf_counter() - started
 
-    short = run(1)
-    return (run(1 + new_tokens) - short) / new_tokens
+    # Thresholds are numbers: a graph for each setting, not one that takes them as inputs.
+    with torch._dynamo.config.patch(specialize_float=True):
+        short = run(1)
+        return (run(1 + new_tokens) - short) / new_tokens
 
 
 def _of_bits(count: DecodeBytes, weights: WeightsConfig) -> DecodeBytes:
@@ -385,7 +388,12 @@ def _available_bytes() -> int:
 
 
 def _take_turns(
-    engines: list[Engine], model: Any, new_tokens: int, rounds: int, progress: Callable[[str], None]
+    engines: list[Engine],
+    model: Any,
+    new_tokens: int,
+    rounds: int,
+    deadline: float,
+    progress: Callable[[str], None],
 ) -> list[float]:
     """Fill ``times`` of every engine; return the read (copy) bandwidth measured in each round."""
     limits = []
@@ -397,11 +405,22 @@ def _take_turns(
                 continue
             progress(f"round {number} of {rounds}: {engine.row['engine']}")
             engine.prepare()
-            seconds = engine.seconds(new_tokens if number else 2)
             if number:
-                engine.times.append(seconds)
+                engine.times.append(engine.seconds(new_tokens))
+            elif time.perf_counter() > deadline:
+                engine.row["status"] = "left out: no time left"
+            else:
+                _warm_up(engine, new_tokens if model.device.type == "cuda" else 2)
         limits.append(read_gbytes_per_s(large) if cpu else copy_gbytes_per_s(model.device))
     return limits[1:]
+
+
+def _warm_up(engine: Engine, new_tokens: int) -> None:
+    """Run an engine once, which may compile it; its row says what went wrong."""
+    try:
+        engine.seconds(new_tokens)
+    except Exception as error:  # noqa: BLE001 - whatever the compiler lacks, the others are still worth having
+        engine.row["status"] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _finish(engines: list[Engine], limits: list[float]) -> list[Row]:

@@ -20,15 +20,20 @@ from lte.errors import BackendError
 from lte.evaluate import versions
 from lte.ops import (
     ACTIVATIONS,
+    FFNCopy,
     FFNWeights,
     QuantizedFFN,
+    copy_scores,
+    copy_scores_reference,
     quantized_ffn,
+    quantized_linear,
     route,
     routed_ffn,
     sparse_ffn,
     sparse_ffn_reference,
 )
-from lte.ops.quantized import quantized_ffn_reference
+from lte.ops.lowbit import quantize
+from lte.ops.quantized import quantized_ffn_reference, quantized_linear_reference
 
 
 def bench_gpu(
@@ -57,6 +62,8 @@ def bench_gpu(
     progress("correctness against the float32 reference")
     correctness = [_case(*case, device=device) for case in _cases()]
     correctness += [_few_bits_case(bits, tokens, device) for bits in (4, 8) for tokens in (1, 5, 64)]
+    correctness += [_linear_case(bits, tokens, device) for bits in (4, 8) for tokens in (1, 5, 100)]
+    correctness += [_copy_case(tokens, device) for tokens in (1, 5, 64)]
     result: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(device),
         "copy_gbytes_per_s": copy_gbytes_per_s(device),
@@ -100,7 +107,13 @@ def _plan(progress: Callable[[str], None]) -> list[tuple[str, Callable[[], list[
     """What is measured, most wanted first."""
     ffn = partial(bench_ffn, device=torch.device("cuda"), rounds=30, progress=progress)
     decode = partial(
-        bench_decode, config_name="llama-2-7b", new_tokens=32, rounds=2, device=torch.device("cuda"), progress=progress
+        bench_decode,
+        config_name="llama-2-7b",
+        new_tokens=64,
+        rounds=2,
+        device=torch.device("cuda"),
+        seconds=240,
+        progress=progress,
     )
 
     def rows(measure: Callable[..., tuple[list[Row], Any]], **settings: Any) -> Callable[[], list[Row]]:
@@ -111,9 +124,10 @@ def _plan(progress: Callable[[str], None]) -> list[tuple[str, Callable[[], list[
         ("ffn 4096 x 11008 bf16", rows(ffn, sparsities=one)),
         ("ffn 4096 x 11008 int8", rows(ffn, weights=8, sparsities=one)),
         ("ffn 4096 x 11008 int4", rows(ffn, weights=4, sparsities=one)),
+        ("decode llama-2-7b bf16, int4", rows(decode, weights=(4,), sparsities=(0.5, 0.8, 0.0))),
+        ("ffn 4096 x 11008 bf16, copy of 3 bits", rows(ffn, router="copy", expert_size=1, sparsities=(0.5, 0.8))),
         ("ffn 4096 x 11008 bf16, batches", rows(ffn, sparsities=(0.5, 0.8), tokens=(4, 8, 16, 32))),
         ("ffn 4096 x 11008 int4, batches", rows(ffn, weights=4, sparsities=(0.0, 0.8), tokens=(4, 8, 16, 32))),
-        ("decode llama-2-7b bf16, int8, int4", rows(decode, weights=(8, 4), sparsities=(0.0, 0.5, 0.8))),
         ("ffn 4096 x 11008 fp16", rows(ffn, dtype="fp16", sparsities=(0.5, 0.9))),
         ("decode llama-2-7b bf16, batch 8", rows(decode, sparsities=(0.8,), batch=8)),
     ]
@@ -157,18 +171,17 @@ def _case(dtype: torch.dtype, activation: str, gated: bool, tokens: int, sparsit
         routed_ffn(x_TD, router, bias, 0.5, weights, impl="triton"),
         sparse_ffn(x_TD, weights, mask, impl="triton"),
     ]
-    scale = wanted.abs().max().clamp_min(1e-6)
-    error = max(float((y.float() - wanted).abs().max() / scale) for y in got)
+    error = max(_error(y, wanted) for y in got)
     name = str(dtype).removeprefix("torch.")
-    row: Row = {
-        "case": f"{name} {activation} {'gated' if gated else 'plain'} T={tokens} sparsity={sparsity:g}",
-        "max_error": error,
-        "tolerance": TOLERANCE[dtype],
-        "status": "ok",
-    }
+    kind = "gated" if gated else "plain"
+    return _verdict(f"{name} {activation} {kind} T={tokens} sparsity={sparsity:g}", error, dtype, got[0], got[2])
+
+
+def _verdict(name: str, error: float, dtype: torch.dtype, first: Tensor, again: Tensor) -> Row:
+    row: Row = {"case": name, "max_error": error, "tolerance": TOLERANCE[dtype], "status": "ok"}
     if not error <= TOLERANCE[dtype]:
         row["status"] = "failed: error above tolerance"
-    elif not torch.equal(got[0], got[2]):
+    elif not torch.equal(first, again):
         row["status"] = "failed: two runs differ"
     return row
 
@@ -185,11 +198,36 @@ def _few_bits_case(bits: int, tokens: int, device: torch.device) -> Row:
     x_TD, mask = draw(tokens, d_model) * d_model**0.5, draw(tokens, n_experts) > 0
     wanted = quantized_ffn_reference(x_TD.float(), made, mask)
     got = [quantized_ffn(x_TD, made, mask) for _ in range(2)]
-    error = float((got[0].float() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6))
-    name = f"int{bits} silu gated T={tokens} sparsity=0.5"
-    row: Row = {"case": name, "max_error": error, "tolerance": TOLERANCE[dtype], "status": "ok"}
-    if not error <= TOLERANCE[dtype]:
-        row["status"] = "failed: error above tolerance"
-    elif not torch.equal(*got):
-        row["status"] = "failed: two runs differ"
-    return row
+    return _verdict(f"int{bits} silu gated T={tokens} sparsity=0.5", _error(got[0], wanted), dtype, *got)
+
+
+def _linear_case(bits: int, tokens: int, device: torch.device) -> Row:
+    """A linear layer of few bits, as attention and LM head have them."""
+    generator = torch.Generator().manual_seed(bits)
+    weight_ND = torch.randn(1000, 520, generator=generator).mul_(520**-0.5).to(device)
+    bias_N = torch.randn(1000, generator=generator).to(device, torch.bfloat16)
+    x_TD = torch.randn(tokens, 520, generator=generator).to(device, torch.bfloat16)
+    matrix = quantize(weight_ND, bits)
+    wanted = quantized_linear_reference(x_TD.float(), matrix, bias_N.float())
+    got = [quantized_linear(x_TD, matrix, bias_N) for _ in range(2)]
+    return _verdict(f"int{bits} linear T={tokens}", _error(got[0], wanted), torch.bfloat16, *got)
+
+
+def _copy_case(tokens: int, device: torch.device) -> Row:
+    """Scores of neurons by a copy of 3 bits."""
+    generator = torch.Generator().manual_seed(tokens)
+    d_model, d_ff = 520, 1152
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).mul_(shape[-1] ** -0.5).to(device)
+
+    up, gate, down = draw(d_ff, d_model), draw(d_ff, d_model), draw(d_ff, d_model)
+    weights, x_TD = FFNWeights(up=up, down=down, gate=gate), draw(tokens, d_model) * d_model**0.5
+    copied = FFNCopy(quantize(up, 3), down.norm(dim=1), quantize(gate, 3))
+    wanted = copy_scores_reference(x_TD, copied, d_ff, weights)
+    got = [copy_scores(x_TD, copied, d_ff, weights) for _ in range(2)]
+    return _verdict(f"copy of 3 bits T={tokens}", _error(got[0], wanted), torch.bfloat16, *got)
+
+
+def _error(got: Tensor, wanted: Tensor) -> float:
+    return float((got.float() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6))
