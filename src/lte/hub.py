@@ -249,6 +249,11 @@ def default_device() -> torch.device:
     return torch.device("cpu") if found is None else found
 
 
+def device_name(device: torch.device) -> str:
+    """What a result was made on: the GPU's name, else the kind of device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def require_sparse(model: nn.Module) -> None:
     """Raise CheckpointError unless the model's FFNs run sparse. Call it before evaluating or timing a model."""
     ffns = sparse_ffns(model)

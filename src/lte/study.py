@@ -23,7 +23,7 @@ from lte.config import validate_model
 from lte.errors import ConfigError
 from lte.evaluate import evaluate, load_for_evaluation
 from lte.files import write_whole
-from lte.hub import default_device, load, load_dense, load_tokenizer
+from lte.hub import default_device, device_name, load, load_dense, load_tokenizer
 from lte.recipe import Recipe, parse_recipe, put, read_yaml
 from lte.runs import RUN_FILE, check_recipe, finetune, make_sparse, train
 from lte.tasks import Task, TaskConfig, build_task
@@ -175,7 +175,10 @@ def run_point(point: Point, study: Study) -> dict[str, Any]:
     task = build_task(_scored_task(point, study))
     dense = point.command in DENSE
     model, tokenizer = load_for_evaluation(path, task, dense=dense)
-    about = {key: summary[key] for key in ("recipe", "steps", "seconds")} | {"threads": torch.get_num_threads()}
+    about = {key: summary[key] for key in ("recipe", "steps", "seconds")} | {
+        "threads": torch.get_num_threads(),
+        "device": device_name(default_device()),
+    }
     asked = {
         "method": "dense" if dense else point.recipe.method().method,
         "target_sparsity": None if dense else point.recipe.training.get("target_sparsity"),
