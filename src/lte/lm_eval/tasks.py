@@ -132,6 +132,7 @@ def evaluate_tasks(
                 limit=limit,
                 batch_size=model.batch_size,
                 log_samples=False,
+                bootstrap_iters=0,  # standard errors of means have a formula; those of others take minutes
                 **(dict.fromkeys(seeds, seed) if seed else {}),
             )
     except LTEError:
