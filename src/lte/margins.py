@@ -46,16 +46,16 @@ class Margins:
         """
         assert routing.margins is not None
         margins_TE, mask_TE = routing.margins.detach().flatten(0, -2), routing.mask.flatten(0, -2)
-        if token_mask is not None:
-            margins_TE, mask_TE = margins_TE[token_mask], mask_TE[token_mask]
-        self.active[layer] += mask_TE.sum()
-        self.seen[layer] += mask_TE.numel()
-        every = margins_TE.flatten()
-        if len(every) > COUNTED:
-            # An odd step meets all experts in turn, whatever power of two their number is.
-            every = every[:: len(every) // COUNTED | 1]
+        counts_TE = torch.ones_like(mask_TE) if token_mask is None else token_mask[:, None].expand_as(mask_TE)
+        self.active[layer] += (mask_TE & counts_TE).sum()
+        self.seen[layer] += counts_TE.sum()
+        # An odd step meets all experts in turn, whatever power of two their number is.
+        step = margins_TE.numel() // COUNTED | 1 if margins_TE.numel() > COUNTED else 1
+        every, counted = margins_TE.flatten()[::step], counts_TE.flatten()[::step]
         places = torch.asinh((every.float() + shift) / FINEST).clamp(-REACH, REACH)
-        share = mask_TE.numel() / max(len(every), 1)
+        # What lies beyond the last bin is in none of them. Picking by a mask would wait for the GPU instead.
+        places = places.masked_fill(~counted, 2 * REACH)
+        share = counts_TE.sum() / counted.sum().clamp(min=1)
         self.counts[layer] += share * torch.histc(places, BINS, -REACH, REACH)
 
     def reduce(self, accelerator: Any) -> None:
@@ -99,6 +99,7 @@ class Margins:
 
 def _quantile(histogram: Tensor, share: float) -> float:
     """Linear inside a bin."""
+    histogram = histogram.cpu()
     cumulated = histogram.cumsum(0)
     wanted = min(max(share, 0.0), 1.0) * cumulated[-1]
     index = int(torch.searchsorted(cumulated, wanted).clamp(max=BINS - 1))

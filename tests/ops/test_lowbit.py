@@ -91,7 +91,7 @@ def test_kernels_round_as_torch_does(isa, dtype, columns, group, bits, by_column
     weight = torch.randn(33, columns, generator=generator).to(dtype)
     importance = torch.rand(columns, generator=generator)
     made = [quantize(weight, bits, group, given, by_columns=by_columns) for given in (None, importance)]
-    monkeypatch.setattr("lte.ops.lowbit._kernels_take", lambda matrix: False)
+    monkeypatch.setattr("lte.ops.lowbit.quantizes_fast", lambda matrix: False)
     for fast, given in zip(made, (None, importance), strict=True):
         plain = quantize(weight, bits, group, given, by_columns=by_columns)
         same = fast.scales_of_rows() == plain.scales_of_rows()

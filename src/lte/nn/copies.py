@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from lte.nn.nested import NestedDown, NestedLinear
 from lte.nn.router import LOGIT_RANGE, ROUTER_DTYPE, ScoreRouter
 from lte.nn.routing import CopyForm, NestedForm, RouterCost
 from lte.ops import FFNCopy, FFNWeights, copy_scores, copy_scores_reference, copy_scores_run
-from lte.ops.lowbit import quantize, round_inputs, round_like
+from lte.ops.lowbit import nearest, quantize, quantizes_fast, round_inputs, round_like
 from lte.ops.reference import neuron_scores
 
 SAMPLED = 64
@@ -66,7 +67,7 @@ class CopyRouter(ScoreRouter):
         weights = self.ffn.weights()
         of = [t for t in (weights.gate, weights.up, weights.down, self.importance, self.sensitivity) if t is not None]
         state = [(tensor.data_ptr(), tensor._version) for tensor in of]
-        if self._made is None or self._made[0] != state or (self.training and self._made[1].is_behind()):
+        if self._made is None or self._made[0] != state or (self.training and self._made[1].may_be_behind()):
             copy = Copy(weights, self.bits, self.group, self.importance.detach(), self.unit_scores())
             self._made = state, copy
         return self._made[1]
@@ -135,31 +136,45 @@ class Copy:
     """
 
     def __init__(self, weights: FFNWeights, bits: int, group: int, importance_D: Tensor, unit_scores_F: Tensor) -> None:
-        self.weights = weights
+        self.weights, self._norms = weights, unit_scores_F
+        self._rounding = bits, group, importance_D
         self._exact = {name: w for name, w in (("gate", weights.gate), ("up", weights.up)) if w is not None}
         self.trained = any(matrix.requires_grad for matrix in self._exact.values())
         """Whether the weights may have gradients."""
-        made = {name: quantize(matrix, bits, group, importance_D) for name, matrix in self._exact.items()}
-        self.packed = FFNCopy(made["up"], unit_scores_F, made.get("gate"))
-        """What kernels read."""
         self._rounded: dict[str, Tensor] = {}
-        self._sampled = [_sample(w) for w in (*self._exact.values(), weights.down)]
+        self._sampled = (
+            [_sample(w) for w in (*self._exact.values(), weights.down)] if weights.up.device.type == "cpu" else None
+        )
 
-    def is_behind(self) -> bool:
-        """Whether a step was made since: of every matrix some thousand entries are looked at."""
+    @cached_property
+    def packed(self) -> FFNCopy:
+        """What kernels read; training where there are none goes without."""
+        made = {name: quantize(matrix, *self._rounding) for name, matrix in self._exact.items()}
+        return FFNCopy(made["up"], self._norms, made.get("gate"))
+
+    def may_be_behind(self) -> bool:
+        """Whether a step was made since: of every matrix some thousand entries are looked at.
+
+        Not on a GPU, where looking would wait for it, which takes longer than making the copy anew.
+        """
+        if self._sampled is None:
+            return True
         now = (*self._exact.values(), self.weights.down)
         return not all(torch.equal(_sample(w), then) for w, then in zip(now, self._sampled, strict=True))
 
     def scores(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., F], float32."""
-        x = _as_rounded(x, round_inputs(x.detach(), self.packed.up.group))
+        x = _as_rounded(x, round_inputs(x.detach(), self._rounding[1]))
         products = {name: F.linear(x, self._rounded_matrix(name)) for name in self._exact}
-        return neuron_scores(products["up"], products.get("gate"), self.packed.norms, self.weights)
+        return neuron_scores(products["up"], products.get("gate"), self._norms, self.weights)
 
     def _rounded_matrix(self, name: str) -> Tensor:
+        exact = self._exact[name]
         if name not in self._rounded:  # kernels read the packed form, and this one is ten times as large
-            self._rounded[name] = round_like(self._exact[name], getattr(self.packed, name))
-        return _as_rounded(self._exact[name], self._rounded[name])
+            fast = quantizes_fast(exact)
+            rounded = round_like(exact, getattr(self.packed, name)) if fast else nearest(exact, *self._rounding)
+            self._rounded[name] = rounded
+        return _as_rounded(exact, self._rounded[name])
 
 
 class UpperPlanes(Copy):
@@ -187,7 +202,7 @@ class UpperPlanes(Copy):
         of_gate = None if gate is None else every
         self.weights = FFNWeights(every, every, of_gate, up.bias, gate_bias, activation=activation)
 
-    def is_behind(self) -> bool:
+    def may_be_behind(self) -> bool:
         """Never: it is the weights."""
         return False
 

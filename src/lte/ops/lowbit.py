@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,6 +14,9 @@ from lte.memory import empty_for_streaming
 
 BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 """Widths there are."""
+
+AT_ONCE = 2**24
+"""Numbers that a search for scales rounds in one operation, where it can."""
 
 SHRINKS = 13
 """Scales tried for every group, from that of its largest weight down to less than half of it."""
@@ -90,11 +94,11 @@ class LowBitMatrix:
     def codes_of_blocks(self) -> Tensor:
         """[N / 16, 16, G, group] uint8."""
         planes = self.planes.permute(2, 0, 1, 3, 4) if self.by_columns else self.planes
-        planes = planes.unflatten(-1, (ROWS, 4))  # [blocks, G, chunks, bits, rows, 4]
-        codes = torch.zeros_like(planes[:, :, :, :1]).repeat(1, 1, 1, STEPS, 1, 1)
-        for step, bit, plane, place in _places(self.bits):
-            codes[:, :, :, step] |= ((planes[:, :, :, plane] >> place) & 1) << bit
-        return codes.permute(0, 4, 1, 2, 3, 5).flatten(3)
+        places, of_codes = _order(self.bits, planes.device)
+        bits = (planes.unsqueeze(4) >> _range(8, places).view(8, 1)) & 1  # [blocks, G, chunks, bits, 8, 64]
+        bits = bits.flatten(3, 4).index_select(3, of_codes).unflatten(3, (STEPS, self.bits))
+        codes = (bits << _range(self.bits, places).view(self.bits, 1)).sum(4, dtype=torch.uint8)
+        return codes.unflatten(-1, (ROWS, 4)).permute(0, 4, 1, 2, 3, 5).flatten(3)
 
     def halves(self) -> tuple[LowBitMatrix, LowBitMatrix]:
         """The upper and the lower half of the rows, of a matrix that lies row by row and has whole blocks in each."""
@@ -159,10 +163,18 @@ def quantize(
     if bits not in BITS or group < COLUMNS or group % COLUMNS:
         raise ValueError(f"bits={bits}, group={group}: bits must be one of {BITS}, and group a multiple of {COLUMNS}")
     matrix_ND = matrix_ND.detach()
-    if _kernels_take(matrix_ND):
+    if quantizes_fast(matrix_ND):
         return _quantize_fast(matrix_ND, bits, group, importance_D, by_columns)
     codes, scales = nearest_codes(matrix_ND, bits, group, importance_D)
     return pack(codes, scales, bits, matrix_ND.shape[1], by_columns=by_columns)
+
+
+@torch.no_grad()
+def nearest(matrix_ND: Tensor, bits: int, group: int, importance_D: Tensor | None = None) -> Tensor:
+    """The numbers that :func:`quantize` rounds a matrix to, [N, D] float32, without any being packed."""
+    codes, scales = nearest_codes(matrix_ND, bits, group, importance_D)
+    levels = codes.unflatten(1, (-1, group)).float() - _middle(bits)
+    return (levels * scales.unsqueeze(-1)).flatten(1)[:, : matrix_ND.shape[1]]
 
 
 @torch.no_grad()
@@ -216,7 +228,8 @@ def _whole_blocks(matrix_ND: Tensor) -> Tensor:
     return torch.nn.functional.pad(matrix_ND, (0, 0, 0, -len(matrix_ND) % ROWS))
 
 
-def _kernels_take(matrix_ND: Tensor) -> bool:
+def quantizes_fast(matrix_ND: Tensor) -> bool:
+    """Whether kernels would round it in :func:`quantize`."""
     from lte.ops import cpu  # it describes these matrices to the kernels, and so comes after them
 
     plain = matrix_ND.device.type == "cpu" and matrix_ND.dtype in cpu.DTYPES and matrix_ND.stride(1) == 1
@@ -295,13 +308,17 @@ def best_scales(grouped_NGk: Tensor, weights_Gk: Tensor, bits: int, upper: int |
     largest = grouped_NGk.abs().amax(-1)
     best_error = torch.full_like(largest, torch.inf)
     best_scale = torch.ones_like(largest)
-    for step in range(SHRINKS):
-        scale = (largest * (1 - 0.05 * step) / middle).bfloat16().float().clamp_min(2**-64)
-        levels = levels_of(grouped_NGk, scale, middle)
-        error = ((levels * scale.unsqueeze(-1) - grouped_NGk).square() * weights_Gk).sum(-1)
+    shrunk_S = torch.tensor([1 - 0.05 * step for step in range(SHRINKS)], device=largest.device)
+    # Several at once where a matrix is small: on a GPU each operation takes the time of its launch.
+    for shrunk_s in shrunk_S.split(max(1, AT_ONCE // max(grouped_NGk.numel(), 1))):
+        scale_s = (largest * shrunk_s.view(-1, 1, 1) / middle).bfloat16().float().clamp_min(2**-64)
+        levels = levels_of(grouped_NGk, scale_s, middle)
+        error_s = ((levels * scale_s.unsqueeze(-1) - grouped_NGk).square() * weights_Gk).sum(-1)
         if lower:
             coarse = (((levels + middle) / 2**lower).floor() - _middle(bits - lower)) * 2**lower
-            error += ((coarse * scale.unsqueeze(-1) - grouped_NGk).square() * weights_Gk).sum(-1)
+            error_s += ((coarse * scale_s.unsqueeze(-1) - grouped_NGk).square() * weights_Gk).sum(-1)
+        error, chosen = error_s.min(0)
+        scale = scale_s.gather(0, chosen[None])[0]
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)
@@ -311,6 +328,19 @@ def best_scales(grouped_NGk: Tensor, weights_Gk: Tensor, bits: int, upper: int |
 def levels_of(grouped_NGk: Tensor, scale_NG: Tensor, middle: float) -> Tensor:
     """What numbers are rounded to, in scales: from ``-middle`` to ``middle``."""
     return ((grouped_NGk / scale_NG.unsqueeze(-1) + middle).round().clamp(0, 2 * middle)) - middle
+
+
+@functools.cache
+def _order(bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For every place of every plane, the bit there, as ``bits * step + bit``; and the inverse."""
+    places = torch.empty(8 * bits, dtype=torch.long)
+    for step, bit, plane, place in _places(bits):
+        places[8 * plane + place] = bits * step + bit
+    return places.to(device), places.argsort().to(device)
+
+
+def _range(count: int, like: Tensor) -> Tensor:
+    return torch.arange(count, dtype=torch.uint8, device=like.device)
 
 
 def _places(bits: int) -> Iterator[tuple[int, int, int, int]]:
@@ -325,7 +355,8 @@ def _planes(codes_ND: Tensor, bits: int, group: int) -> Tensor:
     """[N / 16, G, group / 32, bits, 64]."""
     tiles = codes_ND.unflatten(1, (-1, group // COLUMNS, STEPS, 4)).unflatten(0, (-1, ROWS))
     tiles = tiles.permute(4, 0, 2, 3, 1, 5).flatten(4)  # [steps, blocks, G, chunks, 64]
-    planes = torch.zeros_like(tiles[:1]).repeat(bits, 1, 1, 1, 1)
-    for step, bit, plane, place in _places(bits):
-        planes[plane] |= ((tiles[step] >> bit) & 1) << place
+    places, _ = _order(bits, tiles.device)
+    single = (tiles.unsqueeze(1) >> _range(bits, places).view(bits, 1, 1, 1, 1)) & 1  # [steps, bits, ...]
+    single = single.flatten(0, 1).index_select(0, places).unflatten(0, (bits, 8))
+    planes = (single << _range(8, places).view(8, 1, 1, 1, 1)).sum(1, dtype=torch.uint8)
     return planes.permute(1, 2, 3, 0, 4).contiguous()

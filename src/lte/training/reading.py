@@ -57,7 +57,10 @@ class StepReading:
 
     def reduce(self, accelerator: Any) -> dict[str, float]:
         """The sums over all processes; gradients are averaged over them, and so are what is derived from losses."""
-        sums = {name: float(accelerator.reduce(torch.as_tensor(value), "sum")) for name, value in vars(self).items()}
+        values = [
+            torch.as_tensor(value, dtype=torch.float32, device=accelerator.device) for value in vars(self).values()
+        ]
+        sums = dict(zip(vars(self), accelerator.reduce(torch.stack(values), "sum").tolist(), strict=True))
         averaged = {name: sums[name] / accelerator.num_processes for name in ("loss", "push", "slope")}
         return {"sparsity": 1 - sums["active"] / sums["tokens"], "tokens": sums["tokens"], **averaged}
 

@@ -102,6 +102,6 @@ class LogWindow:
             record["eta"] = self.eta
         sparsity_L = 1 - sums["active_L"] / sums["tokens"]
         record["sparsity"] = float(sparsity_L.mean())
-        record.update({f"sparsity/layer_{i}": round(float(s), 4) for i, s in enumerate(sparsity_L)})
+        record.update({f"sparsity/layer_{i}": round(s, 4) for i, s in enumerate(sparsity_L.tolist())})
         self.clear()
         return record
