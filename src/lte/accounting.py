@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from lte.families import blocks_of, family_spec
-from lte.nn import QuantizedEmbedding, QuantizedWeight, RouterCost, SparseFFN, TiedHead, sparse_ffns
+from lte.nn import QuantizedEmbedding, QuantizedWeight, RouterCost, SparseFFN, Thresholded, TiedHead, sparse_ffns
 
 GFLOP = 2**30
 """FLOPs in one GFLOP as the paper counts them (section 5.2: LLaMA-7B has 12.06 = 4.00 attention + 8.06 FFN)."""
@@ -26,6 +26,8 @@ class LayerCost:
         experts: number of experts; 0 for a dense layer.
         router: what deciding takes; nothing for a dense layer.
         spared: of the FFN's bytes, those that are not read where a neuron runs on its upper bits, had all run.
+        attention_saved: of ``attention``, what small inputs leave out, by the text that thresholds were found on.
+        attention_saved_bytes: of it, at its dtype.
     """
 
     attention: int
@@ -34,6 +36,8 @@ class LayerCost:
     experts: int
     router: RouterCost
     spared: float = 0.0
+    attention_saved: float = 0.0
+    attention_saved_bytes: float = 0.0
 
     def saved_bytes(self, sparsity: float) -> float:
         """Bytes of the FFN that are not read."""
@@ -73,15 +77,14 @@ class ModelCost:
             sparsity_per_layer: share of FFN neurons not used, per sparse FFN; none for a dense model.
         """
         flops = 2 / GFLOP
-        saved = sum(layer.ffn * sparsity for layer, sparsity in self._sparse(sparsity_per_layer))
+        saved = self._saved(sparsity_per_layer)
         router = sum(layer.deciding(sparsity)[0] for layer, sparsity in self._sparse(sparsity_per_layer)) * flops
         dense = sum(layer.attention + layer.ffn for layer in self.layers) * flops
         return {"dense": dense, "sparse": dense - saved * flops + router, "router": router}
 
     def linear_sparsity(self, sparsity_per_layer: Sequence[float]) -> float:
         """Share of the weights of all the blocks' linear layers, attention's too, that is not used."""
-        saved = sum(layer.ffn * sparsity for layer, sparsity in self._sparse(sparsity_per_layer))
-        return saved / sum(layer.attention + layer.ffn for layer in self.layers)
+        return self._saved(sparsity_per_layer) / sum(layer.attention + layer.ffn for layer in self.layers)
 
     def bytes_per_token(self, sparsity_per_layer: Sequence[float]) -> dict[str, float]:
         """Bytes of weights read for one token that comes alone, the head's and the norms' too: what decoding waits for.
@@ -89,8 +92,14 @@ class ModelCost:
         The keys and ``sparsity_per_layer`` are those of :meth:`gflops_per_token`. The KV cache is not counted.
         """
         saved = sum(layer.saved_bytes(sparsity) for layer, sparsity in self._sparse(sparsity_per_layer))
+        saved += sum(layer.attention_saved_bytes for layer in self.layers)
         router = sum(layer.deciding(sparsity)[1] for layer, sparsity in self._sparse(sparsity_per_layer))
         return {"dense": self.dense_bytes, "sparse": self.dense_bytes - saved + router, "router": router}
+
+    def _saved(self, sparsity_per_layer: Sequence[float]) -> float:
+        """Weights of the linear layers that are not used."""
+        of_ffns = sum(layer.ffn * sparsity for layer, sparsity in self._sparse(sparsity_per_layer))
+        return of_ffns + sum(layer.attention_saved for layer in self.layers)
 
     def _sparse(self, sparsity_per_layer: Sequence[float]) -> Iterator[tuple[LayerCost, float]]:
         return zip((layer for layer in self.layers if layer.experts), sparsity_per_layer, strict=True)
@@ -133,7 +142,12 @@ def _layer_cost(model: Any, block: nn.Module) -> LayerCost:
     ffn_bytes = round(sum(matrix.nbytes for matrix in matrices) * (1 + removed / ffn_weights))
     every = sum(p.numel() for p in block.parameters() if p.ndim == 2 and id(p) not in of_router)
     every += sum(module.numel() for module in block.modules() if isinstance(module, QuantizedWeight))
-    return LayerCost(every - ffn_weights, ffn_weights + removed, ffn_bytes, experts, router, spared)
+    left_out = [(module.share, module.weight) for module in block.modules() if isinstance(module, Thresholded)]
+    return LayerCost(
+        *(every - ffn_weights, ffn_weights + removed, ffn_bytes, experts, router, spared),
+        attention_saved=sum(share * weight.numel() for share, weight in left_out),
+        attention_saved_bytes=sum(share * weight.nbytes for share, weight in left_out),
+    )
 
 
 def parameter_counts(model: Any) -> dict[str, int]:

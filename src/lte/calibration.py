@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -86,7 +86,11 @@ def device_inputs(batch: Mapping[str, Tensor], device: torch.device) -> tuple[di
 
 
 def stream_calibration(
-    model: nn.Module, batches: Sequence[Mapping[str, Tensor]], neuron_gradients: NeuronGradients | None = None
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Tensor]],
+    neuron_gradients: NeuronGradients | None = None,
+    *,
+    in_sequence: bool = False,
 ) -> Iterator[Calibration]:
     """Run the dense function of a sparsified model over some batches; one :class:`Calibration` per FFN, in order.
 
@@ -97,6 +101,7 @@ def stream_calibration(
         model: with sparse FFNs, on any device. Between two calibrations its neurons may be permuted.
         batches: model inputs. Where all have ``labels``, the sensitivity of the loss is measured too.
         neuron_gradients: what is measured for every neuron, besides.
+        in_sequence: the model runs for every FFN, once that one is asked for: with what was done to those before it.
 
     Raises:
         ConfigError: there are labels, and none of them counts.
@@ -104,7 +109,7 @@ def stream_calibration(
     ffns = sparse_ffns(model)
     first = next(model.parameters())
     layer_bytes = max(1, token_count(batches) * ffns[0].weights().d_model * first.element_size())
-    at_once = max(1, INPUTS_BYTES // layer_bytes)
+    at_once = 1 if in_sequence else max(1, INPUTS_BYTES // layer_bytes)
     gradients = _Gradients(len(ffns), neuron_gradients) if all("labels" in batch for batch in batches) else None
     for start in range(0, len(ffns), at_once):
         watched = ffns[start : start + at_once]
@@ -136,6 +141,8 @@ def _watch(
         x_TD = args[0].detach().flatten(0, -2)
         kept[ffn.layer_index].append(x_TD if token_mask is None else x_TD[token_mask])
         trim_heap(device)
+        if gradients is None and ffn is watched[-1]:
+            raise _SeenEnough
 
     with _as_dense(model) as stack:
         for ffn in watched:
@@ -149,12 +156,105 @@ def _watch(
             inputs, token_mask = device_inputs(batch, device)
             if gradients is None:
                 inputs.pop("labels", None)
-                with torch.no_grad():
+                with torch.no_grad(), suppress(_SeenEnough):
                     body_of(model)(**inputs)
             else:
                 with torch.enable_grad():
                     gradients.take(model(**inputs).loss, inputs["labels"], token_mask)
     return {layer: torch.cat(kept.pop(layer)) for layer in list(kept)}
+
+
+class BlockRun:
+    """A transformer block with its inputs, to be run again and again.
+
+    Attributes:
+        real_T: while it runs, which of the tokens of a batch are no padding, flat; None where all are.
+
+    Args:
+        block: of a model; the output of its FFN is in the mode that the FFN is in.
+        calls: its arguments, by position and by name, of every batch.
+        real: of every batch, see ``real_T``.
+    """
+
+    def __init__(self, block: nn.Module, calls: list[_Call], real: Sequence[Tensor | None]) -> None:
+        self.block, self.calls, self.real = block, calls, real
+        self.real_T: Tensor | None = None
+
+    @torch.no_grad()
+    def __call__(self, tokens: int | None = None) -> Tensor:
+        """Outputs, [T, D], of the tokens that are no padding; of so many tokens' worth of rows, or of all."""
+        found = [out if real is None else out[real] for out, real in self._outputs(tokens)]
+        return torch.cat(found)
+
+    def _outputs(self, tokens: int | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+        training, left = self.block.training, math.inf if tokens is None else tokens
+        self.block.eval()
+        try:
+            for (args, kwargs), real_T in zip(self.calls, self.real, strict=True):
+                self.real_T = real_T
+                if left <= 0:
+                    break
+                out = self.block(*args, **kwargs)
+                out_BSD = out[0] if isinstance(out, tuple) else out
+                left -= out_BSD.shape[:-1].numel()
+                yield out_BSD.flatten(0, -2), real_T
+        finally:
+            self.real_T = None
+            self.block.train(training)
+
+
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@torch.no_grad()
+def runs_of_blocks(
+    model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Mapping[str, Tensor]]
+) -> Iterator[BlockRun]:
+    """Every block in turn with the inputs that it gets from those before it, as they are by then.
+
+    Args:
+        model: sparse or dense.
+        blocks: all of its transformer blocks, in order.
+        batches: model inputs.
+    """
+    device = next(model.parameters()).device
+    calls: list[list[_Call]] = [[] for _ in blocks]
+    real: list[Tensor | None] = []
+    with _as_dense(model) as stack:
+        for block, kept in zip(blocks, calls, strict=True):
+
+            def keep(module: nn.Module, args: Any, kwargs: Any, kept: list[_Call] = kept) -> None:
+                kept.append((args, kwargs))
+
+            stack.enter_context(block.register_forward_pre_hook(keep, with_kwargs=True))
+        for batch in batches:
+            inputs, token_mask = device_inputs(batch, device)
+            inputs.pop("labels", None)
+            body_of(model)(**inputs)
+            real.append(token_mask)
+    hidden: list[Tensor] | None = None
+    for block, kept in zip(blocks, calls, strict=True):
+        if hidden is not None:
+            kept = [_with_hidden(call, states) for call, states in zip(kept, hidden, strict=True)]
+        run = BlockRun(block, kept, real)
+        yield run
+        shapes = [_hidden_of(call).shape for call in kept]
+        hidden = [out.view(shape) for (out, _), shape in zip(run._outputs(None), shapes, strict=True)]
+
+
+def _hidden_of(call: _Call) -> Tensor:
+    args, kwargs = call
+    states: Tensor = args[0] if args else kwargs["hidden_states"]
+    return states
+
+
+def _with_hidden(call: _Call, states: Tensor) -> _Call:
+    args, kwargs = call
+    return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
+
+
+class _SeenEnough(Exception):
+    """Leaves a forward whose later layers nobody watches."""
 
 
 class _Gradients:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar, get_args
 
 import pydantic
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lte.errors import CheckpointError, ConfigError
@@ -122,6 +122,9 @@ class Method(ABC, Generic[ConfigT]):
     trainable: ClassVar[bool] = True
     """Whether a model can be trained under it."""
 
+    in_sequence: ClassVar[bool] = False
+    """Whether an FFN's calibration is of the model as it is when asked for, those before it changed already."""
+
     def __init__(self, config: ConfigT) -> None:
         self.config = config
 
@@ -161,6 +164,17 @@ class Method(ABC, Generic[ConfigT]):
 
     def shape(self, ffns: Sequence[SparseFFN]) -> None:
         """Give new FFNs the shapes that the settings say their matrices have; their weights are loaded after that."""
+
+    def install(self, model: nn.Module) -> None:
+        """Change other parts of a model than its FFNs, which are there; its weights are loaded after that."""
+
+    def fit_blocks(self, model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        """Find what whole blocks decide, once the routers are filled.
+
+        Args:
+            model: with all its FFNs.
+            batches: of model inputs, without labels where the method does not look at the loss.
+        """
 
     def settled(self, ffns: Sequence[SparseFFN]) -> ConfigT:
         """The settings to be saved, once routers are filled."""

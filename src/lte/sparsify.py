@@ -99,10 +99,12 @@ def _convert(model: nn.Module, config: MethodConfig, batches: list[Mapping[str, 
         spent["grouping"] = time.perf_counter() - started
         method.init_routers(ffns, None, generator)
     else:
-        grouped = _group_each(ffns, config, stream_calibration(model, batches, method.neuron_gradients), spent)
+        seen = stream_calibration(model, batches, method.neuron_gradients, in_sequence=method.in_sequence)
+        grouped = _group_each(ffns, config, seen, spent)
         method.init_routers(ffns, grouped, generator)
         for _ in grouped:  # what a method did not ask to see is grouped all the same
             pass
+        method.fit_blocks(model, batches)
     spent["routers"] = time.perf_counter() - started - sum(spent.values())
     return spent
 
@@ -147,3 +149,4 @@ def install_sparse_ffns(model: nn.Module, config: MethodConfig) -> None:
         return method.make_router(d_model, d_ff // config.expert_size, like)
 
     method.shape(install_ffns(model, make_router, config.layers))
+    method.install(model)

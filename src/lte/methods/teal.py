@@ -3,31 +3,48 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 import pydantic
 import torch
 from torch import Tensor, nn
 
+from lte.calibration import BlockRun, runs_of_blocks
 from lte.config import FixedShareConfig, register_method
+from lte.families import blocks_of
 from lte.grouping import Calibration
 from lte.methods.unlearned import UnlearnedMethod
-from lte.nn import ROUTER_DTYPE, LookingRouter, Router, RouterCost, Routing, SparseFFN
+from lte.nn import (
+    ROUTER_DTYPE,
+    LookingRouter,
+    Router,
+    RouterCost,
+    Routing,
+    SparseFFN,
+    Thresholded,
+    threshold_inputs,
+)
 
 SAMPLED = 2**22
 """Most values from which a quantile is taken."""
 
 
 class TEALConfig(FixedShareConfig):
-    """Columns of gate and up whose input is small, and rows of down whose coefficient is, in FFNs alone.
+    """Columns of gate and up whose input is small, and rows of down whose coefficient is.
 
-    The published method does the same to attention, and finds the shares of a block's matrices step by step. Here an
-    FFN's budget is divided between the inputs of gate and up, who share theirs, and those of down: of
-    :data:`DIVISIONS` the one that changes the FFN's output least.
+    An FFN's budget is divided between the inputs of gate and up, who share theirs, and those of down: of
+    :data:`DIVISIONS` the one that changes the FFN's output least. As published, with ``attention``, small inputs of the
+    attention's projections are left out too, ``sparsity`` is of all linear layers of a block, and its matrices get
+    their shares greedily: of all, the one next whose inputs, left out in :data:`STEP` more, change the block's output
+    least for what that saves.
 
     Attributes:
         divide: False gives every matrix the same sparsity.
+        attention: whether the attention's projections take part.
     """
 
     method = "teal"
@@ -35,6 +52,7 @@ class TEALConfig(FixedShareConfig):
     expert_size: Annotated[int, pydantic.Field(ge=1, le=1)] = 1
     grouping: str = "none"
     divide: bool = True
+    attention: bool = False
 
 
 DIVISIONS = (-0.3, -0.2, -0.15, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15, 0.2, 0.3)
@@ -42,6 +60,12 @@ DIVISIONS = (-0.3, -0.2, -0.15, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15, 0.2, 0.3)
 
 SEARCHED = 1024
 """Tokens on which divisions are compared."""
+
+STEP, MOST = 0.1, 0.9
+"""By which a matrix's share grows, and the largest there is."""
+
+GREEDY = 256
+"""Tokens on which a block's matrices are compared."""
 
 
 class InputsRouter(LookingRouter):
@@ -131,12 +155,126 @@ class TEAL(UnlearnedMethod[TEALConfig]):
                     best = min(best, (float((got_tD - wanted_tD).square().mean()), (of_inputs, of_down)))
             self._set(router, ffn, x_TD, *best[1])
 
+    def install(self, model: nn.Module) -> None:
+        """See :class:`Method`."""
+        if self.config.attention:
+            for block, ffn in _sparse_blocks(model):
+                threshold_inputs(block, skip={id(module) for module in ffn.modules()})
+
+    @torch.no_grad()
+    def fit_blocks(self, model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        """See :class:`Method`."""
+        if not self.config.attention:
+            return
+        sparse = dict(_sparse_blocks(model))
+        for run in runs_of_blocks(model, blocks_of(model), batches):
+            if run.block not in sparse:
+                continue
+            parts, target = _parts(run.block, sparse[run.block]), self.config.sparsity
+            _keep_all(parts)
+            shares = _divide(parts, run, target) if self.config.divide else [target] * len(parts)
+            _keep_all(parts)
+            for index, (part, share) in enumerate(zip(parts, shares, strict=True)):
+                part.set(_quantile(_seen(parts, run)[index], share), share)
+
     @staticmethod
     def _set(router: MagnitudeRouter, ffn: SparseFFN, x_TD: Tensor, of_inputs: float, of_down: float) -> None:
         """Thresholds; the second is of what comes of the inputs that the first leaves."""
         router.taus[0] = _quantile(x_TD.abs(), of_inputs)
         hidden = [ffn.hidden(router.inputs(x_tD)).abs() for x_tD in x_TD.split(512)]
         router.taus[1] = _quantile(torch.cat(hidden), of_down)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A threshold, of one projection or of gate and up.
+
+    Attributes:
+        weights: number of weights behind it.
+        watched: the module that gets the inputs.
+        read: of what the module gets, the sizes that are compared with the threshold.
+        set: takes the threshold, and the share that it leaves out.
+    """
+
+    weights: int
+    watched: nn.Module
+    read: Callable[[Tensor], Tensor]
+    set: Callable[[Tensor, float], None]
+
+
+def _parts(block: nn.Module, ffn: SparseFFN) -> list[_Part]:
+    """Of a block, in the order in which they run."""
+    router, weights = ffn.router, ffn.weights()
+    assert isinstance(router, MagnitudeRouter)
+
+    def set_tau(index: int, tau: Tensor, share: float) -> None:
+        router.taus[index] = tau
+
+    first = weights.up.numel() * (1 if weights.gate is None else 2)
+    others = [module for module in block.modules() if isinstance(module, Thresholded)]
+    return [
+        *(_Part(module.weight.numel(), module, Tensor.abs, module.leave_out) for module in others),
+        _Part(first, ffn, Tensor.abs, partial(set_tau, 0)),
+        _Part(weights.down.numel(), ffn, lambda x: ffn.hidden(router.inputs(x)).abs(), partial(set_tau, 1)),
+    ]
+
+
+def _keep_all(parts: Sequence[_Part]) -> None:
+    for part in parts:
+        part.set(torch.zeros(()), 0.0)
+
+
+def _seen(parts: Sequence[_Part], run: BlockRun, tokens: int | None = None) -> list[Tensor]:
+    """What every threshold is compared with."""
+    found: list[list[Tensor]] = [[] for _ in parts]
+    with ExitStack() as stack:
+        for part, values in zip(parts, found, strict=True):
+
+            def keep(
+                module: nn.Module, args: tuple[Tensor, ...], part: _Part = part, to: list[Tensor] = values
+            ) -> None:
+                of_tokens = part.read(args[0].detach()).flatten(0, -2)
+                to.append(of_tokens if run.real_T is None else of_tokens[run.real_T])
+
+            stack.enter_context(part.watched.register_forward_pre_hook(keep))
+        run(tokens)
+    return [torch.cat(values) for values in found]
+
+
+def _divide(parts: Sequence[_Part], run: BlockRun, sparsity: float) -> list[float]:
+    """The share of every part, step by step."""
+    wanted, seen = run(GREEDY), _seen(parts, run, GREEDY)
+    steps = round(MOST / STEP)
+    taus = [[_quantile(values, STEP * step) for step in range(1, steps + 1)] for values in seen]
+    at, left = [0] * len(parts), sparsity * sum(part.weights for part in parts)
+    shares = [0.0] * len(parts)
+
+    def error() -> float:
+        return float((run(GREEDY) - wanted).float().square().mean())
+
+    def costs(part: int) -> float:
+        """What the next step of a part changes, for every weight that it saves."""
+        parts[part].set(taus[part][at[part]], 0.0)
+        more = error() - before
+        parts[part].set(taus[part][at[part] - 1] if at[part] else torch.zeros_like(taus[part][0]), 0.0)
+        return more / parts[part].weights
+
+    while left > 0 and any(step < steps for step in at):
+        before = error()
+        chosen = min((part for part in range(len(parts)) if at[part] < steps), key=costs)
+        step = min(STEP, left / parts[chosen].weights)
+        parts[chosen].set(taus[chosen][at[chosen]], 0.0)
+        at[chosen] += 1
+        shares[chosen] += step
+        left -= step * parts[chosen].weights
+    return shares
+
+
+def _sparse_blocks(model: nn.Module) -> Iterator[tuple[nn.Module, SparseFFN]]:
+    for block in blocks_of(model):
+        ffn = next((module for module in block.modules() if isinstance(module, SparseFFN)), None)
+        if ffn is not None:
+            yield block, ffn
 
 
 def _quantile(values: Tensor, share: float) -> Tensor:

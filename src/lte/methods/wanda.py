@@ -19,8 +19,8 @@ from lte.nn import ROUTER_DTYPE, LookingRouter, Router, RouterCost, Routing, Spa
 class WandaConfig(FixedShareConfig):
     """Weights of the FFNs alone that count least for their output, ``abs(w_ij) * norm(x_j)``, become zeros.
 
-    Norms are over calibration tokens of the dense model, which the published method takes layer by layer from the model
-    as pruned so far.
+    Norms are over calibration tokens, layer by layer, of the model as pruned so far. The published method does the same
+    to attention.
 
     Attributes:
         pattern: ``unstructured``: the same share of every output's weights; ``2:4`` and ``4:8``: half of every 4 or 8
@@ -73,6 +73,7 @@ class Wanda(UnlearnedMethod[WandaConfig]):
     kernels = "none: single weights"
     calibration_tokens = 4096
     trains, trainable, fitted = False, False, True
+    in_sequence = True
 
     def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> Router:
         """See :class:`Method`."""
@@ -84,20 +85,27 @@ class Wanda(UnlearnedMethod[WandaConfig]):
     ) -> None:
         """See :class:`Method`."""
         assert calibration is not None
-        found = []
+        for ffn in ffns:  # before anything is changed
+            self._check_widths(ffn)
         for ffn, seen in zip(ffns, calibration, strict=True):
             parts = [(x_tD.square().sum(0), h_tF.square().sum(0)) for _, (x_tD, h_tF) in seen.chunks()]
             norms_D, norms_F = (torch.stack(each).sum(0).sqrt() for each in zip(*parts, strict=True))
             weights = ffn.weights()
-            kept = [self.keeps(w.abs() * norms_D) for w in (weights.gate, weights.up) if w is not None]
-            found.append([*kept, self.keeps(weights.down.T.abs() * norms_F).T])
-        for ffn, keeps in zip(ffns, found, strict=True):
-            weights = ffn.weights()
+            first = [self.keeps(w.abs() * norms_D) for w in (weights.gate, weights.up) if w is not None]
+            keeps = [*first, self.keeps(weights.down.T.abs() * norms_F).T]
             matrices = [w for w in (weights.gate, weights.up, weights.down) if w is not None]
             for matrix, mask in zip(matrices, keeps, strict=True):
                 matrix.data.mul_(mask)
             assert isinstance(ffn.router, ZerosRouter)
             ffn.router.used.copy_(torch.stack([mask.float().mean(1) for mask in keeps]).mean(0))
+
+    def _check_widths(self, ffn: SparseFFN) -> None:
+        weights, of = ffn.weights(), 1
+        if self.config.pattern != "unstructured":
+            of = int(self.config.pattern.split(":")[1])
+        for inputs in (weights.d_model, weights.d_ff):
+            if inputs % of:
+                raise ConfigError(f"pattern={self.config.pattern} needs inputs that {of} divides, not {inputs}")
 
     def keeps(self, scores: Tensor) -> Tensor:
         """Which weights stay: [outputs, inputs] -> the same, bool."""
@@ -105,6 +113,4 @@ class Wanda(UnlearnedMethod[WandaConfig]):
         if self.config.pattern == "unstructured":
             return largest(scores, max(1, round(inputs * (1 - self.config.sparsity))))
         kept, of = map(int, self.config.pattern.split(":"))
-        if inputs % of:
-            raise ConfigError(f"pattern={self.config.pattern} needs inputs that {of} divides, not {inputs}")
         return largest(scores.unflatten(1, (-1, of)), kept).flatten(1)

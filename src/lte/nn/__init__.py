@@ -22,6 +22,7 @@ from lte.nn.router import (
     largest,
 )
 from lte.nn.routing import ConstantForm, CopyForm, Form, HalfForm, LinearForm, NestedForm, RouterCost, Routing
+from lte.nn.thresholded import Thresholded, threshold_inputs
 
 __all__ = [
     "ROUTER_DTYPE",
@@ -55,11 +56,13 @@ __all__ = [
     "SparsityMeter",
     "SplitSparseFFN",
     "ThresholdRouter",
+    "Thresholded",
     "TiedHead",
     "TopKSoftmaxRouter",
     "largest",
     "observe_routing",
     "set_mode",
     "sparse_ffns",
+    "threshold_inputs",
     "unsaid",
 ]
