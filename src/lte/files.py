@@ -1,9 +1,16 @@
-"""Files that are whole, or not there."""
+"""Files that are whole, or not there, and folders that one run writes to."""
 
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs in one folder go unnoticed there
+    fcntl = None  # type: ignore[assignment]
 
 
 def write_whole(file: Path, text: str) -> None:
@@ -12,3 +19,40 @@ def write_whole(file: Path, text: str) -> None:
     partial = file.with_name(file.name + ".partial")
     partial.write_text(text)
     os.replace(partial, file)
+
+
+LOCK = "run.lock"
+"""In a folder that a run writes to: who does. The operating system lets go of it when the process ends, however."""
+
+_held: dict[Path, IO[str]] = {}
+
+
+def lock_folder(folder: Path) -> str | None:
+    """Keep a folder for this process until it ends, or :func:`unlock_folder`; who has it already, if somebody does."""
+    if fcntl is None:
+        return None
+    file = folder.resolve() / LOCK
+    if file in _held:
+        return None
+    handle = file.open("a+")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        handle.seek(0)
+        owner = handle.read().strip()
+        handle.close()
+        return owner or "another process"
+    handle.truncate(0)
+    handle.write(f"process {os.getpid()} on {platform.node()}")
+    handle.flush()
+    _held[file] = handle
+    return None
+
+
+def unlock_folder(folder: Path) -> None:
+    """Let go of a folder, and leave no trace in it."""
+    file = folder.resolve() / LOCK
+    handle = _held.pop(file, None)
+    if handle is not None:
+        file.unlink(missing_ok=True)
+        handle.close()

@@ -20,7 +20,7 @@ from lte.calibration import device_inputs, sample_batches
 from lte.config import MethodConfig, OperatingPoint, method_of
 from lte.errors import ConfigError
 from lte.evaluate import check_direction, load_for_evaluation, versions
-from lte.files import write_whole
+from lte.files import LOCK, lock_folder, unlock_folder, write_whole
 from lte.hub import default_device, is_sparse_config, load, load_dense, load_tokenizer, read_config
 from lte.memory import peak_memory
 from lte.nn import SparsityMeter, observe_routing, sparse_ffns
@@ -39,6 +39,7 @@ from lte.training import (
     last_complete_checkpoint,
     optimizer_for,
     refuse_idle_losses,
+    restore_finished,
 )
 
 logger = logging.getLogger(__name__)
@@ -193,7 +194,9 @@ def finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    at = None if checkpoint is None else str(checkpoint)
+    if not restore_finished(trainer, at):
+        trainer.train(resume_from_checkpoint=at)
     return _save_trained(trainer, tokenizer, out, _summary(recipe, trainer.state.global_step, started, {}))
 
 
@@ -270,6 +273,8 @@ def check_folder(out: Path, recipe: Recipe, *, resume: bool, overwrite: bool) ->
         raise ConfigError(f"out={str(out)!r} is a file; give a folder")
     if not out.is_dir() or not any(out.iterdir()):
         return
+    if (out / LOCK).is_file() and PartialState().is_main_process:
+        _lock(out)
     if overwrite and not written.is_file():
         raise ConfigError(f"out folder {str(out)!r} was not made by lte and is not overwritten; empty it yourself")
     if not overwrite and not resume:
@@ -281,15 +286,46 @@ def check_folder(out: Path, recipe: Recipe, *, resume: bool, overwrite: bool) ->
 
 
 def claim_folder(out: Path, recipe: Recipe, *, overwrite: bool) -> None:
-    """Make ``out``, after :func:`check_folder`, and leave the recipe in it; of several processes the first does it."""
+    """Make ``out``, after :func:`check_folder`, and leave the recipe in it; of several processes the first does it.
+
+    What was in a folder that is overwritten stays beside it until the new run is complete, see :func:`replaced`.
+
+    Raises:
+        ConfigError: another run writes to it.
+    """
     processes = PartialState()
     processes.wait_for_everyone()  # nobody looks at the folder any more
     if processes.is_main_process:
         if overwrite and out.is_dir():
-            shutil.rmtree(out)
+            _lock(out)
+            _set_aside(out)
         out.mkdir(parents=True, exist_ok=True)
-        (out / "recipe.yaml").write_text(dump_recipe(recipe))
+        _lock(out)
+        write_whole(out / "recipe.yaml", dump_recipe(recipe))
     processes.wait_for_everyone()
+
+
+def replaced(out: Path) -> Path:
+    """Where what a run overwrites is until that is complete."""
+    return out.with_name(f"{out.name}.replaced")
+
+
+def _lock(out: Path) -> None:
+    if owner := lock_folder(out):
+        raise ConfigError(
+            f"out folder {str(out)!r} is being written to by {owner}; wait for that run, stop it, or use another --out"
+        )
+
+
+def _set_aside(out: Path) -> None:
+    kept = replaced(out)
+    unlock_folder(out)
+    if kept.is_dir() and (kept / RUN_FILE).is_file() and not (out / RUN_FILE).is_file():
+        shutil.rmtree(out)  # a run that was to replace it, and never came to its end
+    else:
+        shutil.rmtree(kept, ignore_errors=True)
+        out.rename(kept)
+        logger.info("what was in %s is in %s until the new run is complete", out, kept)
 
 
 def _read_inputs(recipe: Recipe) -> tuple[Any, Task, Any]:
@@ -409,4 +445,6 @@ def _save(model: Any, tokenizer: Any, out: Path, summary: dict[str, Any]) -> dic
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     write_whole(out / RUN_FILE, json.dumps(summary, indent=2) + "\n")
+    shutil.rmtree(replaced(out), ignore_errors=True)
+    unlock_folder(out)
     return summary

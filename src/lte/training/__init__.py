@@ -1,7 +1,13 @@
 """Losses, stages and the trainer."""
 
 from lte.training.arguments import PAPER, LTETrainingArguments, check_ranges, refuse_idle_losses
-from lte.training.callbacks import FiniteGradients, JsonLinesLog, StepProgress, last_complete_checkpoint
+from lte.training.callbacks import (
+    FiniteGradients,
+    JsonLinesLog,
+    StepProgress,
+    last_complete_checkpoint,
+    restore_finished,
+)
 from lte.training.losses import efficiency_loss, separability_loss
 from lte.training.precision import check_optimizer, optimizer_for
 from lte.training.stopping import StopAtSignal, Terminated, termination
@@ -25,6 +31,7 @@ __all__ = [
     "last_complete_checkpoint",
     "optimizer_for",
     "refuse_idle_losses",
+    "restore_finished",
     "separability_loss",
     "termination",
 ]

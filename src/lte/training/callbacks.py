@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from lte.errors import NonFiniteLossError
 
@@ -98,6 +99,22 @@ class FiniteGradients(TrainerCallback):
 def gradient_norm(model: nn.Module) -> Tensor:
     """Norm over all gradients there are."""
     return get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+
+
+def restore_finished(trainer: Trainer, checkpoint: str | bool | None) -> bool:
+    """Load a checkpoint behind which no step is left; transformers would take one more step from it.
+
+    Returns:
+        Whether it is one.
+    """
+    if not checkpoint:
+        return False
+    state = TrainerState.load_from_json(str(Path(str(checkpoint)) / TRAINER_STATE_NAME))
+    if state.global_step < state.max_steps:
+        return False
+    trainer._load_from_checkpoint(str(checkpoint))
+    trainer.state = state
+    return True
 
 
 def last_complete_checkpoint(folder: str | Path) -> Path | None:

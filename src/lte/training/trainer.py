@@ -6,15 +6,13 @@ import logging
 import math
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import Trainer, TrainerState
+from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
@@ -33,7 +31,7 @@ from lte.thresholds import (
     thresholds_of,
 )
 from lte.training.arguments import STAGE_LENGTHS, LTETrainingArguments, refuse_idle_losses, refuse_reentrant
-from lte.training.callbacks import StepProgress, gradient_norm, last_complete_checkpoint
+from lte.training.callbacks import StepProgress, gradient_norm, last_complete_checkpoint, restore_finished
 from lte.training.losses import RoutingTotals, total_routing
 from lte.training.precision import optimizer_for
 from lte.training.reading import PROBE_LENGTH, PROBE_TOKENS, Probe, StepReading, first_tokens
@@ -156,9 +154,11 @@ class LTETrainer(Trainer):
             if last is None:
                 raise CheckpointError(f"no complete checkpoint in {self.args.output_dir} to resume from")
             resume_from_checkpoint = str(last)
-        output = self._restore_finished(resume_from_checkpoint)
         started = time.perf_counter()
-        if output is None:
+        if restore_finished(self, resume_from_checkpoint):
+            self.begin()
+            output = TrainOutput(self.state.global_step, float("nan"), {})
+        else:
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self.seconds_of["training"] = time.perf_counter() - started
         set_mode(self.model, Mode.HARD)
@@ -166,18 +166,6 @@ class LTETrainer(Trainer):
             self._land(self.tracker)
             self.seconds_of["landing"] = time.perf_counter() - started - self.seconds_of["training"]
         return output
-
-    def _restore_finished(self, checkpoint: str | bool | None) -> TrainOutput | None:
-        """Load a checkpoint behind which no step is left; transformers would take one more step from it."""
-        if not checkpoint:
-            return None
-        state = TrainerState.load_from_json(str(Path(str(checkpoint)) / TRAINER_STATE_NAME))
-        if state.global_step < self.plan.total:
-            return None
-        self._load_from_checkpoint(str(checkpoint))
-        self.state = state
-        self.begin()
-        return TrainOutput(state.global_step, float("nan"), {})
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW (or what ``args.optim`` says) with the routers in a group of their own."""

@@ -1,0 +1,107 @@
+"""What a run does to the folder it writes to: nothing is lost, and two runs do not write to one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from lte import runs
+from lte.errors import ConfigError, LTEError
+from lte.files import LOCK, lock_folder, unlock_folder
+from lte.recipe import parse_recipe
+from tests.test_cli import folder  # noqa: F401 - a fixture
+
+HOLDER = """
+import sys
+from pathlib import Path
+from lte.files import lock_folder
+lock_folder(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def recipe(folder, tmp_path):  # noqa: F811
+    def make(seed: int = 0, **training):
+        values = {
+            "model": str(folder / "dense"),
+            "data": str(folder / "text.txt"),
+            "out": str(tmp_path / "out"),
+            "seed": seed,
+            "task": {"name": "lm", "context_length": 16},
+            "training": {"max_steps": 2, "per_device_train_batch_size": 2, **training},
+        }
+        return parse_recipe(values)
+
+    return make
+
+
+def test_what_is_overwritten_is_there_until_the_new_run_is_complete(recipe, tmp_path, monkeypatch):
+    runs.finetune(recipe())
+    out, kept = tmp_path / "out", tmp_path / "out.replaced"
+    before = (out / "model.safetensors").read_bytes()
+
+    def fail(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "_save", fail)
+        with pytest.raises(MemoryError):
+            runs.finetune(recipe(seed=1), overwrite=True)
+    assert (kept / "model.safetensors").read_bytes() == before
+    unlock_folder(out)
+    runs.finetune(recipe(seed=1), overwrite=True)  # over the run that failed: what it was to replace stays till then
+    assert not kept.exists()
+    assert (out / "model.safetensors").read_bytes() != before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert not (out / LOCK).exists()
+
+
+def test_settings_that_are_wrong_leave_everything_as_it_is(recipe, tmp_path):
+    runs.finetune(recipe())
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    wrong = recipe()
+    wrong.data = str(tmp_path / "nothing.txt")
+    with pytest.raises(LTEError):
+        runs.finetune(wrong, overwrite=True)
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="files are locked by fcntl")
+@pytest.mark.parametrize("how", [{"overwrite": True}, {"resume": True}])
+def test_a_folder_that_another_run_writes_to_is_refused(recipe, tmp_path, how):
+    runs.finetune(recipe())
+    out = tmp_path / "out"
+    (out / runs.RUN_FILE).unlink()  # as if it were running
+    before = json.dumps(sorted(path.name for path in out.iterdir()))
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(ConfigError, match=f"is being written to by process {other.pid} on"):
+        runs.finetune(recipe(), **how)
+    assert json.dumps(sorted(path.name for path in out.iterdir() if path.name != LOCK)) == before
+    other.kill()
+    other.wait()
+    assert runs.finetune(recipe(), **how)["steps"] == 2  # whose owner is dead is free
+
+
+def test_a_lock_is_of_one_folder_and_one_process(tmp_path):
+    assert lock_folder(tmp_path) is None
+    assert lock_folder(tmp_path) is None
+    unlock_folder(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_killed_after_its_last_step_takes_no_other(recipe, tmp_path, monkeypatch):
+    runs.finetune(recipe(save_steps=1))
+    out = tmp_path / "out"
+    before = (out / "model.safetensors").read_bytes()
+    (out / runs.RUN_FILE).unlink()
+    (out / "model.safetensors").unlink()
+    assert runs.finetune(recipe(save_steps=1), resume=True)["steps"] == 2
+    assert (out / "model.safetensors").read_bytes() == before
