@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from lte.bench_commands import bench_app
 from lte.errors import ConfigError, LTEError
 from lte.evaluate_commands import calibrate, evaluate
+from lte.files import is_full_disk
 from lte.memory import is_shortage
 from lte.options import (
     BatchSize,
@@ -380,15 +381,25 @@ def main() -> None:
     except OSError as error:
         if debug:
             raise
+        if is_full_disk(error):
+            _fail(2, FULL_DISK + (f": {error.filename}" if error.filename else ""))
         _fail(2, f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
     except Exception as error:
         if debug:
             raise
+        if is_full_disk(error):
+            _fail(2, FULL_DISK)
         if is_shortage(error):
             _fail(1, "out of memory; try a smaller batch or context, or another dtype")
         said = " ".join(str(error).split())
         said = said if len(said) < 300 else said[:300] + "..."
         _fail(1, f"{type(error).__name__}: {said}; the traceback is in {_leave_traceback(error)}, --debug shows it")
+
+
+FULL_DISK = (
+    "there is no space left to write to; what was complete stays as it is. Make room, then run the same command again, "
+    "a training with --resume"
+)
 
 
 def _fail(code: int, message: str) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 from pathlib import Path
@@ -20,6 +21,22 @@ def write_whole(file: Path, text: str) -> None:
     partial.write_text(text)
     os.replace(partial, file)
 
+
+def is_full_disk(error: BaseException | None) -> bool:
+    """Whether an error says, itself or by what it came from, that there is no space left to write to."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return True
+        # Of safetensors and of torch.save, which keep no error of the system.
+        if any(said in str(error) for said in ("No space left on device", "os error 27", "PytorchStreamWriter failed")):
+            return True
+        if "inline_container" in str(error) and "unexpected pos" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 LOCK = "run.lock"
 """In a folder that a run writes to: who does. The operating system lets go of it when the process ends, however."""

@@ -6,7 +6,8 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,8 @@ def make_sparse(recipe: Recipe, *, overwrite: bool = False) -> dict[str, Any]:
         reached = _sparsity_on(model, batches[:1])
     parts["thresholds"] = time.perf_counter() - searched
     claim_folder(out, recipe, overwrite=overwrite)
-    return _save(model, tokenizer, out, _summary(recipe, 0, started, parts) | reached)
+    with _nothing_left(out):
+        return _save(model, tokenizer, out, _summary(recipe, 0, started, parts) | reached)
 
 
 def finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -299,10 +301,24 @@ def claim_folder(out: Path, recipe: Recipe, *, overwrite: bool) -> None:
         if overwrite and out.is_dir():
             _lock(out)
             _set_aside(out)
-        out.mkdir(parents=True, exist_ok=True)
-        _lock(out)
-        write_whole(out / "recipe.yaml", dump_recipe(recipe))
+        with _nothing_left(out) if not out.is_dir() else nullcontext():
+            out.mkdir(parents=True, exist_ok=True)
+            _lock(out)
+            write_whole(out / "recipe.yaml", dump_recipe(recipe))
     processes.wait_for_everyone()
+
+
+@contextmanager
+def _nothing_left(out: Path) -> Iterator[None]:
+    """Where what is made in a folder that was not there comes to no end, the folder is as it was before."""
+    try:
+        yield
+    except BaseException:
+        unlock_folder(out)
+        shutil.rmtree(out, ignore_errors=True)
+        if replaced(out).is_dir():
+            replaced(out).rename(out)
+        raise
 
 
 def replaced(out: Path) -> Path:

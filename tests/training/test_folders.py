@@ -105,3 +105,19 @@ def test_a_run_killed_after_its_last_step_takes_no_other(recipe, tmp_path, monke
     (out / "model.safetensors").unlink()
     assert runs.finetune(recipe(save_steps=1), resume=True)["steps"] == 2
     assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_a_disk_that_is_full_is_said_in_one_line_and_leaves_what_was_there(folder, recipe, tmp_path):  # noqa: F811
+    """No file may become larger than a checkpoint: what `python -m tests.campaign.full_disk` does with a disk."""
+    runs.finetune(recipe())
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); import signal; "
+    code += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from lte.cli import main; main()"
+    words = ["sparsify", "--model", folder / "dense", "--task", "lm", "--data", folder / "text.txt", "--overwrite"]
+    words += ["--context-length", "16", "--target-sparsity", "0.4", "--out", tmp_path / "out"]
+    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("error: there is no space left to write to; what was complete stays as it is") == 1
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
