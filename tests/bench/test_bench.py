@@ -13,7 +13,7 @@ from lte import KLAConfig, LTEConfig, SelfPredictionConfig
 from lte.bench.decode import bench_decode, time_beside
 from lte.bench.ffn import bench_ffn
 from lte.bench.limit import bench_limit, decode_bytes
-from lte.bench.shapes import SHAPES, model_config, random_model, set_sparsity
+from lte.bench.shapes import SHAPES, leave_out, model_config, random_model
 from lte.cli import app
 from lte.errors import ConfigError
 from lte.nn import SparsityMeter, observe_routing, sparse_ffns
@@ -175,7 +175,7 @@ def test_random_routers_reach_the_sparsity_asked_for(tmp_path, sparsity):
     model = random_model(model_config(str(config)), torch.float32, torch.device("cpu"), LTEConfig(expert_size=8))
     ids = torch.randint(1, 96, (1, 200))
     with torch.no_grad():
-        set_sparsity(model, sparsity, ids)
+        leave_out(model, sparsity, ids)
         meter = SparsityMeter(len(sparse_ffns(model)))
         meter.set_token_mask(torch.ones_like(ids, dtype=torch.bool))
         with observe_routing(model, meter):

@@ -106,6 +106,19 @@ def test_meter_counts_marked_tokens_only():
     assert all(ffn.observer is None for ffn in sparse_ffns(model))
 
 
+def test_no_mask_is_all_tokens_and_false_is_none():
+    """As it is wherever a token mask is taken."""
+    model, _ = ffn_of("llama")
+    batch, every, none = models.inputs(2, 6), SparsityMeter(models.LAYERS), SparsityMeter(models.LAYERS)
+    marked = SparsityMeter(models.LAYERS)
+    for meter, mask in ((every, None), (none, False), (marked, torch.ones(2, 6, dtype=torch.bool))):
+        meter.set_token_mask(mask)
+        with torch.no_grad(), observe_routing(model, meter):
+            model(**batch)
+    assert every.per_layer == marked.per_layer
+    assert not none.seen.any()
+
+
 def test_padding_does_not_change_the_routing_of_real_tokens():
     """A batch of two with left padding gives each row what it gets alone."""
     model, _ = ffn_of("llama")

@@ -129,7 +129,7 @@ def test_every_token_counts_once_and_batch_size_changes_nothing(llama, batch_siz
     result = task.evaluate(llama, tokenizer, texts(), batch_size=batch_size, set_token_mask=watch.set_token_mask)
     alone = task.evaluate(llama, tokenizer, texts(), batch_size=1, set_token_mask=lambda mask: None)
     assert watch.counted == stream_of(tokenizer)
-    assert watch.last_told is None
+    assert watch.last_told is False
     assert result.extras["cross_entropy"] == pytest.approx(alone.extras["cross_entropy"], abs=1e-5)
 
 

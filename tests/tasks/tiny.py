@@ -79,7 +79,7 @@ class Watch:
     """Plays the statistics: which input tokens of a model's forwards were announced as counting."""
 
     def __init__(self, model):
-        self.mask = None
+        self.mask = False
         self.counted = []
         self.last_told = "nothing"
         model.register_forward_pre_hook(self._forward, with_kwargs=True)
@@ -88,7 +88,7 @@ class Watch:
         self.mask = self.last_told = mask
 
     def _forward(self, module, args, kwargs):
-        if self.mask is not None:
+        if self.mask is not False:
             assert self.mask.dtype == torch.bool
             assert self.mask.shape == kwargs["input_ids"].shape
             self.counted += kwargs["input_ids"][self.mask].tolist()

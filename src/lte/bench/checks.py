@@ -55,7 +55,7 @@ def check_logits(model: Any, ids_BS: Tensor, new_tokens: int) -> tuple[float, fl
         ffn.choose_path = lambda tokens: ("reference", 1.0)
     with observe_routing(model, meter), _reference():
         wanted = model(output.sequences[:, :-1], use_cache=False).logits[:, ids_BS.shape[1] - 1 :].float()
-        meter.set_token_mask(None)
+        meter.set_token_mask(False)
     for ffn, chooser in zip(sparse_ffns(model), choosers, strict=True):
         ffn.choose_path = chooser
     got = torch.stack([logits.float() for logits in output.logits], dim=1)

@@ -24,7 +24,7 @@ from lte.bench.ffn import DTYPES
 from lte.bench.limit import DecodeBytes, decode_bytes
 from lte.bench.machine import copy_gbytes_per_s, read_gbytes_per_s
 from lte.bench.rows import Row
-from lte.bench.shapes import meta_model, model_config, random_model, set_sparsity
+from lte.bench.shapes import leave_out, meta_model, model_config, random_model
 from lte.config import MethodConfig, WeightsConfig
 from lte.errors import ConfigError
 from lte.evaluate import versions
@@ -238,7 +238,7 @@ class _Bench:
         progress("setting the routers" if sparsity < 0 else f"setting the routers to sparsity {sparsity:g}")
         model = self.model
         if sparsity >= 0:
-            set_sparsity(model, sparsity, calibration)
+            leave_out(model, sparsity, calibration)
         return self._engine()
 
     def precise_engine(self, bits: float, calibration: Tensor, progress: Callable[[str], None]) -> Engine:

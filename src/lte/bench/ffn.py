@@ -281,7 +281,7 @@ def _measure(case: Case, n_tokens: int, sparsity: float, backend: str, rounds: i
         torch.randn(n_tokens, first.d_model, generator=generator).to(case.device, dtype) for _ in range(rounds + 2)
     ]
     for ffn in case.ffns:
-        _set_sparsity(ffn.router, inputs, sparsity)
+        _leave_out(ffn.router, inputs, sparsity)
     error = max(_error(case, layer, inputs[layer % len(inputs)]) for layer in range(min(2, len(case.ffns))))
     plain = isinstance(first, FFNWeights)
     tolerance = TOLERANCE[dtype] if plain else max(TOLERANCE[dtype], CODES_TOLERANCE[0])
@@ -328,7 +328,7 @@ def _kind_of(router: Router) -> str:
     return "mask given" if isinstance(router, GivenMask) else "linear"
 
 
-def _set_sparsity(router: Router, inputs: list[Tensor], sparsity: float) -> None:
+def _leave_out(router: Router, inputs: list[Tensor], sparsity: float) -> None:
     if isinstance(router, GivenMask):
         router.forget(sparsity)
     elif sparsity <= 0:

@@ -187,7 +187,7 @@ def _tile(pattern: Tensor, shape: torch.Size) -> Tensor:
 
 
 @torch.no_grad()
-def set_sparsity(model: Any, sparsity: float, ids_BS: Tensor) -> None:
+def leave_out(model: Any, sparsity: float, ids_BS: Tensor) -> None:
     """Move every threshold so that this share of its experts is left out on these tokens; 0: none of them."""
     if sparsity <= 0:
         for ffn in sparse_ffns(model):

@@ -201,7 +201,7 @@ class LTEModel(HFLM):
         with torch.no_grad(), observe_routing(self.model, self.meter):
             self.meter.set_token_mask(mask_BS)
             logits: Tensor = self.model(input_ids=ids_BS.to(self.device), use_cache=False, **options).logits
-            self.meter.set_token_mask(None)
+            self.meter.set_token_mask(False)
         return logits
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,18 +57,20 @@ class SparsityMeter:
         self.active = torch.zeros(n_layers, dtype=torch.float64)
         self.seen = torch.zeros(n_layers, dtype=torch.float64)
         self.histogram = torch.zeros(n_layers, bins, dtype=torch.float64)
-        self._token_mask: Tensor | None = None
+        self._token_mask: Tensor | bool | None = False
 
-    def set_token_mask(self, mask_BS: Tensor | None) -> None:
-        """Say which tokens of the forwards to come count: [B, S] bool, or None for none of them."""
+    def set_token_mask(self, mask_BS: Tensor | bool | None) -> None:
+        """Say which tokens of the forwards to come count: [B, S] bool; None for all of them, False for none."""
         self._token_mask = mask_BS
 
     @torch.no_grad()
     def __call__(self, layer: int, routing: Routing) -> None:
         """Observe one routing; see :func:`observe_routing`."""
-        if self._token_mask is None:
+        if self._token_mask is False:
             return
-        counted = self._token_mask.reshape(-1).to(routing.mask.device)
+        counted: Any = slice(None)
+        if isinstance(self._token_mask, Tensor):
+            counted = self._token_mask.reshape(-1).to(routing.mask.device)
         shares_TE = routing.shares.flatten(0, -2)[counted]
         self.active[layer] += shares_TE.sum().cpu()
         self.seen[layer] += shares_TE.numel()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from datasets import Dataset
@@ -20,8 +20,8 @@ from lte.tasks.sources import Source, load_rows
 
 T = TypeVar("T")
 
-SetTokenMask = Callable[[Tensor | None], None]
-"""Called before each forward: [B, S] bool, True for the tokens that count; None means none of them count."""
+SetTokenMask = Callable[[Tensor | Literal[False]], None]
+"""Called before each forward: [B, S] bool, True for the tokens that count; False where none of them do."""
 
 Progress = Callable[[int, int], None]
 """Called after each batch with the number of batches done and in total."""
@@ -73,10 +73,10 @@ class Run:
         """Number of batches that ``n_items`` make."""
         return -(-n_items // self.batch_size)
 
-    def count(self, mask_BS: Tensor | None) -> None:
-        """Announce which tokens of the next forward count."""
+    def count(self, mask_BS: Tensor | Literal[False]) -> None:
+        """Announce which tokens of the next forward count; False: none."""
         self.set_token_mask(mask_BS)
-        if mask_BS is not None:
+        if isinstance(mask_BS, Tensor):
             self.tokens += int(mask_BS.sum())
 
 
@@ -129,7 +129,7 @@ class Task(ABC):
             tokenizer: of the model.
             source: see :func:`lte.tasks.load_rows`.
             batch_size: windows, prompts or rows per forward; does not change the result.
-            set_token_mask: see :data:`SetTokenMask`; told None when all is done.
+            set_token_mask: see :data:`SetTokenMask`; told False when all is done.
             progress: see :data:`Progress`.
             seed: of torch's generators; the tasks draw nothing, a model may.
             against: another model, whose predictions these are compared with: ``kl_divergence`` and ``same_top`` among
@@ -156,7 +156,7 @@ class Task(ABC):
                 torch.manual_seed(seed)
                 result = self._measure(model, tokenizer, rows, config, run)
         finally:
-            set_token_mask(None)
+            set_token_mask(False)
             model.train(was_training)
         if run.beside is None:
             return result

@@ -151,7 +151,7 @@ class PromptFormat:
         answers: list[list[int]] = [[] for _ in prompts]
         for indices in run.batches(by_length):
             batch_ids = [prompt_ids[index] for index in indices]
-            run.count(None)
+            run.count(False)
             batch_answers = generate_greedily(model, tokenizer, batch_ids, self.config.max_new_tokens)
             self._count(model, tokenizer, batch_ids, batch_answers, run)
             for index, answer in zip(indices, batch_answers, strict=True):

@@ -67,7 +67,7 @@ def score_rows(
     loss, n_scored = 0.0, 0
     for items in run.batches(ordered):
         batch = to_device(collate(items), model.device)
-        run.count(batch["attention_mask"].bool() if counted else None)
+        run.count(batch["attention_mask"].bool() if counted else False)
         batch_loss, batch_scored = scored_loss(model, batch, run.beside)
         loss += batch_loss
         n_scored += batch_scored
