@@ -295,6 +295,13 @@ def _grouped(matrix_ND: Tensor, group: int) -> Tensor:
     return torch.nn.functional.pad(matrix_ND, (0, missing)).unflatten(1, (-1, group))
 
 
+def group_scales(matrix_Nk: Tensor, weights_k: Tensor, bits: int, upper: int | None = None) -> Tensor:
+    """:func:`best_scales` where every row is one group, [N]; by kernels where they do it."""
+    if upper is None and quantizes_fast(matrix_Nk):
+        return quantize(matrix_Nk, bits, matrix_Nk.shape[1], weights_k).scales_of_rows()[:, 0].float()
+    return best_scales(matrix_Nk.unsqueeze(1), weights_k[None], bits, upper)[:, 0]
+
+
 def best_scales(grouped_NGk: Tensor, weights_Gk: Tensor, bits: int, upper: int | None = None) -> Tensor:
     """Of some scales, those with the smallest weighted squared error of each group; [N, G], as bfloat16 has them.
 
