@@ -55,7 +55,8 @@ untrained() { # what needs no training, on the real language model: 33 thousand 
   smollm2
   part smollm2-untrained --model "$SMOLLM2" --task lm --context-length 512 --set task.stride=511 \
     --data $DATA/text/wikitext2/train_part.txt --eval-data "$(beginning $DATA/text/wikitext2/validation.txt -c 127883)" \
-    --methods $FREE,two-bits=self-prediction --set two-bits.bits=2 --sparsities 0.5,0.7,0.3 --decode-tokens 0
+    --methods $FREE,two-bits=self-prediction,teal-attention=teal --set two-bits.bits=2 --set teal-attention.attention=true \
+    --sparsities 0.5,0.7,0.3 --decode-tokens 0
 }
 
 decode() { # the same models' speed; nothing else should run. Quality is that of a few tokens only
