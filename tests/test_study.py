@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -121,3 +123,31 @@ def test_a_sweep_runs_what_is_missing_and_the_rows_average_over_seeds(tmp_path, 
     assert record["settings"] == {"seed": 1, "training.target_sparsity": 0.5}
     tradeoff_figure(found, "a study", tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 5000
+
+
+def test_processes_share_a_study(tmp_path, folder):  # noqa: F811
+    """Each point is run once; what is at work is passed over, a model that others start from is waited for."""
+    base = {"model": str(folder / "dense"), "data": str(folder / "text.txt"), "task": {"name": "lm"}}
+    base["task"]["context_length"] = 16
+    scored = {"data": str(folder / "text.txt"), "context_length": 16}
+    series = {"dense": SERIES["dense"], "kla": {"command": "sparsify", "set": {"sparsity.method": "kla"}}}
+    series["kla"]["grid"] = {"sparsity.sparsity": [0.3, 0.5]}
+    file = write(tmp_path, base=base, evaluate=scored, series=series)
+    (tmp_path / "results").mkdir()
+    busy = tmp_path / "results" / "kla-sparsity=0.3.lock"
+    code = "import sys; from pathlib import Path; from lte.files import lock; lock(Path(sys.argv[1])); "
+    code += "print('held', flush=True); sys.stdin.read()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(busy)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "held\n"
+    first = CliRunner().invoke(app, ["sweep", str(file)])
+    assert first.exit_code == 0, first.output
+    assert f"process {other.pid} on" in first.output
+    assert "3 points run" in first.output
+    other.kill()
+    other.wait()
+    assert "1 points run" in CliRunner().invoke(app, ["sweep", str(file)]).output
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [
+        *("dense-seed=0.json", "dense-seed=1.json", "kla-sparsity=0.3.json", "kla-sparsity=0.5.json"),
+    ]

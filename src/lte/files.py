@@ -46,10 +46,21 @@ _held: dict[Path, IO[str]] = {}
 
 def lock_folder(folder: Path) -> str | None:
     """Keep a folder for this process until it ends, or :func:`unlock_folder`; who has it already, if somebody does."""
-    if fcntl is None:
-        return None
-    file = folder.resolve() / LOCK
-    if file in _held:
+    return lock(folder / LOCK)
+
+
+def unlock_folder(folder: Path) -> None:
+    """Let go of a folder, and leave no trace in it."""
+    unlock(folder / LOCK)
+
+
+def lock(file: Path) -> str | None:
+    """Make a file that stands for something one process does at a time; who does it already, if somebody does.
+
+    Once it is had, look whether there is anything left to do: somebody may have done it and let go.
+    """
+    file = file.parent.resolve() / file.name
+    if fcntl is None or file in _held:
         return None
     handle = file.open("a+")
     try:
@@ -66,9 +77,9 @@ def lock_folder(folder: Path) -> str | None:
     return None
 
 
-def unlock_folder(folder: Path) -> None:
-    """Let go of a folder, and leave no trace in it."""
-    file = folder.resolve() / LOCK
+def unlock(file: Path) -> None:
+    """Let go of it, and leave no trace."""
+    file = file.parent.resolve() / file.name
     handle = _held.pop(file, None)
     if handle is not None:
         file.unlink(missing_ok=True)

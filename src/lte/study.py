@@ -1,4 +1,7 @@
-"""Studies: a grid of training runs, each evaluated, one JSON per point; what is there already is not run again."""
+"""Studies: a grid of training runs, each evaluated, one JSON per point; what is there already is not run again.
+
+Several processes may run one study at a time: each takes points that no other is at.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from lte.calibration import sample_batches
 from lte.config import validate_model
 from lte.errors import ConfigError
 from lte.evaluate import evaluate, load_for_evaluation
-from lte.files import write_whole
+from lte.files import lock, unlock, write_whole
 from lte.hub import default_device, device_name, load, load_dense, load_tokenizer
 from lte.recipe import Recipe, parse_recipe, put, read_yaml
 from lte.runs import RUN_FILE, check_recipe, finetune, make_sparse, train
@@ -278,16 +281,40 @@ def _is_done(point: Point) -> bool:
 
 def run_study(study: Study, *, only: str, part: str, report: Callable[[str], None]) -> int:
     """Run what is missing; the number of points that were run."""
-    todo, started = missing(study, only=only, part=part), time.monotonic()
+    todo, started, done = missing(study, only=only, part=part), time.monotonic(), 0
     for number, point in enumerate(todo, 1):
         report(f"{number}/{len(todo)} {point.name}")
-        record = run_point(point, study)
+        record = _run_alone(point, study, report)
+        if record is None:
+            continue
+        done += 1
         left = (time.monotonic() - started) / number * (len(todo) - number) / 60
         report(
             f"   sparsity {record['sparsity']:.1%}, {record['metric']} {record['value']:.4f}, "
             f"{record['training']['seconds']:.0f} s" + (f"; about {left:.0f} min left" if number < len(todo) else "")
         )
-    return len(todo)
+    return done
+
+
+def _run_alone(point: Point, study: Study, report: Callable[[str], None]) -> dict[str, Any] | None:
+    """Run a point that no other process runs; None where one does, or has done it.
+
+    A model that other points start from is waited for.
+    """
+    file = point.file.with_suffix(".lock")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    said = False
+    while owner := lock(file):
+        if not said:
+            report(f"   {owner} is at it" + ("; waiting for the model" if point.keep else ""))
+            said = True
+        if not point.keep:
+            return None
+        time.sleep(1)
+    try:
+        return None if _is_done(point) else run_point(point, study)
+    finally:
+        unlock(file)
 
 
 def _combinations(grid: dict[str, list[Any]]) -> list[dict[str, Any]]:
