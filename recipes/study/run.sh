@@ -129,7 +129,7 @@ instruct() { # instructions, then 5-shot MMLU
   smollm2
   part smollm2-instruct --model "$SMOLLM2" --task instruct --context-length 512 --set training.bf16=true --set task.max_new_tokens=40 \
     --data $DATA/instruct/train.jsonl --eval-data "$(beginning $DATA/instruct/validation.jsonl -n 40)" \
-    --steps 100 --batch-size 8 --learning-rate 5e-5 --decode-tokens 0 --tasks mmlu:limit=4:num_fewshot=5 --include-path recipes/tasks \
+    --steps 60 --batch-size 8 --learning-rate 5e-5 --decode-tokens 0 --tasks mmlu:limit=2:num_fewshot=5 --include-path recipes/tasks \
     --methods self-prediction --sparsities 0.5
 }
 
