@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import lte
 from lte.errors import CalibrationError, CheckpointError, ConfigError
@@ -172,3 +173,23 @@ def test_bad_requests():
         ConfigError, match="TopKSoftmaxRouter has no threshold to calibrate: it always runs the same share"
     ):
         lte.calibrate(lte.sparsify(models.build("llama"), config), batches(1), 0.5)
+
+
+def test_thresholds_are_kept_in_one_place(tmp_path):
+    """A router's and its config's are the same numbers: moved by hand, they are saved, copied and loaded so."""
+    config = lte.LTEConfig(expert_size=8, grouping="random", router_init="random")
+    model = lte.sparsify(models.build("llama"), config)
+    routers = [ffn.router for ffn in sparse_ffns(model)]
+    routers[0].threshold = 0.7
+    assert model.config.quantization_config.thresholds == [0.7, 0.5]
+    model.config.quantization_config.thresholds[1] = 0.4
+    assert routers[1].threshold == 0.4
+    copied = copy.deepcopy(model)
+    sparse_ffns(copied)[0].router.threshold = 0.3
+    assert copied.config.quantization_config.thresholds == [0.3, 0.4]
+    assert routers[0].threshold == 0.7
+    model.save_pretrained(tmp_path)
+    for loaded in (lte.load(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)):
+        assert [ffn.router.threshold for ffn in sparse_ffns(loaded)] == [0.7, 0.4]
+        sparse_ffns(loaded)[1].router.threshold = 0.9
+        assert loaded.config.quantization_config.thresholds == [0.7, 0.9]

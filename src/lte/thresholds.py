@@ -14,7 +14,7 @@ from lte.calibration import body_of, device_inputs, every_nth, token_count, with
 from lte.config import OperatingPoint, SparsityConfig
 from lte.errors import CalibrationError, ConfigError
 from lte.margins import Margins
-from lte.nn import Mode, observe_routing, set_mode, sparse_ffns
+from lte.nn import Mode, SparseFFN, observe_routing, set_mode, sparse_ffns
 from lte.nn.router import LOGIT_RANGE
 
 TOLERANCE, MISSED, DISTINCT = 0.002, 0.01, 0.005
@@ -37,9 +37,18 @@ def set_thresholds(model: Any, thresholds: Sequence[float]) -> None:
     ffns = sparse_ffns(model)
     if len(thresholds) != len(ffns):
         raise ConfigError(f"{len(thresholds)} thresholds were given for {len(ffns)} sparse FFNs; give one for each")
-    for ffn, threshold in zip(ffns, thresholds, strict=True):
-        ffn.router.threshold = threshold
     model.config.quantization_config.thresholds = list(thresholds)
+    share_thresholds(ffns, model.config.quantization_config)
+
+
+def share_thresholds(ffns: Sequence[SparseFFN], config: SparsityConfig) -> None:
+    """Make the list in a config, which ``config.json`` is written from, the one place where thresholds are kept."""
+    if not any(ffn.router.uses_threshold for ffn in ffns):
+        return
+    if config.thresholds is None:
+        config.thresholds = [ffn.router.threshold for ffn in ffns]
+    for place, ffn in enumerate(ffns):
+        ffn.router.keep_threshold_in(config.thresholds, place)
 
 
 def set_sparsity(model: Any, sparsity: float) -> None:
@@ -111,8 +120,7 @@ def apply_config(model: nn.Module, config: SparsityConfig) -> None:
             raise ConfigError(f"{len(thresholds)} thresholds for {count} sparse FFNs; config.json was edited")
     if config.operating_points and not config.thresholds:
         raise ConfigError("operating points, but no thresholds; config.json was edited")
-    for ffn, threshold in zip(sparse_ffns(model), config.thresholds or (), strict=False):
-        ffn.router.threshold = threshold
+    share_thresholds(sparse_ffns(model), config)
 
 
 def calibrate(

@@ -54,7 +54,20 @@ class Router(nn.Module):
     def __init__(self, n_experts: int, *, threshold: float = 0.5) -> None:
         super().__init__()
         self.n_experts = n_experts
-        self.threshold = threshold
+        self.keep_threshold_in([threshold], 0)
+
+    @property
+    def threshold(self) -> float:
+        """Tau: of a model's routers it is kept in one list, that of its config, and so saved as it is."""
+        return self._thresholds[self._place]
+
+    @threshold.setter
+    def threshold(self, value: float) -> None:
+        self._thresholds[self._place] = value
+
+    def keep_threshold_in(self, thresholds: list[float], place: int) -> None:
+        """From now on the threshold is an entry of a list, which others may share."""
+        self._thresholds, self._place = thresholds, place
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """What ``.to()``, ``.half()``, ``.cuda()``, ... go through: the device changes, dtype and values do not."""
