@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,9 +186,9 @@ def hold_out(data: str, split: str | None, out: Path) -> None:
     tenth = [i for i in range(len(rows)) if i % HELD_OUT == 0]
     rest = [i for i in range(len(rows)) if i % HELD_OUT]
     for file, chosen in ((kept, rest), (held, tenth)):
-        partial = file.with_suffix(".partial")
+        partial = file.with_suffix(f".{os.getpid()}.partial")
         rows.select(chosen).to_json(partial)
-        partial.rename(file)
+        os.replace(partial, file)
 
 
 def compare(
@@ -216,7 +217,7 @@ def compare(
     file = out / STUDY_FILE
     if file.is_file():
         _check_same(read_yaml(file), study, out)
-    elif out.is_dir() and any(path.name != "data" for path in out.iterdir()):
+    elif out.is_dir() and any(path.name != "data" and path.suffix != ".partial" for path in out.iterdir()):
         raise ConfigError(f"{out} is not empty, and holds no comparison; use another --out")
     if prepare is not None:
         prepare()

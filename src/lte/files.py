@@ -17,7 +17,7 @@ except ImportError:  # Windows: two runs in one folder go unnoticed there
 def write_whole(file: Path, text: str) -> None:
     """Write a file so that an interruption leaves the old one, or none."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     partial.write_text(text)
     os.replace(partial, file)
 
@@ -60,16 +60,27 @@ def lock(file: Path) -> str | None:
     Once it is had, look whether there is anything left to do: somebody may have done it and let go.
     """
     file = file.parent.resolve() / file.name
-    if fcntl is None or file in _held:
+    if fcntl is None:
         return None
-    handle = file.open("a+")
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        handle.seek(0)
-        owner = handle.read().strip()
-        handle.close()
-        return owner or "another process"
+    if file in _held:
+        if _is_open_as(_held[file], file):
+            return None
+        _held.pop(file).close()  # somebody removed it
+    while True:
+        handle = file.open("a+")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.seek(0)
+            owner = handle.read().strip()
+            handle.close()
+            return owner or "another process"
+        except OSError:  # a file system without locks
+            handle.close()
+            return None
+        if _is_open_as(handle, file):
+            break
+        handle.close()  # it was let go of, and removed, between two lines
     handle.truncate(0)
     handle.write(f"process {os.getpid()} on {platform.node()}")
     handle.flush()
@@ -82,5 +93,13 @@ def unlock(file: Path) -> None:
     file = file.parent.resolve() / file.name
     handle = _held.pop(file, None)
     if handle is not None:
-        file.unlink(missing_ok=True)
+        if _is_open_as(handle, file):
+            file.unlink()
         handle.close()
+
+
+def _is_open_as(handle: IO[str], file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle.fileno()), file.stat())
+    except FileNotFoundError:
+        return False

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,20 @@ RUN_DEFAULTS: dict[str, Any] = {
 """Where a run of ours differs from the defaults of transformers; a recipe's ``training`` section wins."""
 
 
+def _lets_go(run: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """However a run ends, others may write to its folder then."""
+
+    @wraps(run)
+    def wrapped(recipe: Recipe, **options: Any) -> dict[str, Any]:
+        try:
+            return run(recipe, **options)
+        finally:
+            unlock_folder(Path(recipe.out))
+
+    return wrapped
+
+
+@_lets_go
 def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
     """Make a dense model sparse and train it; ``recipe.out`` then holds the sparse model.
 
@@ -128,6 +143,7 @@ def check_recipe(recipe: Recipe, command: str) -> None:
             _check_losses(recipe.method(), args)
 
 
+@_lets_go
 def make_sparse(recipe: Recipe, *, overwrite: bool = False) -> dict[str, Any]:
     """Make a dense model sparse without training it: grouping, fitted routers, thresholds for the target.
 
@@ -159,9 +175,12 @@ def make_sparse(recipe: Recipe, *, overwrite: bool = False) -> dict[str, Any]:
     parts["thresholds"] = time.perf_counter() - searched
     claim_folder(out, recipe, overwrite=overwrite)
     with _nothing_left(out):
-        return _save(model, tokenizer, out, _summary(recipe, 0, started, parts) | reached)
+        summary = _save(model, tokenizer, out, _summary(recipe, 0, started, parts) | reached)
+    _forget_replaced(out)
+    return summary
 
 
+@_lets_go
 def finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
     """Fine-tune (or, after :func:`lte.models.create`, pre-train) a dense model: the baseline, on the same data.
 
@@ -267,7 +286,8 @@ def check_folder(out: Path, recipe: Recipe, *, resume: bool, overwrite: bool) ->
     written = out / "recipe.yaml"
     for key in ("model", "data"):
         source = Path(getattr(recipe, key))
-        if source.exists() and source.resolve().is_relative_to(out.resolve()):
+        touched = (out.resolve(), replaced(out))
+        if source.exists() and any(source.resolve().is_relative_to(folder) for folder in touched):
             raise ConfigError(
                 f"out={str(out)!r} holds {key}={str(source)!r}, which the run reads; choose another --out"
             )
@@ -301,9 +321,12 @@ def claim_folder(out: Path, recipe: Recipe, *, overwrite: bool) -> None:
         if overwrite and out.is_dir():
             _lock(out)
             _set_aside(out)
-        with _nothing_left(out) if not out.is_dir() else nullcontext():
-            out.mkdir(parents=True, exist_ok=True)
-            _lock(out)
+        new = not out.is_dir()
+        out.mkdir(parents=True, exist_ok=True)
+        _lock(out)
+        if (out / RUN_FILE).is_file():
+            raise ConfigError(f"out folder {str(out)!r} was filled by another run meanwhile; use another --out")
+        with _nothing_left(out) if new else nullcontext():
             write_whole(out / "recipe.yaml", dump_recipe(recipe))
     processes.wait_for_everyone()
 
@@ -323,7 +346,13 @@ def _nothing_left(out: Path) -> Iterator[None]:
 
 def replaced(out: Path) -> Path:
     """Where what a run overwrites is until that is complete."""
+    out = out.resolve()
     return out.with_name(f"{out.name}.replaced")
+
+
+def _forget_replaced(out: Path) -> None:
+    if (replaced(out) / "recipe.yaml").is_file():
+        shutil.rmtree(replaced(out), ignore_errors=True)
 
 
 def _lock(out: Path) -> None:
@@ -336,6 +365,8 @@ def _lock(out: Path) -> None:
 def _set_aside(out: Path) -> None:
     kept = replaced(out)
     unlock_folder(out)
+    if kept.exists() and not (kept / "recipe.yaml").is_file():
+        raise ConfigError(f"{str(kept)!r} is in the way of what --overwrite keeps there, and is none of lte's; move it")
     if kept.is_dir() and (kept / RUN_FILE).is_file() and not (out / RUN_FILE).is_file():
         shutil.rmtree(out)  # a run that was to replace it, and never came to its end
     else:
@@ -454,6 +485,7 @@ def _final_sparsity(history: list[dict[str, Any]]) -> dict[str, Any]:
 def _save_trained(trainer: Trainer, tokenizer: Any, out: Path, summary: dict[str, Any]) -> dict[str, Any]:
     if trainer.is_world_process_zero():
         _save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, out, summary)
+        _forget_replaced(out)
     return summary
 
 
@@ -461,6 +493,4 @@ def _save(model: Any, tokenizer: Any, out: Path, summary: dict[str, Any]) -> dic
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     write_whole(out / RUN_FILE, json.dumps(summary, indent=2) + "\n")
-    shutil.rmtree(replaced(out), ignore_errors=True)
-    unlock_folder(out)
     return summary

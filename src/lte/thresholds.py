@@ -45,7 +45,7 @@ def share_thresholds(ffns: Sequence[SparseFFN], config: SparsityConfig) -> None:
     """Make the list in a config, which ``config.json`` is written from, the one place where thresholds are kept."""
     if not any(ffn.router.uses_threshold for ffn in ffns):
         return
-    if config.thresholds is None:
+    if not config.thresholds:
         config.thresholds = [ffn.router.threshold for ffn in ffns]
     for place, ffn in enumerate(ffns):
         ffn.router.keep_threshold_in(config.thresholds, place)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -139,6 +140,35 @@ def test_it_generates_prepared_and_not_with_the_same_tokens():
     wanted = model.generate(**ids, max_new_tokens=6, do_sample=False)
     lte.prepare_for_inference(model)
     assert torch.equal(model.generate(**ids, max_new_tokens=6, do_sample=False), wanted)
+
+
+def test_it_is_pickled_and_comes_back_the_same():
+    model, batch = made(), batch_of(2, 9)
+    back = pickle.loads(pickle.dumps(model))
+    with torch.no_grad():
+        assert torch.equal(back(**batch)[0], model(**batch)[0])
+
+
+def test_more_than_any_matrix_gets_is_refused():
+    with pytest.raises(ConfigError, match="sparsity=0.95: no matrix gets more than 0.9"):
+        made(sparsity=0.95)
+
+
+def test_wanda_that_fails_leaves_the_weights_as_they_were(monkeypatch):
+    model, calls = models.build("llama"), []
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    keeps = METHODS["wanda"][1].keeps
+
+    def fail_late(self, scores):
+        calls.append(scores)
+        if len(calls) == 5:  # in the second layer
+            raise MemoryError
+        return keeps(self, scores)
+
+    monkeypatch.setattr(METHODS["wanda"][1], "keeps", fail_late)
+    with pytest.raises(MemoryError):
+        lte.sparsify(model, METHODS["wanda"][0](sparsity=0.5), calibration=[batch_of(8, 16)])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_it_is_not_made_of_few_bits():

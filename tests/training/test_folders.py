@@ -90,6 +90,46 @@ def test_a_folder_that_another_run_writes_to_is_refused(recipe, tmp_path, how):
     assert runs.finetune(recipe(), **how)["steps"] == 2  # whose owner is dead is free
 
 
+def test_a_run_that_fails_lets_others_write(recipe, tmp_path, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(runs, "_save", fail)
+    with pytest.raises(MemoryError):
+        runs.finetune(recipe())
+    assert not (tmp_path / "out" / LOCK).exists()
+
+
+def test_what_a_run_reads_is_not_what_it_would_clear_away(recipe, tmp_path):
+    runs.finetune(recipe())
+    (tmp_path / "out").rename(tmp_path / "out.replaced")  # as a run leaves it that was killed
+    again = recipe()
+    again.model = str(tmp_path / "out.replaced")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ConfigError, match="which the run reads"):
+        runs.finetune(again)
+    assert (tmp_path / "out.replaced" / "model.safetensors").is_file()
+
+
+def test_a_folder_of_somebody_else_is_not_cleared_away(recipe, tmp_path):
+    (tmp_path / "out.replaced").mkdir()
+    (tmp_path / "out.replaced" / "mine.txt").write_text("keep")
+    runs.finetune(recipe())
+    with pytest.raises(ConfigError, match="is in the way of what --overwrite keeps there"):
+        runs.finetune(recipe(), overwrite=True)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert [path.name for path in (tmp_path / "out.replaced").iterdir()] == ["mine.txt"]
+
+
+def test_the_folder_one_is_in(recipe, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    here = recipe()
+    here.out = "."
+    assert runs.finetune(here)["steps"] == 2
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
 def test_a_lock_is_of_one_folder_and_one_process(tmp_path):
     assert lock_folder(tmp_path) is None
     assert lock_folder(tmp_path) is None

@@ -33,6 +33,10 @@ SAMPLED = 2**22
 """Most values from which a quantile is taken."""
 
 
+STEP, MOST = 0.1, 0.9
+"""By which a matrix's share grows, and the largest there is."""
+
+
 class TEALConfig(FixedShareConfig):
     """Columns of gate and up whose input is small, and rows of down whose coefficient is.
 
@@ -54,15 +58,18 @@ class TEALConfig(FixedShareConfig):
     divide: bool = True
     attention: bool = False
 
+    @pydantic.model_validator(mode="after")
+    def _reached(self) -> TEALConfig:
+        if self.attention and self.divide and self.sparsity > MOST:
+            raise ValueError(f"sparsity={self.sparsity}: no matrix gets more than {MOST}; give less, or divide=False")
+        return self
+
 
 DIVISIONS = (-0.3, -0.2, -0.15, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15, 0.2, 0.3)
 """How much sparser down may be than the whole FFN."""
 
 SEARCHED = 1024
 """Tokens on which divisions are compared."""
-
-STEP, MOST = 0.1, 0.9
-"""By which a matrix's share grows, and the largest there is."""
 
 GREEDY = 256
 """Tokens on which a block's matrices are compared."""

@@ -87,17 +87,28 @@ class Wanda(UnlearnedMethod[WandaConfig]):
         assert calibration is not None
         for ffn in ffns:  # before anything is changed
             self._check_widths(ffn)
-        for ffn, seen in zip(ffns, calibration, strict=True):
-            parts = [(x_tD.square().sum(0), h_tF.square().sum(0)) for _, (x_tD, h_tF) in seen.chunks()]
-            norms_D, norms_F = (torch.stack(each).sum(0).sqrt() for each in zip(*parts, strict=True))
-            weights = ffn.weights()
-            first = [self.keeps(w.abs() * norms_D) for w in (weights.gate, weights.up) if w is not None]
-            keeps = [*first, self.keeps(weights.down.T.abs() * norms_F).T]
-            matrices = [w for w in (weights.gate, weights.up, weights.down) if w is not None]
-            for matrix, mask in zip(matrices, keeps, strict=True):
-                matrix.data.mul_(mask)
-            assert isinstance(ffn.router, ZerosRouter)
-            ffn.router.used.copy_(torch.stack([mask.float().mean(1) for mask in keeps]).mean(0))
+        taken: list[tuple[Tensor, Tensor, Tensor]] = []
+        try:
+            for ffn, seen in zip(ffns, calibration, strict=True):
+                self._prune(ffn, seen, taken)
+        except BaseException:
+            for matrix, gone, values in taken:
+                matrix[gone] = values.to(matrix.device)
+            raise
+
+    def _prune(self, ffn: SparseFFN, seen: Calibration, taken: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """Put the zeros in; what stood there goes to ``taken``, should a later layer fail."""
+        parts = [(x_tD.square().sum(0), h_tF.square().sum(0)) for _, (x_tD, h_tF) in seen.chunks()]
+        norms_D, norms_F = (torch.stack(each).sum(0).sqrt() for each in zip(*parts, strict=True))
+        weights = ffn.weights()
+        first = [self.keeps(w.abs() * norms_D) for w in (weights.gate, weights.up) if w is not None]
+        keeps = [*first, self.keeps(weights.down.T.abs() * norms_F).T]
+        matrices = [w.data for w in (weights.gate, weights.up, weights.down) if w is not None]
+        for matrix, mask in zip(matrices, keeps, strict=True):
+            taken.append((matrix, ~mask, matrix[~mask].cpu()))
+            matrix.mul_(mask)
+        assert isinstance(ffn.router, ZerosRouter)
+        ffn.router.used.copy_(torch.stack([mask.float().mean(1) for mask in keeps]).mean(0))
 
     def _check_widths(self, ffn: SparseFFN) -> None:
         weights, of = ffn.weights(), 1

@@ -38,6 +38,10 @@ class Thresholded(nn.Module):
         """Which entries of an input count: [..., D] bool."""
         return x.detach().abs() > self.tau
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class was made here, and has no name that another process could import.
+        return _empty, (type(self).__mro__[2],), self.__dict__
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., N]."""
         out: Tensor = super().forward(x.where(self.keeps(x), 0.0))
@@ -64,6 +68,11 @@ def _thresholded(plain: Any) -> nn.Module:
     made.__class__ = _kind(kind)
     made.register_buffer("settings", torch.zeros(2, dtype=torch.int32, device=plain.weight.device))
     return cast(nn.Module, made)
+
+
+def _empty(plain: Any) -> Any:
+    kind = _kind(plain)
+    return kind.__new__(kind)
 
 
 @functools.cache

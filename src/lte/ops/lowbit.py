@@ -94,10 +94,7 @@ class LowBitMatrix:
     def codes_of_blocks(self) -> Tensor:
         """[N / 16, 16, G, group] uint8."""
         planes = self.planes.permute(2, 0, 1, 3, 4) if self.by_columns else self.planes
-        places, of_codes = _order(self.bits, planes.device)
-        bits = (planes.unsqueeze(4) >> _range(8, places).view(8, 1)) & 1  # [blocks, G, chunks, bits, 8, 64]
-        bits = bits.flatten(3, 4).index_select(3, of_codes).unflatten(3, (STEPS, self.bits))
-        codes = (bits << _range(self.bits, places).view(self.bits, 1)).sum(4, dtype=torch.uint8)
+        codes = torch.cat([_codes_of(part, self.bits) for part in planes.split(_at_once(planes))])
         return codes.unflatten(-1, (ROWS, 4)).permute(0, 4, 1, 2, 3, 5).flatten(3)
 
     def halves(self) -> tuple[LowBitMatrix, LowBitMatrix]:
@@ -255,17 +252,10 @@ def _quantize_fast(
 def dequantize_rows(matrix: LowBitMatrix, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Some rows of a matrix that lies row by row: [...] long to [..., D]."""
     index = rows.flatten()
-    planes = matrix.planes[index // ROWS].unflatten(-1, (ROWS, 4))  # [T, G, chunks, bits, rows, 4]
-    of_row = (index % ROWS).view(-1, 1, 1, 1, 1, 1).expand(*planes.shape[:4], 1, 4)
-    made = LowBitMatrix(
-        # Each row becomes the first of a block of its own.
-        planes=torch.nn.functional.pad(planes.gather(4, of_row).flatten(4), (0, 4 * (ROWS - 1))),
-        scales=matrix.scales[index // ROWS].gather(2, (index % ROWS).view(-1, 1, 1).expand(-1, matrix.groups, 1)),
-        rows=len(index),
-        columns=matrix.columns,
-    )
-    levels = made.codes_of_blocks()[:, 0].float() - _middle(matrix.bits)
-    values = (levels * made.scales.float()).flatten(1)[:, : matrix.columns]
+    planes = matrix.planes.unflatten(-1, (ROWS, 4))[index // ROWS, :, :, :, index % ROWS]  # [T, G, chunks, bits, 4]
+    codes = torch.cat([_codes_of(part, matrix.bits) for part in planes.split(_at_once(planes))])
+    scales = matrix.scales[index // ROWS, :, index % ROWS].float().unsqueeze(-1)  # [T, G, 1]
+    values = ((codes.flatten(2).float() - _middle(matrix.bits)) * scales).flatten(1)[:, : matrix.columns]
     return values.to(dtype).view(*rows.shape, matrix.columns)
 
 
@@ -362,8 +352,26 @@ def _planes(codes_ND: Tensor, bits: int, group: int) -> Tensor:
     """[N / 16, G, group / 32, bits, 64]."""
     tiles = codes_ND.unflatten(1, (-1, group // COLUMNS, STEPS, 4)).unflatten(0, (-1, ROWS))
     tiles = tiles.permute(4, 0, 2, 3, 1, 5).flatten(4)  # [steps, blocks, G, chunks, 64]
+    planes = torch.cat([_planes_of(part, bits) for part in tiles.split(_at_once(tiles[0]), dim=1)], 1)
+    return planes.permute(1, 2, 3, 0, 4).contiguous()
+
+
+def _planes_of(tiles: Tensor, bits: int) -> Tensor:
+    """Of codes [steps, blocks, G, chunks, 64], [bits, blocks, G, chunks, 64]."""
     places, _ = _order(bits, tiles.device)
     single = (tiles.unsqueeze(1) >> _range(bits, places).view(bits, 1, 1, 1, 1)) & 1  # [steps, bits, ...]
     single = single.flatten(0, 1).index_select(0, places).unflatten(0, (bits, 8))
-    planes = (single << _range(8, places).view(8, 1, 1, 1, 1)).sum(1, dtype=torch.uint8)
-    return planes.permute(1, 2, 3, 0, 4).contiguous()
+    return (single << _range(8, places).view(8, 1, 1, 1, 1)).sum(1, dtype=torch.uint8)
+
+
+def _codes_of(planes: Tensor, bits: int) -> Tensor:
+    """Of planes [blocks, G, chunks, bits, W], the codes, [blocks, G, chunks, steps, W]."""
+    _, of_codes = _order(bits, planes.device)
+    single = (planes.unsqueeze(4) >> _range(8, of_codes).view(8, 1)) & 1
+    single = single.flatten(3, 4).index_select(3, of_codes).unflatten(3, (STEPS, bits))
+    return (single << _range(bits, of_codes).view(bits, 1)).sum(4, dtype=torch.uint8)
+
+
+def _at_once(blocks: Tensor) -> int:
+    """Of a tensor's blocks, so many that a byte for each of their bits is no large tensor."""
+    return max(1, AT_ONCE * len(blocks) // max(8 * blocks.numel(), 1))

@@ -101,8 +101,13 @@ def gradient_norm(model: nn.Module) -> Tensor:
     return get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
 
 
-def restore_finished(trainer: Trainer, checkpoint: str | bool | None) -> bool:
+def restore_finished(trainer: Trainer, checkpoint: str | bool | None, total: int | None = None) -> bool:
     """Load a checkpoint behind which no step is left; transformers would take one more step from it.
+
+    Args:
+        trainer: of the model.
+        checkpoint: its folder; nothing is done where there is none.
+        total: steps there are; None for as many as the run had that left the checkpoint.
 
     Returns:
         Whether it is one.
@@ -110,7 +115,7 @@ def restore_finished(trainer: Trainer, checkpoint: str | bool | None) -> bool:
     if not checkpoint:
         return False
     state = TrainerState.load_from_json(str(Path(str(checkpoint)) / TRAINER_STATE_NAME))
-    if state.global_step < state.max_steps:
+    if state.global_step < (state.max_steps if total is None else total):
         return False
     trainer._load_from_checkpoint(str(checkpoint))
     trainer.state = state

@@ -155,7 +155,7 @@ class LTETrainer(Trainer):
                 raise CheckpointError(f"no complete checkpoint in {self.args.output_dir} to resume from")
             resume_from_checkpoint = str(last)
         started = time.perf_counter()
-        if restore_finished(self, resume_from_checkpoint):
+        if restore_finished(self, resume_from_checkpoint, self.plan.total):
             self.begin()
             output = TrainOutput(self.state.global_step, float("nan"), {})
         else:
