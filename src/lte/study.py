@@ -247,7 +247,9 @@ def _on_harness(task: HarnessTask, path: str, study: Study, batch_size: int, *, 
     from lte.lm_eval import LTEModel, evaluate_tasks
 
     model = LTEModel(path, dense=dense, batch_size=batch_size)
-    result = evaluate_tasks(model, _task_set([task.name], study), num_fewshot=task.num_fewshot, limit=task.limit)
+    result = evaluate_tasks(
+        model, _task_set([task.name], study), num_fewshot=task.num_fewshot, limit=task.limit, errors=False
+    )
     return {key: result[key] for key in ("metric", "value", "sparsity", "extras")} | task.model_dump(exclude={"name"})
 
 

@@ -98,6 +98,7 @@ def evaluate_tasks(
     limit: int | None = None,
     seed: int = 0,
     loaded: list[Any] | None = None,
+    errors: bool = True,
 ) -> dict[str, Any]:
     """Run tasks on a model, and account for what it used.
 
@@ -108,6 +109,7 @@ def evaluate_tasks(
         limit: rows of every task, from the first.
         seed: of the choice of examples, and of torch; 0 leaves the harness' own seeds.
         loaded: what ``tasks.load()`` gave, where that was called before.
+        errors: whether the harness finds standard errors, for which it draws samples, minutes for a perplexity.
 
     Returns:
         What :func:`lte.evaluate.evaluate` returns: ``metric`` and ``value`` are the accuracy (else the first metric) of
@@ -132,7 +134,7 @@ def evaluate_tasks(
                 limit=limit,
                 batch_size=model.batch_size,
                 log_samples=False,
-                bootstrap_iters=0,  # standard errors of means have a formula; those of others take minutes
+                **({} if errors else {"bootstrap_iters": 0}),
                 **(dict.fromkeys(seeds, seed) if seed else {}),
             )
     except LTEError:
