@@ -266,12 +266,23 @@ def _divide(parts: Sequence[_Part], run: BlockRun, sparsity: float) -> list[floa
         parts[part].set(taus[part][at[part] - 1] if at[part] else torch.zeros_like(taus[part][0]), 0.0)
         return more / parts[part].weights
 
-    while left > 0 and any(step < steps for step in at):
+    before = error()
+    known = {part: costs(part) for part in range(len(parts))}
+    while left > 0 and known:
         before = error()
-        chosen = min((part for part in range(len(parts)) if at[part] < steps), key=costs)
+        chosen = min(known, key=known.__getitem__)
+        # What others cost has grown since, if anything: the cheapest is asked anew, until it stays the cheapest.
+        while True:
+            known[chosen] = costs(chosen)
+            cheapest = min(known, key=known.__getitem__)
+            if cheapest == chosen:
+                break
+            chosen = cheapest
         step = min(STEP, left / parts[chosen].weights)
         parts[chosen].set(taus[chosen][at[chosen]], 0.0)
         at[chosen] += 1
+        if at[chosen] == steps:
+            del known[chosen]
         shares[chosen] += step
         left -= step * parts[chosen].weights
     return shares
