@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import yaml
@@ -13,6 +11,7 @@ from lte.errors import ConfigError
 from lte.report.figures import tradeoff_figure
 from lte.report.studies import read_rows
 from lte.study import load_study, missing, points
+from tests.locks import held_elsewhere
 from tests.test_cli import folder  # noqa: F401 - a fixture
 
 SERIES = {
@@ -135,18 +134,11 @@ def test_processes_share_a_study(tmp_path, folder):  # noqa: F811
     file = write(tmp_path, base=base, evaluate=scored, series=series)
     (tmp_path / "results").mkdir()
     busy = tmp_path / "results" / "kla-sparsity=0.3.lock"
-    code = "import sys; from pathlib import Path; from lte.files import lock; lock(Path(sys.argv[1])); "
-    code += "print('held', flush=True); sys.stdin.read()"
-    other = subprocess.Popen(
-        [sys.executable, "-c", code, str(busy)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert other.stdout.readline() == "held\n"
-    first = CliRunner().invoke(app, ["sweep", str(file)])
+    with held_elsewhere(busy) as owner:
+        first = CliRunner().invoke(app, ["sweep", str(file)])
     assert first.exit_code == 0, first.output
-    assert f"process {other.pid} on" in first.output
+    assert f"process {owner} on" in first.output
     assert "3 points run" in first.output
-    other.kill()
-    other.wait()
     assert "1 points run" in CliRunner().invoke(app, ["sweep", str(file)]).output
     assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [
         *("dense-seed=0.json", "dense-seed=1.json", "kla-sparsity=0.3.json", "kla-sparsity=0.5.json"),

@@ -180,24 +180,28 @@ class BlockRun:
         self.block, self.calls, self.real = block, calls, real
         self.real_T: Tensor | None = None
 
-    @torch.no_grad()
     def __call__(self, tokens: int | None = None) -> Tensor:
         """Outputs, [T, D], of the tokens that are no padding; of so many tokens' worth of rows, or of all."""
-        found = [out if real is None else out[real] for out, real in self._outputs(tokens)]
-        return torch.cat(found)
+        return torch.cat([self.without_padding(out.flatten(0, -2)) for out in self.outputs(tokens)])
 
-    def _outputs(self, tokens: int | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def without_padding(self, values_TD: Tensor) -> Tensor:
+        """Of what the running batch has for every token, that of the tokens that count."""
+        return values_TD if self.real_T is None else values_TD[self.real_T]
+
+    @torch.no_grad()
+    def outputs(self, tokens: int | None = None) -> Iterator[Tensor]:
+        """The same batch by batch, [B, S, D], padding among them."""
         training, left = self.block.training, math.inf if tokens is None else tokens
         self.block.eval()
         try:
             for (args, kwargs), real_T in zip(self.calls, self.real, strict=True):
-                self.real_T = real_T
                 if left <= 0:
                     break
+                self.real_T = real_T
                 out = self.block(*args, **kwargs)
                 out_BSD = out[0] if isinstance(out, tuple) else out
                 left -= out_BSD.shape[:-1].numel()
-                yield out_BSD.flatten(0, -2), real_T
+                yield out_BSD
         finally:
             self.real_T = None
             self.block.train(training)
@@ -219,12 +223,18 @@ def runs_of_blocks(
     """
     device = next(model.parameters()).device
     calls: list[list[_Call]] = [[] for _ in blocks]
+    hidden: list[Tensor] = []
     real: list[Tensor | None] = []
-    with _as_dense(model) as stack:
+    with ExitStack() as stack:
+        stack.callback(model.train, model.training)
+        stack.enter_context(without_cache(model))
+        model.eval()
         for block, kept in zip(blocks, calls, strict=True):
 
             def keep(module: nn.Module, args: Any, kwargs: Any, kept: list[_Call] = kept) -> None:
-                kept.append((args, kwargs))
+                if module is blocks[0]:
+                    hidden.append(args[0] if args else kwargs["hidden_states"])
+                kept.append(_with_hidden((args, kwargs), None))  # those of all blocks would take much memory
 
             stack.enter_context(block.register_forward_pre_hook(keep, with_kwargs=True))
         for batch in batches:
@@ -232,23 +242,14 @@ def runs_of_blocks(
             inputs.pop("labels", None)
             body_of(model)(**inputs)
             real.append(token_mask)
-    hidden: list[Tensor] | None = None
     for block, kept in zip(blocks, calls, strict=True):
-        if hidden is not None:
-            kept = [_with_hidden(call, states) for call, states in zip(kept, hidden, strict=True)]
-        run = BlockRun(block, kept, real)
+        run = BlockRun(block, [_with_hidden(call, states) for call, states in zip(kept, hidden, strict=True)], real)
         yield run
-        shapes = [_hidden_of(call).shape for call in kept]
-        hidden = [out.view(shape) for (out, _), shape in zip(run._outputs(None), shapes, strict=True)]
+        if block is not blocks[-1]:
+            hidden = list(run.outputs())
 
 
-def _hidden_of(call: _Call) -> Tensor:
-    args, kwargs = call
-    states: Tensor = args[0] if args else kwargs["hidden_states"]
-    return states
-
-
-def _with_hidden(call: _Call, states: Tensor) -> _Call:
+def _with_hidden(call: _Call, states: Tensor | None) -> _Call:
     args, kwargs = call
     return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
 

@@ -162,11 +162,8 @@ class Method(ABC, Generic[ConfigT]):
             generator: on the CPU, for what is drawn.
         """
 
-    def shape(self, ffns: Sequence[SparseFFN]) -> None:
-        """Give new FFNs the shapes that the settings say their matrices have; their weights are loaded after that."""
-
     def install(self, model: nn.Module) -> None:
-        """Change other parts of a model than its FFNs, which are there; its weights are loaded after that."""
+        """Change what a model's weights are loaded into, after its FFNs came: their shapes, or other parts of it."""
 
     def fit_blocks(self, model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> None:
         """Find what whole blocks decide, once the routers are filled.

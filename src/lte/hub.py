@@ -25,7 +25,7 @@ from lte.memory import is_shortage
 from lte.nn import QuantizedWeight, SparseFFN, sparse_ffns
 from lte.quantization import install_quantized
 from lte.sparsify import install_sparse_ffns
-from lte.thresholds import apply_config, enable_dial, share_thresholds
+from lte.thresholds import apply_config, enable_dial
 
 _HUB_KEYS = ("revision", "token", "cache_dir")
 """Keywords of ``from_pretrained`` that say which checkpoint of the hub is meant."""
@@ -75,7 +75,6 @@ class SparseModelLoader(HfQuantizer):
         del model.quantization_method
         model.is_quantized = False
         _check_numbers(model)
-        share_thresholds(sparse_ffns(model), model.config.quantization_config)
         for ffn in sparse_ffns(model):
             ffn.router.freeze()
         for module in model.modules():

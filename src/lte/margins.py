@@ -50,7 +50,7 @@ class Margins:
         self.active[layer] += (mask_TE & counts_TE).sum()
         self.seen[layer] += counts_TE.sum()
         # An odd step meets all experts in turn, whatever power of two their number is.
-        step = margins_TE.numel() // COUNTED | 1 if margins_TE.numel() > COUNTED else 1
+        step = margins_TE.numel() // COUNTED | 1
         every, counted = margins_TE.flatten()[::step], counts_TE.flatten()[::step]
         places = torch.asinh((every.float() + shift) / FINEST).clamp(-REACH, REACH)
         # What lies beyond the last bin is in none of them. Picking by a mask would wait for the GPU instead.

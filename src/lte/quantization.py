@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lte.calibration import device_inputs, without_cache
+from lte.calibration import runs_of_blocks
 from lte.config import WeightsConfig, method_config
 from lte.errors import ConfigError
 from lte.families import DECODERS, blocks_of
@@ -166,40 +166,18 @@ def block_inputs(
 
     A block's layers may be replaced between two of them: the next block sees what comes out of the new ones.
     """
-    blocks, device = blocks_of(model), next(iter(model.parameters())).device
-    options: list[list[dict[str, Any]]] = [[] for _ in blocks]
-    hidden: list[Tensor] = []
-
-    def keep(index: int) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-            options[index].append(kwargs)
-            if index == 0:
-                hidden.append(args[0])
-
-        return hook
-
-    handles = [block.register_forward_pre_hook(keep(i), with_kwargs=True) for i, block in enumerate(blocks)]
-    try:
-        for batch in batches:
-            inputs, _ = device_inputs({name: value for name, value in batch.items() if name != "labels"}, device)
-            with without_cache(model):
-                model.base_model(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for block, given, its in zip(blocks, options, layers, strict=True):
+    for run, its in zip(runs_of_blocks(model, blocks_of(model), batches), layers, strict=True):
         sums: dict[str, Tensor] = {}
         watching = [place.module.register_forward_pre_hook(_adder(sums, place.name)) for place in its]
         with unsaid():
-            for x, kwargs in zip(hidden, given, strict=True):
-                block(x, **kwargs)
+            for _ in run.outputs():
+                pass
         for handle in watching:
             handle.remove()
         yield sums
-        hidden = [_first(block(x, **kwargs)) for x, kwargs in zip(hidden, given, strict=True)]
     norm = model.base_model.get_submodule(DECODERS[model.config.model_type].final_norm)
     of_head: dict[str, Tensor] = {}
-    for x in hidden:
+    for x in run.outputs():
         _adder(of_head, "head")(norm, (norm(x),))
     yield of_head
 
@@ -210,10 +188,6 @@ def _adder(sums: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Ten
         sums[name] = sums.get(name, 0) + x_TD.T @ x_TD
 
     return add
-
-
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _round(place: Place, settings: WeightsConfig, squares_DD: Tensor | None) -> None:

@@ -150,5 +150,5 @@ def install_sparse_ffns(model: nn.Module, config: MethodConfig) -> None:
         check_divisible(d_ff, config.expert_size)
         return method.make_router(d_model, d_ff // config.expert_size, like)
 
-    method.shape(install_ffns(model, make_router, config.layers))
+    install_ffns(model, make_router, config.layers)
     method.install(model)

@@ -70,7 +70,7 @@ def commands(root: Path, disk: Path) -> dict[str, tuple[list[str], list[str]]]:
 
 
 def run(words: list[str], cwd: Path) -> tuple[int, str]:
-    """Exit code and stderr; where nothing can be mounted, no file may become larger than the room left."""
+    """Exit code and stderr."""
     done = subprocess.run(
         [sys.executable, "-m", "lte_start", *words],
         cwd=cwd,

@@ -12,16 +12,8 @@ from lte import runs
 from lte.errors import ConfigError, LTEError
 from lte.files import LOCK, lock_folder, unlock_folder
 from lte.recipe import parse_recipe
+from tests.locks import held_elsewhere
 from tests.test_cli import folder  # noqa: F401 - a fixture
-
-HOLDER = """
-import sys
-from pathlib import Path
-from lte.files import lock_folder
-lock_folder(Path(sys.argv[1]))
-print("held", flush=True)
-sys.stdin.read()
-"""
 
 
 @pytest.fixture
@@ -78,15 +70,12 @@ def test_a_folder_that_another_run_writes_to_is_refused(recipe, tmp_path, how):
     out = tmp_path / "out"
     (out / runs.RUN_FILE).unlink()  # as if it were running
     before = json.dumps(sorted(path.name for path in out.iterdir()))
-    other = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert other.stdout.readline() == "held\n"
-    with pytest.raises(ConfigError, match=f"is being written to by process {other.pid} on"):
+    with (
+        held_elsewhere(out / LOCK) as owner,
+        pytest.raises(ConfigError, match=f"is being written to by process {owner} on"),
+    ):
         runs.finetune(recipe(), **how)
     assert json.dumps(sorted(path.name for path in out.iterdir() if path.name != LOCK)) == before
-    other.kill()
-    other.wait()
     assert runs.finetune(recipe(), **how)["steps"] == 2  # whose owner is dead is free
 
 

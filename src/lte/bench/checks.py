@@ -88,6 +88,10 @@ def ffn_error(model: Any, tokens: int) -> float:
         else:
             assert isinstance(weights, FFNWeights)
             wanted = sparse_ffn_reference(x_TD.float(), weights.float(), ffn.router(x_TD).mask)
-        error = (ffn(x_TD).float() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6)
-        worst = max(worst, float(error))
+        worst = max(worst, relative_error(ffn(x_TD), wanted))
     return worst
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """The largest difference, relative to the largest value wanted."""
+    return float((got.float() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6))

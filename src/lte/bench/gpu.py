@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lte.bench.checks import relative_error
 from lte.bench.decode import bench_decode
 from lte.bench.ffn import bench_ffn
 from lte.bench.machine import copy_gbytes_per_s
@@ -171,7 +172,7 @@ def _case(dtype: torch.dtype, activation: str, gated: bool, tokens: int, sparsit
         routed_ffn(x_TD, router, bias, 0.5, weights, impl="triton"),
         sparse_ffn(x_TD, weights, mask, impl="triton"),
     ]
-    error = max(_error(y, wanted) for y in got)
+    error = max(relative_error(y, wanted) for y in got)
     name = str(dtype).removeprefix("torch.")
     kind = "gated" if gated else "plain"
     return _verdict(f"{name} {activation} {kind} T={tokens} sparsity={sparsity:g}", error, dtype, got[0], got[2])
@@ -198,7 +199,7 @@ def _few_bits_case(bits: int, tokens: int, device: torch.device) -> Row:
     x_TD, mask = draw(tokens, d_model) * d_model**0.5, draw(tokens, n_experts) > 0
     wanted = quantized_ffn_reference(x_TD.float(), made, mask)
     got = [quantized_ffn(x_TD, made, mask) for _ in range(2)]
-    return _verdict(f"int{bits} silu gated T={tokens} sparsity=0.5", _error(got[0], wanted), dtype, *got)
+    return _verdict(f"int{bits} silu gated T={tokens} sparsity=0.5", relative_error(got[0], wanted), dtype, *got)
 
 
 def _linear_case(bits: int, tokens: int, device: torch.device) -> Row:
@@ -210,7 +211,7 @@ def _linear_case(bits: int, tokens: int, device: torch.device) -> Row:
     matrix = quantize(weight_ND, bits)
     wanted = quantized_linear_reference(x_TD.float(), matrix, bias_N.float())
     got = [quantized_linear(x_TD, matrix, bias_N) for _ in range(2)]
-    return _verdict(f"int{bits} linear T={tokens}", _error(got[0], wanted), torch.bfloat16, *got)
+    return _verdict(f"int{bits} linear T={tokens}", relative_error(got[0], wanted), torch.bfloat16, *got)
 
 
 def _copy_case(tokens: int, device: torch.device) -> Row:
@@ -226,8 +227,4 @@ def _copy_case(tokens: int, device: torch.device) -> Row:
     copied = FFNCopy(quantize(up, 3), down.norm(dim=1), quantize(gate, 3))
     wanted = copy_scores_reference(x_TD, copied, d_ff, weights)
     got = [copy_scores(x_TD, copied, d_ff, weights) for _ in range(2)]
-    return _verdict(f"copy of 3 bits T={tokens}", _error(got[0], wanted), torch.bfloat16, *got)
-
-
-def _error(got: Tensor, wanted: Tensor) -> float:
-    return float((got.float() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6))
+    return _verdict(f"copy of 3 bits T={tokens}", relative_error(got[0], wanted), torch.bfloat16, *got)

@@ -14,7 +14,7 @@ from lte.config import FixedShareConfig, register_method
 from lte.errors import ConfigError
 from lte.grouping import Calibration, NeuronGradients
 from lte.methods.unlearned import UnlearnedMethod
-from lte.nn import ROUTER_DTYPE, ConstantForm, Router, RouterCost, Routing, SparseFFN, largest
+from lte.nn import ROUTER_DTYPE, ConstantForm, Router, RouterCost, Routing, SparseFFN, largest, sparse_ffns
 from lte.ops import FFNWeights
 
 
@@ -145,10 +145,11 @@ class Prune(UnlearnedMethod[ConfigT]):
         """See :class:`Method`."""
         return self.config.model_copy(update={"kept": tuple(ffn.weights().d_ff for ffn in ffns)})
 
-    def shape(self, ffns: Sequence[SparseFFN]) -> None:
+    def install(self, model: nn.Module) -> None:
         """See :class:`Method`."""
         if self.config.kept is None:
             return
+        ffns = sparse_ffns(model)
         if len(self.config.kept) != len(ffns):
             raise ConfigError(f"kept={list(self.config.kept)} is for {len(self.config.kept)} FFNs, not {len(ffns)}")
         for ffn, count in zip(ffns, self.config.kept, strict=True):
@@ -228,11 +229,11 @@ class PruneFLAP(Prune[PruneFLAPConfig]):
             lost_D = (self._means[ffn.layer_index] * removed) @ ffn.weights().down.float()
             ffn.down_bias().data += lost_D
 
-    def shape(self, ffns: Sequence[SparseFFN]) -> None:
+    def install(self, model: nn.Module) -> None:
         """See :class:`Method`."""
-        super().shape(ffns)
+        super().install(model)
         if self.config.compensate and self.config.kept is not None:
-            for ffn in ffns:
+            for ffn in sparse_ffns(model):
                 ffn.down_bias()
 
 

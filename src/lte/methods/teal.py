@@ -144,6 +144,8 @@ class TEAL(UnlearnedMethod[TEALConfig]):
         self, ffns: Sequence[SparseFFN], calibration: Iterator[Calibration] | None, generator: torch.Generator
     ) -> None:
         """See :class:`Method`."""
+        if self.config.attention:
+            return  # fit_blocks finds all of a block together
         assert calibration is not None
         for ffn, seen in zip(ffns, calibration, strict=True):
             router = ffn.router
@@ -178,11 +180,11 @@ class TEAL(UnlearnedMethod[TEALConfig]):
             if run.block not in sparse:
                 continue
             parts, target = _parts(run.block, sparse[run.block]), self.config.sparsity
-            _keep_all(parts)
             shares = _divide(parts, run, target) if self.config.divide else [target] * len(parts)
-            _keep_all(parts)
-            for index, (part, share) in enumerate(zip(parts, shares, strict=True)):
-                part.set(_quantile(_seen(parts, run)[index], share), share)
+            for part in parts:
+                part.set(torch.zeros(()), 0.0)
+            for part, share in zip(parts, shares, strict=True):
+                part.set(_quantile(_seen([part], run)[0], share), share)
 
     @staticmethod
     def _set(router: MagnitudeRouter, ffn: SparseFFN, x_TD: Tensor, of_inputs: float, of_down: float) -> None:
@@ -226,11 +228,6 @@ def _parts(block: nn.Module, ffn: SparseFFN) -> list[_Part]:
     ]
 
 
-def _keep_all(parts: Sequence[_Part]) -> None:
-    for part in parts:
-        part.set(torch.zeros(()), 0.0)
-
-
 def _seen(parts: Sequence[_Part], run: BlockRun, tokens: int | None = None) -> list[Tensor]:
     """What every threshold is compared with."""
     found: list[list[Tensor]] = [[] for _ in parts]
@@ -240,8 +237,7 @@ def _seen(parts: Sequence[_Part], run: BlockRun, tokens: int | None = None) -> l
             def keep(
                 module: nn.Module, args: tuple[Tensor, ...], part: _Part = part, to: list[Tensor] = values
             ) -> None:
-                of_tokens = part.read(args[0].detach()).flatten(0, -2)
-                to.append(of_tokens if run.real_T is None else of_tokens[run.real_T])
+                to.append(run.without_padding(part.read(args[0].detach()).flatten(0, -2)))
 
             stack.enter_context(part.watched.register_forward_pre_hook(keep))
         run(tokens)
@@ -249,10 +245,10 @@ def _seen(parts: Sequence[_Part], run: BlockRun, tokens: int | None = None) -> l
 
 
 def _divide(parts: Sequence[_Part], run: BlockRun, sparsity: float) -> list[float]:
-    """The share of every part, step by step."""
+    """The share of every part, step by step; all are whole at the beginning."""
     wanted, seen = run(GREEDY), _seen(parts, run, GREEDY)
     steps = round(MOST / STEP)
-    taus = [[_quantile(values, STEP * step) for step in range(1, steps + 1)] for values in seen]
+    taus = [[torch.zeros(()), *(_quantile(values, STEP * step) for step in range(1, steps + 1))] for values in seen]
     at, left = [0] * len(parts), sparsity * sum(part.weights for part in parts)
     shares = [0.0] * len(parts)
 
@@ -261,30 +257,27 @@ def _divide(parts: Sequence[_Part], run: BlockRun, sparsity: float) -> list[floa
 
     def costs(part: int) -> float:
         """What the next step of a part changes, for every weight that it saves."""
-        parts[part].set(taus[part][at[part]], 0.0)
+        parts[part].set(taus[part][at[part] + 1], 0.0)
         more = error() - before
-        parts[part].set(taus[part][at[part] - 1] if at[part] else torch.zeros_like(taus[part][0]), 0.0)
+        parts[part].set(taus[part][at[part]], 0.0)
         return more / parts[part].weights
 
-    before = error()
+    before = 0.0
     known = {part: costs(part) for part in range(len(parts))}
+    fresh = set(known)
     while left > 0 and known:
-        before = error()
-        chosen = min(known, key=known.__getitem__)
         # What others cost has grown since, if anything: the cheapest is asked anew, until it stays the cheapest.
-        while True:
+        while (chosen := min(known, key=known.__getitem__)) not in fresh:
             known[chosen] = costs(chosen)
-            cheapest = min(known, key=known.__getitem__)
-            if cheapest == chosen:
-                break
-            chosen = cheapest
+            fresh.add(chosen)
         step = min(STEP, left / parts[chosen].weights)
-        parts[chosen].set(taus[chosen][at[chosen]], 0.0)
         at[chosen] += 1
+        parts[chosen].set(taus[chosen][at[chosen]], 0.0)
         if at[chosen] == steps:
             del known[chosen]
         shares[chosen] += step
         left -= step * parts[chosen].weights
+        before, fresh = error(), set()
     return shares
 
 

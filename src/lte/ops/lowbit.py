@@ -16,7 +16,7 @@ BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 """Widths there are."""
 
 AT_ONCE = 2**24
-"""Numbers that a search for scales rounds in one operation, where it can."""
+"""Numbers that one operation takes, where there are more and memory would grow with them."""
 
 SHRINKS = 13
 """Scales tried for every group, from that of its largest weight down to less than half of it."""
@@ -113,7 +113,7 @@ class LowBitMatrix:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[N, D]."""
         levels = self.codes().float() - _middle(self.bits)
-        return (levels * self.scales_of_rows().float().unsqueeze(-1)).flatten(1)[:, : self.columns].to(dtype)
+        return _numbers(levels, self.scales_of_rows(), self.columns).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def nearest(matrix_ND: Tensor, bits: int, group: int, importance_D: Tensor | Non
     """The numbers that :func:`quantize` rounds a matrix to, [N, D] float32, without any being packed."""
     codes, scales = nearest_codes(matrix_ND, bits, group, importance_D)
     levels = codes.unflatten(1, (-1, group)).float() - _middle(bits)
-    return (levels * scales.unsqueeze(-1)).flatten(1)[:, : matrix_ND.shape[1]]
+    return _numbers(levels, scales, matrix_ND.shape[1])
 
 
 @torch.no_grad()
@@ -254,8 +254,8 @@ def dequantize_rows(matrix: LowBitMatrix, rows: Tensor, dtype: torch.dtype) -> T
     index = rows.flatten()
     planes = matrix.planes.unflatten(-1, (ROWS, 4))[index // ROWS, :, :, :, index % ROWS]  # [T, G, chunks, bits, 4]
     codes = torch.cat([_codes_of(part, matrix.bits) for part in planes.split(_at_once(planes))])
-    scales = matrix.scales[index // ROWS, :, index % ROWS].float().unsqueeze(-1)  # [T, G, 1]
-    values = ((codes.flatten(2).float() - _middle(matrix.bits)) * scales).flatten(1)[:, : matrix.columns]
+    scales_TG = matrix.scales[index // ROWS, :, index % ROWS]
+    values = _numbers(codes.flatten(2).float() - _middle(matrix.bits), scales_TG, matrix.columns)
     return values.to(dtype).view(*rows.shape, matrix.columns)
 
 
@@ -263,8 +263,12 @@ def round_like(matrix_ND: Tensor, like: LowBitMatrix) -> Tensor:
     """The numbers a matrix is rounded to with the scales of another; [N, D], float32."""
     scales = like.scales_of_rows().float()
     levels = levels_of(_grouped(matrix_ND.detach().float(), like.group), scales, _middle(like.bits))
-    rounded = levels * scales.unsqueeze(-1)
-    return rounded.flatten(1)[:, : matrix_ND.shape[1]]
+    return _numbers(levels, scales, matrix_ND.shape[1])
+
+
+def _numbers(levels_NGk: Tensor, scales_NG: Tensor, columns: int) -> Tensor:
+    """What levels mean, [N, D] float32."""
+    return (levels_NGk * scales_NG.float().unsqueeze(-1)).flatten(1)[:, :columns]
 
 
 def round_inputs(x_TD: Tensor, group: int) -> Tensor:
