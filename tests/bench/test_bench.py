@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 import lte
 from lte import KLAConfig, LTEConfig, SelfPredictionConfig
-from lte.bench.decode import bench_decode, time_beside
+from lte.bench import decode
+from lte.bench.decode import bench_decode, generate_seconds, time_beside
 from lte.bench.ffn import bench_ffn
 from lte.bench.limit import bench_limit, decode_bytes
 from lte.bench.shapes import SHAPES, leave_out, model_config, random_model
@@ -235,6 +236,12 @@ def test_the_command_line(tmp_path):
     assert "llama-1.2b" in str(result.exception)
     result = runner.invoke(app, ["bench", "ffn", "--sparsity", "half"])
     assert "is no list of numbers" in str(result.exception)
+
+
+def test_the_prompt_and_the_first_token_are_no_part_of_a_time(monkeypatch):
+    now = iter((0.0, 5.0, 6.0, 8.0, 9.0))
+    monkeypatch.setattr(decode.time, "perf_counter", lambda: next(now))
+    assert generate_seconds(models.build("llama"), models.inputs(2, 4)["input_ids"], 3) == 1.0
 
 
 def test_a_dense_model_is_timed_through_the_kernels_beside_its_sparse_one():

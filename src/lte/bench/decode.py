@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import CompileConfig
+from transformers.generation.streamers import BaseStreamer
 
 from lte.accounting import model_cost
 from lte.bench import llama_cpp
@@ -317,26 +319,32 @@ def _dense_config(model: Any) -> Any:
     return config
 
 
+class _Clock(BaseStreamer):
+    """When ``generate`` had each token on the host, its prompt first."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
 def generate_seconds(model: Any, ids_BS: Tensor, new_tokens: int, *, static: bool = False) -> float:
-    """Seconds per token of ``generate``, the prompt and the first token left out."""
+    """Median seconds from one token of ``generate`` to the next, the prompt and the first token left out."""
     options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "use_cache": True, "eos_token_id": None}
     if static:
         compile_config = CompileConfig(mode="default" if ids_BS.device.type == "cpu" else "reduce-overhead")
         compile_config._compile_all_devices = True
         options |= {"cache_implementation": "static", "compile_config": compile_config}
-
-    def run(n: int) -> float:
-        config = GenerationConfig(max_new_tokens=n, min_new_tokens=n, **options)
-        started = time.perf_counter()
-        model.generate(ids_BS, attention_mask=torch.ones_like(ids_BS), generation_config=config)
-        if ids_BS.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
-
+    config = GenerationConfig(max_new_tokens=1 + new_tokens, min_new_tokens=1 + new_tokens, **options)
+    clock = _Clock()
     # Thresholds are numbers: a graph for each setting, not one that takes them as inputs.
     with torch._dynamo.config.patch(specialize_float=True):
-        short = run(1)
-        return (run(1 + new_tokens) - short) / new_tokens
+        model.generate(ids_BS, attention_mask=torch.ones_like(ids_BS), generation_config=config, streamer=clock)
+    return median(after - before for before, after in pairwise(clock.times[1:]))
 
 
 def _of_bits(count: DecodeBytes, weights: WeightsConfig) -> DecodeBytes:
