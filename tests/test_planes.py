@@ -74,15 +74,15 @@ def test_a_token_reads_the_bits_asked_for(bits, tmp_path):
     with torch.no_grad(), lte.nn.observe_routing(model, count):
         model(**models.inputs(8, 16))
     assert sum(read) / len(read) == pytest.approx(bits, abs=0.05)
-    weights = model.config.quantization_config.weights
-    assert 0 <= weights.fine_share <= 1
+    router = ffns[0].router
+    assert 0 <= router.fine_share <= 1
     model.save_pretrained(tmp_path)
     loaded = lte.load(tmp_path)
-    assert [ffn.router.fine for ffn in sparse_ffns(loaded)] == [weights.fine] * len(ffns)
+    assert [ffn.router.fine for ffn in sparse_ffns(loaded)] == [router.fine] * len(ffns)
     assert torch.equal(logits(loaded), logits(model))
     # Bytes are those bits, of the FFNs.
     layer = model_cost(model).layers[0]
-    assert layer.spared == pytest.approx((1 - weights.fine_share) * layer.ffn * 1 / 8, rel=0.01)
+    assert layer.spared == pytest.approx((1 - router.fine_share) * layer.ffn * 1 / 8, rel=0.01)
 
 
 @pytest.mark.skipif(bool(cpu.unavailable()), reason=cpu.unavailable() or "kernels built")
@@ -155,6 +155,7 @@ def test_damaged_checkpoints(tmp_path):
     refused("has shape", group=128)
     refused("coarse is missing", coarse=None)
     refused("fine_share", fine_share=2)
+    refused("lacks routers: layers.1.mlp.router._extra_state", without="model.layers.1.mlp.router._extra_state")
 
 
 def test_the_command(tmp_path):

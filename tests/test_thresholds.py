@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import lte
 from lte.errors import CalibrationError, CheckpointError, ConfigError
-from lte.nn import SparsityMeter, observe_routing, sparse_ffns
+from lte.hub import save_thresholds
+from lte.nn import SparsityMeter, observe_routing, read_thresholds, sparse_ffns
 from lte.thresholds import set_thresholds, thresholds_of
 from tests import models
 from tests.training.common import sparse_model
@@ -114,8 +117,15 @@ def test_points_and_thresholds_survive_saving(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"thresholds": [0.5]}, "1 thresholds for 2 sparse FFNs"),
-        ({"thresholds": [0.5, 2.0]}, "thresholds.1=2.0"),
+        ({"thresholds": [0.5, 0.5]}, "unknown key 'thresholds'"),
+        (
+            {"operating_points": [{"sparsity": 0.5, "sparsity_per_layer": [0.5], "thresholds": [0.5]}]},
+            "1 thresholds for 2",
+        ),
+        (
+            {"operating_points": [{"sparsity": 0.5, "sparsity_per_layer": [0.5], "thresholds": [2.0]}]},
+            "thresholds.0=2.0",
+        ),
         ({"operating_points": [{"sparsity": 0.5, "sparsity_per_layer": [0.5, 0.5]}]}, "thresholds is missing"),
     ],
 )
@@ -149,7 +159,7 @@ def test_an_interruption_leaves_the_model_as_it_was():
 
     with pytest.raises(KeyboardInterrupt):
         lte.calibrate(model, batches(), 0.9, progress=interrupt)
-    assert thresholds_of(model) == before == model.config.quantization_config.thresholds
+    assert thresholds_of(model) == before
 
 
 def test_a_dense_model_has_no_dial():
@@ -175,21 +185,80 @@ def test_bad_requests():
         lte.calibrate(lte.sparsify(models.build("llama"), config), batches(1), 0.5)
 
 
-def test_thresholds_are_kept_in_one_place(tmp_path):
-    """A router's and its config's are the same numbers: moved by hand, they are saved, copied and loaded so."""
+KEY = "model.layers.{}.mlp.router._extra_state"
+
+
+def test_thresholds_are_in_the_state_dict_and_nowhere_else(tmp_path):
+    """Moved by hand, they are copied, cast, saved and loaded as they are."""
     config = lte.LTEConfig(expert_size=8, grouping="random", router_init="random")
     model = lte.sparsify(models.build("llama"), config)
-    routers = [ffn.router for ffn in sparse_ffns(model)]
-    routers[0].threshold = 0.7
-    assert model.config.quantization_config.thresholds == [0.7, 0.5]
-    model.config.quantization_config.thresholds[1] = 0.4
-    assert routers[1].threshold == 0.4
+    sparse_ffns(model)[0].router.threshold = 0.7
+    sparse_ffns(model)[1].router.fine = 1 / 3
+    state = model.state_dict()
+    assert read_thresholds(state[KEY.format(0)]) == (0.7, None, 1.0)
+    assert read_thresholds(state[KEY.format(1)]) == (0.5, 1 / 3, 1.0)
+    other = lte.sparsify(models.build("llama"), config).half()
+    other.load_state_dict(state)
+    assert thresholds_of(other) == [0.7, 0.5]
     copied = copy.deepcopy(model)
     sparse_ffns(copied)[0].router.threshold = 0.3
-    assert copied.config.quantization_config.thresholds == [0.3, 0.4]
-    assert routers[0].threshold == 0.7
+    assert thresholds_of(model) == [0.7, 0.5]
+    model.half().save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert "thresholds" not in json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    for loaded in (lte.load(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)):
+        assert thresholds_of(loaded) == [0.7, 0.5]
+        assert sparse_ffns(loaded)[1].router.fine == 1 / 3
+    with pytest.raises(RuntimeError, match="Missing key.*router._extra_state"):
+        model.load_state_dict({key: value for key, value in state.items() if "_extra_state" not in key})
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ([0.0, 0.0, 1.0], "threshold=0.0 of a router must lie between 0 and 1"),
+        ([float("nan"), 0.0, 1.0], "threshold=nan"),
+        ([0.5, float("inf"), 1.0], "fine=inf of a router must lie between"),
+        ([0.5, 0.0, 1.5], "fine_share=1.5"),
+        ([0.5], "three numbers of int64, not torch.int64"),
+    ],
+)
+def test_impossible_thresholds_are_refused(tmp_path, numbers, message):
+    model = sparse_model()
+    with pytest.raises(CheckpointError, match=message):
+        sparse_ffns(model)[0].router.set_extra_state(torch.tensor(numbers, dtype=torch.float64).view(torch.int64))
     model.save_pretrained(tmp_path)
-    for loaded in (lte.load(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)):
-        assert [ffn.router.threshold for ffn in sparse_ffns(loaded)] == [0.7, 0.4]
-        sparse_ffns(loaded)[1].router.threshold = 0.9
-        assert loaded.config.quantization_config.thresholds == [0.7, 0.9]
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors[KEY.format(1)] = torch.tensor(numbers, dtype=torch.float64).view(torch.int64)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=message):
+        lte.load(tmp_path)
+
+
+@pytest.mark.parametrize("shards", ["10MB", "20KB"])
+def test_thresholds_are_written_into_the_files_of_the_weights(tmp_path, shards, monkeypatch):
+    model = sparse_model()
+    model.save_pretrained(tmp_path, max_shard_size=shards)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    set_thresholds(model, [0.3, 1 / 7])
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", full)
+        with pytest.raises(OSError, match="No space left"):
+            save_thresholds(tmp_path, model)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    save_thresholds(tmp_path, model)
+    after = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert after.keys() == before.keys()
+    changed = sum(a != b for name in before for a, b in zip(before[name], after[name], strict=True))
+    assert 0 < changed <= 2 * 8
+    loaded = lte.load(tmp_path)
+    assert thresholds_of(loaded) == [0.3, 1 / 7]
+    assert torch.equal(loaded(**models.inputs(2, 8)).logits, model.eval()(**models.inputs(2, 8)).logits)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="holds no weights with layers.0.mlp.router._extra_state"):
+        save_thresholds(tmp_path / "empty", model)

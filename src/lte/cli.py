@@ -435,9 +435,10 @@ def _cost(summary: dict[str, Any]) -> str:
 
 def _print_inspection(result: dict[str, Any]) -> None:
     config = result["config"]
-    hidden = ("quant_method", "lte_version", "thresholds", "operating_points")
-    if config.get("thresholds"):
-        config = config | {"threshold": " ".join(f"{value:.4g}" for value in dict.fromkeys(config["thresholds"]))}
+    hidden = ("quant_method", "lte_version", "operating_points")
+    thresholds = dict.fromkeys(layer["threshold"] for layer in result["layers"] if layer["threshold"] is not None)
+    if thresholds:
+        config = config | {"threshold": " ".join(f"{value:.4g}" for value in thresholds)}
     settings = ", ".join(f"{key}={value}" for key, value in config.items() if key not in hidden)
     console.print(f"[bold]{result['model']}[/] {result['architecture']}: {settings}")
     if points := config.get("operating_points"):

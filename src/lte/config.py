@@ -22,7 +22,7 @@ MethodT = TypeVar("MethodT", bound="Method[Any]")
 QUANT_METHOD = "lte"
 """Name under which this package registers itself with transformers."""
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of the saved format; a checkpoint of a later one is refused."""
 
 
@@ -243,8 +243,6 @@ class WeightsConfig(Settings):
         coarse: of the bits, those of FFNs of single neurons that are read of all of them and say which are needed; None
             where no FFN is in two planes.
         exact: neurons of an FFN in two planes whose rows of the down projection are not rounded, in bfloat16.
-        fine: score, its logarithm, above which a neuron that runs does so on all bits; None: all do.
-        fine_share: of those that run, on the text that this was found on.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
@@ -255,8 +253,6 @@ class WeightsConfig(Settings):
     tied: bool = False
     coarse: Annotated[int, pydantic.Field(ge=1, le=4)] | None = None
     exact: Annotated[int, pydantic.Field(ge=0)] = 0
-    fine: Annotated[float, pydantic.Field(ge=-500, le=500)] | None = None
-    fine_share: Annotated[float, pydantic.Field(ge=0, le=1)] = 1.0
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -275,7 +271,6 @@ class SparsityConfig(QuantizationConfigMixin):
     Args:
         method: the method's config.
         lte_version: version of this package that wrote the checkpoint; informative.
-        thresholds: of every FFN's router; None for the method's own.
         operating_points: what :meth:`set_sparsity <lte.thresholds.set_sparsity>` chooses from, by sparsity.
         weights: how they are stored where they are of few bits.
     """
@@ -285,14 +280,12 @@ class SparsityConfig(QuantizationConfigMixin):
         method: MethodConfig,
         lte_version: str,
         *,
-        thresholds: Sequence[float] | None = None,
         operating_points: Iterable[OperatingPoint] = (),
         weights: WeightsConfig | None = None,
     ) -> None:
         self.quant_method = QUANT_METHOD
         self.method = method
         self.lte_version = lte_version
-        self.thresholds = None if thresholds is None else list(thresholds)
         self.operating_points = sorted(operating_points, key=lambda point: point.sparsity)
         self.weights = weights
 
@@ -312,13 +305,11 @@ class SparsityConfig(QuantizationConfigMixin):
         try:
             if weights is not None and not isinstance(weights, dict):
                 raise ConfigError(f"weights={weights!r} is no mapping")
-            dial = validate_model(
-                _Dial, {key: values.pop(key) for key in _Dial.model_fields if key in values}, "thresholds"
-            )
+            points = {"operating_points": values.pop("operating_points", ())}
+            dial = validate_model(_Dial, points, "operating_points")
             config = cls(
                 method_config(values.pop("method", "missing"), values),
                 lte_version,
-                thresholds=dial.thresholds,
                 operating_points=dial.operating_points,
                 weights=None if weights is None else WeightsConfig(**weights),
             )
@@ -334,7 +325,6 @@ class SparsityConfig(QuantizationConfigMixin):
             "lte_version": self.lte_version,
             "method": self.method.method,
             **self.method.model_dump(mode="json"),
-            **({} if self.thresholds is None else {"thresholds": list(self.thresholds)}),
             **(
                 {"operating_points": [p.model_dump(mode="json") for p in points]}
                 if (points := self.operating_points)
@@ -349,9 +339,8 @@ class SparsityConfig(QuantizationConfigMixin):
 
 
 class _Dial(pydantic.BaseModel):
-    """What ``config.json`` says about thresholds."""
+    """What ``config.json`` says about thresholds other than those a model runs at."""
 
-    thresholds: tuple[Annotated[float, pydantic.Field(gt=0, lt=1)], ...] | None = None
     operating_points: tuple[OperatingPoint, ...] = ()
 
 

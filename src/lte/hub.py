@@ -1,12 +1,15 @@
 """Saving and loading: a stock checkpoint plus routers, and no way to take a dense model for a sparse one.
 
 Importing this module registers the method with transformers, so that ``AutoModel*.from_pretrained`` restores the
-sparse model. ``model.save_pretrained`` needs nothing from here: the routers are parameters, and the settings are
-the ``quantization_config`` entry of ``config.json``.
+sparse model. ``model.save_pretrained`` needs nothing from here: routers and their thresholds are in the state dict, and
+the settings are the ``quantization_config`` entry of ``config.json``.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
@@ -22,10 +25,10 @@ from lte import gguf
 from lte.config import QUANT_METHOD, SparsityConfig
 from lte.errors import CheckpointError, ConfigError, LTEError
 from lte.memory import is_shortage
-from lte.nn import QuantizedWeight, SparseFFN, sparse_ffns
+from lte.nn import QuantizedWeight, Router, SparseFFN, read_thresholds, sparse_ffns
 from lte.quantization import install_quantized
 from lte.sparsify import install_sparse_ffns
-from lte.thresholds import apply_config, enable_dial
+from lte.thresholds import check_points, enable_dial
 
 _HUB_KEYS = ("revision", "token", "cache_dir")
 """Keywords of ``from_pretrained`` that say which checkpoint of the hub is meant."""
@@ -59,7 +62,7 @@ class SparseModelLoader(HfQuantizer):
             )
         install_sparse_ffns(model, self.quantization_config.method)
         try:
-            apply_config(model, self.quantization_config)
+            check_points(model, self.quantization_config)
             if self.quantization_config.weights is not None:
                 install_quantized(model, self.quantization_config.weights)
         except ConfigError as error:
@@ -216,6 +219,47 @@ def _read_gguf_config(path: str | Path, **kwargs: Any) -> Any:
         raise CheckpointError(f"{str(path)!r} is neither a file here nor to be had from the hub") from error
 
 
+def save_thresholds(path: Path, model: Any) -> None:
+    """Write where a model's thresholds stand into the files of its weights, from which it was loaded.
+
+    Every file is copied, changed, and put in the place of the old one once all are whole, so there must be room for
+    them twice; whatever is raised, they are as before.
+    """
+    prefix = model.base_model_prefix + "."
+    states = {
+        f"{name}._extra_state".removeprefix(prefix): module.get_extra_state()
+        for name, module in model.named_modules()
+        if isinstance(module, Router)
+    }
+    changed: dict[Path, Path] = {}
+    try:
+        for file in sorted(path.glob("*.safetensors")):
+            places = {key.removeprefix(prefix): place for key, place in _places(file).items()}
+            if not states.keys() & places.keys():
+                continue
+            changed[file] = file.with_name(f"{file.name}.{os.getpid()}.partial")
+            shutil.copy(file, changed[file])
+            with changed[file].open("r+b") as out:
+                for key in states.keys() & places.keys():
+                    out.seek(places[key])
+                    out.write(states.pop(key).numpy().astype("<i8").tobytes())
+        if states:
+            raise CheckpointError(f"{path} holds no weights with {_some(states)}, which the model has")
+        for file, partial in changed.items():
+            os.replace(partial, file)
+    finally:
+        for partial in changed.values():
+            partial.unlink(missing_ok=True)
+
+
+def _places(file: Path) -> dict[str, int]:
+    """Where in a safetensors file each tensor begins."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    return {key: 8 + length + entry["data_offsets"][0] for key, entry in header.items() if key != "__metadata__"}
+
+
 def _check_numbers(model: nn.Module) -> None:
     """CheckpointError where a weight is a NaN or infinite; at the speed memory can be read."""
     for name, tensor in model.state_dict().items():
@@ -283,8 +327,8 @@ def _check_files(model: Any, checkpoint_files: Iterable[str]) -> None:
                     shapes[key.removeprefix(prefix)] = stored.get_shape()
                     if floating.get(key.removeprefix(prefix)) is (stored.get_dtype()[0] not in "FB"):
                         raise CheckpointError(f"{file}: {key} is stored as {stored.get_dtype()}, which it cannot be")
-                    if ".router." in key and not torch.isfinite(tensors.get_tensor(key)).all():
-                        raise CheckpointError(f"{file}: {key} holds values that are not finite")
+                    if ".router." in key:
+                        _check_router(file, key, tensors.get_tensor(key))
         except SafetensorError as error:
             raise CheckpointError(f"{file}: truncated or not a safetensors file ({_first_line(error)})") from error
     expected = {
@@ -307,6 +351,16 @@ def _check_files(model: Any, checkpoint_files: Iterable[str]) -> None:
                 f"the checkpoint's {key} has shape {shapes[key]}, but config.json (expert_size and widths) asks for "
                 f"{shape}; one of the two was edited"
             )
+
+
+def _check_router(file: str, key: str, stored: Tensor) -> None:
+    if not torch.isfinite(stored).all():
+        raise CheckpointError(f"{file}: {key} holds values that are not finite")
+    if key.endswith("._extra_state"):
+        try:
+            read_thresholds(stored)
+        except CheckpointError as error:
+            raise CheckpointError(f"{file}: {key}: {error}") from None
 
 
 def _some(keys: Iterable[str]) -> str:

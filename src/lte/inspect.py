@@ -12,6 +12,7 @@ import transformers
 from lte.accounting import GFLOP, model_cost, parameter_counts
 from lte.errors import CheckpointError
 from lte.hub import is_sparse_config, load, read_config
+from lte.nn import sparse_ffns
 from lte.runs import RUN_FILE
 
 
@@ -21,14 +22,15 @@ def inspect_checkpoint(path: str) -> dict[str, Any]:
     Returns:
         ``model``, ``config`` (the sparsity settings), ``parameters``, ``sparsity``, ``gflops_per_token`` and
         ``bytes_per_token`` (None and dense only where the sparsity is not known), and ``layers``: one entry per sparse
-        FFN with ``block``, ``experts``, ``expert_size``, ``sparsity``, and ``mflops`` per token (2^20) ``dense`` /
-        ``sparse`` / ``router`` of the FFN.
+        FFN with ``block``, ``experts``, ``expert_size``, ``threshold`` (None where none decides), ``sparsity``, and
+        ``mflops`` per token (2^20) ``dense`` / ``sparse`` / ``router`` of the FFN.
     """
     if not is_sparse_config(read_config(path)):
         raise CheckpointError(f"{path} is a dense checkpoint: it has no experts to inspect")
     model = load(path, dtype=torch.float32) if Path(path).is_dir() else load(path)
     cost = model_cost(model)
     sparse = [(block, layer) for block, layer in enumerate(cost.layers) if layer.experts]
+    routers = [ffn.router for ffn in sparse_ffns(model)]
     known = _recorded_sparsity(path)
     size = model.config.quantization_config.method.expert_size
     unit = 2 * 1024 / GFLOP
@@ -37,6 +39,7 @@ def inspect_checkpoint(path: str) -> dict[str, Any]:
             "block": block,
             "experts": layer.experts,
             "expert_size": size,
+            "threshold": router.threshold if router.uses_threshold else None,
             "sparsity": None if known is None else known[index],
             "mflops": {
                 "dense": layer.ffn * unit,
@@ -45,7 +48,7 @@ def inspect_checkpoint(path: str) -> dict[str, Any]:
             },
             "parameters": {"ffn": layer.ffn, "router": layer.router.parameters},
         }
-        for index, (block, layer) in enumerate(sparse)
+        for index, ((block, layer), router) in enumerate(zip(sparse, routers, strict=True))
     ]
     gflops: dict[str, float | None] = dict(cost.gflops_per_token(known or [0.0] * len(sparse)))
     read: dict[str, float | None] = dict(cost.bytes_per_token(known or [0.0] * len(sparse)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,20 +33,6 @@ TOKENS = 4096
 
 SEARCH = 40
 """Halvings of the interval a threshold is searched in."""
-
-
-class Precision(NamedTuple):
-    """Two thresholds.
-
-    Attributes:
-        fine: score, its logarithm, from which neurons run on all bits.
-        fine_share: of those that run, on the text that the thresholds were found on.
-        point: from which they run at all, and how many do.
-    """
-
-    fine: float
-    fine_share: float
-    point: OperatingPoint
 
 
 def weights_config(
@@ -151,7 +137,7 @@ def check_reachable(bits_per_token: float, settings: WeightsConfig, d_model: int
         )
 
 
-def set_bits_per_token(model: Any, batches: Iterable[Mapping[str, Tensor]], bits_per_token: float) -> Precision:
+def set_bits_per_token(model: Any, batches: Iterable[Mapping[str, Tensor]], bits_per_token: float) -> OperatingPoint:
     """Move both thresholds of a model in two planes so that a token reads so many bits of an FFN weight in the mean.
 
     A neuron's error, left out or on its upper bits, is its score times a factor, so for least error at some bits the
@@ -163,7 +149,7 @@ def set_bits_per_token(model: Any, batches: Iterable[Mapping[str, Tensor]], bits
         bits_per_token: scales included.
 
     Returns:
-        Where the thresholds are now.
+        From which scores neurons run at all, and how many do; from which they do on all bits is in the routers.
     """
     kept = every_nth(list(batches), TOKENS)
     ffns = sparse_ffns(model)
@@ -180,10 +166,11 @@ def set_bits_per_token(model: Any, batches: Iterable[Mapping[str, Tensor]], bits
         low, high = (middle, high) if read > bits_per_token else (low, middle)
     off = min(max(margins.share_below(low), 1e-3), 1 - 1e-3)
     point = find_thresholds(model, kept, off)
-    return Precision(*_set_fine(model, kept, bits_per_token, planes), point)
+    _set_fine(model, kept, bits_per_token, planes)
+    return point
 
 
-def _set_fine(model: Any, batches: list[Mapping[str, Tensor]], bits: float, planes: NestedFFN) -> tuple[float, float]:
+def _set_fine(model: Any, batches: list[Mapping[str, Tensor]], bits: float, planes: NestedFFN) -> None:
     """The second threshold, for the bits that the first one leaves."""
     margins = measure_margins(model, batches)
     on = 1 - margins.sparsity
@@ -192,7 +179,6 @@ def _set_fine(model: Any, batches: list[Mapping[str, Tensor]], bits: float, plan
     fine = sparse_ffns(model)[0].router.cut + max(margins.quantile(1 - on * share), 0.0)
     for ffn in sparse_ffns(model):
         ffn.router.fine, ffn.router.fine_share = fine, share
-    return fine, share
 
 
 def planes_of(ffn: SparseFFN) -> NestedFFN:

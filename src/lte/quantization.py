@@ -152,10 +152,9 @@ def quantize(
 
 def read_on_average(model: Any, batches: Sequence[Mapping[str, Tensor]], bits_per_token: float) -> None:
     """Set and remember thresholds by which a token reads so many bits of an FFN weight; two planes only."""
-    found, sparse = set_bits_per_token(model, batches, bits_per_token), model.config.quantization_config
-    sparse.weights = sparse.weights.model_copy(update={"fine": found.fine, "fine_share": found.fine_share})
-    sparse.operating_points = []
-    remember(model, found.point)
+    point = set_bits_per_token(model, batches, bits_per_token)
+    model.config.quantization_config.operating_points = []
+    remember(model, point)
 
 
 @torch.no_grad()
@@ -296,4 +295,3 @@ def _finish(model: Any, settings: WeightsConfig) -> None:
     model.all_tied_weights_keys = {}
     for ffn in sparse_ffns(model):
         ffn._packed = None
-        ffn.router.fine, ffn.router.fine_share = settings.fine, settings.fine_share

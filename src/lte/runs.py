@@ -23,7 +23,7 @@ from lte.config import MethodConfig, OperatingPoint, method_of
 from lte.errors import ConfigError
 from lte.evaluate import check_direction, load_for_evaluation, versions
 from lte.files import LOCK, lock_folder, unlock_folder, write_whole
-from lte.hub import default_device, is_sparse_config, load, load_dense, load_tokenizer, read_config
+from lte.hub import default_device, is_sparse_config, load, load_dense, load_tokenizer, read_config, save_thresholds
 from lte.memory import peak_memory
 from lte.nn import SparsityMeter, observe_routing, sparse_ffns
 from lte.recipe import Recipe, dump_recipe, load_recipe
@@ -231,10 +231,11 @@ def calibrate_checkpoint(
     tokens: int = DIAL_TOKENS,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[OperatingPoint]:
-    """Find the thresholds for some sparsities on a text, and write them into a checkpoint's ``config.json``.
+    """Find the thresholds for some sparsities on a text, and write them into a checkpoint.
 
     Args:
-        path: folder of a sparse model; its ``config.json`` and the sparsity in its run file are written, at the end.
+        path: folder of a sparse model; the thresholds beside its weights, the operating points in its ``config.json``
+            and the sparsity in its run file are written, at the end.
         data: the text.
         task: how to read it.
         sparsities: every one becomes an operating point; the model is left at the last.
@@ -257,6 +258,7 @@ def calibrate_checkpoint(
                 progress(index * total + done, len(sparsities) * total)
 
         points.append(calibrate(model, batches, sparsity, per_layer=per_layer, progress=report))
+    save_thresholds(path, model)
     write_whole(path / "config.json", model.config.to_json_string())
     if (path / RUN_FILE).is_file():
         record = json.loads((path / RUN_FILE).read_text()) | _point_sparsity(points[-1])

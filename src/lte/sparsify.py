@@ -19,7 +19,7 @@ from lte.families import family_spec, install_ffns, replace_activation
 from lte.grouping import Calibration, check_divisible, get_grouping
 from lte.memory import trim_heap
 from lte.nn import Router, SparseFFN, sparse_ffns
-from lte.thresholds import enable_dial, share_thresholds
+from lte.thresholds import enable_dial
 
 logger = logging.getLogger(__name__)
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
@@ -84,7 +84,6 @@ def sparsify(
     enable_dial(model)
     settled = method_of(config).settled(sparse_ffns(model))
     entry = SparsityConfig(settled, version("learn-to-be-efficient"))
-    share_thresholds(sparse_ffns(model), entry)
     model.config.quantization_config = entry  # type: ignore[union-attr]
     return model
 

@@ -14,7 +14,7 @@ from lte.calibration import body_of, device_inputs, every_nth, token_count, with
 from lte.config import OperatingPoint, SparsityConfig
 from lte.errors import CalibrationError, ConfigError
 from lte.margins import Margins
-from lte.nn import Mode, SparseFFN, observe_routing, set_mode, sparse_ffns
+from lte.nn import Mode, observe_routing, set_mode, sparse_ffns
 from lte.nn.router import LOGIT_RANGE
 
 TOLERANCE, MISSED, DISTINCT = 0.002, 0.01, 0.005
@@ -33,22 +33,12 @@ def thresholds_of(model: nn.Module) -> list[float]:
 
 
 def set_thresholds(model: Any, thresholds: Sequence[float]) -> None:
-    """Move the thresholds, one per FFN, in the model and in what its ``config.json`` will say."""
+    """Move the thresholds, one per FFN: where they are kept, in the routers, and so in the state dict."""
     ffns = sparse_ffns(model)
     if len(thresholds) != len(ffns):
         raise ConfigError(f"{len(thresholds)} thresholds were given for {len(ffns)} sparse FFNs; give one for each")
-    model.config.quantization_config.thresholds = list(thresholds)
-    share_thresholds(ffns, model.config.quantization_config)
-
-
-def share_thresholds(ffns: Sequence[SparseFFN], config: SparsityConfig) -> None:
-    """Make the list in a config, which ``config.json`` is written from, the one place where thresholds are kept."""
-    if not any(ffn.router.uses_threshold for ffn in ffns):
-        return
-    if not config.thresholds:
-        config.thresholds = [ffn.router.threshold for ffn in ffns]
-    for place, ffn in enumerate(ffns):
-        ffn.router.keep_threshold_in(config.thresholds, place)
+    for ffn, threshold in zip(ffns, thresholds, strict=True):
+        ffn.router.threshold = threshold
 
 
 def set_sparsity(model: Any, sparsity: float) -> None:
@@ -112,15 +102,12 @@ def enable_dial(model: Any) -> None:
     model.set_sparsity = partial(set_sparsity, model)  # a bound method would not survive pickling
 
 
-def apply_config(model: nn.Module, config: SparsityConfig) -> None:
-    """Put the thresholds a checkpoint was saved with in place; ConfigError where their number is not the model's."""
+def check_points(model: nn.Module, config: SparsityConfig) -> None:
+    """ConfigError where operating points have not as many thresholds as the model."""
     count = len(sparse_ffns(model))
-    for thresholds in [config.thresholds or (), *(point.thresholds for point in config.operating_points)]:
-        if len(thresholds) not in (0, count):
-            raise ConfigError(f"{len(thresholds)} thresholds for {count} sparse FFNs; config.json was edited")
-    if config.operating_points and not config.thresholds:
-        raise ConfigError("operating points, but no thresholds; config.json was edited")
-    share_thresholds(sparse_ffns(model), config)
+    for point in config.operating_points:
+        if len(point.thresholds) != count:
+            raise ConfigError(f"{len(point.thresholds)} thresholds for {count} sparse FFNs; config.json was edited")
 
 
 def calibrate(

@@ -44,8 +44,8 @@ def test_it_is_calibrated_saved_and_loaded_without_its_copy(name, tmp_path):
     loaded = lte.load(tmp_path).eval()
     assert all(isinstance(ffn.router, CopyRouter) for ffn in sparse_ffns(loaded))
     routers = {key for key in loaded.state_dict() if ".router." in key}
-    assert {key.rpartition(".")[2] for key in routers} == {"sensitivity", "importance"}
-    assert len(routers) == 2 * models.LAYERS
+    assert {key.rpartition(".")[2] for key in routers} == {"sensitivity", "importance", "_extra_state"}
+    assert len(routers) == 3 * models.LAYERS
     assert not any(p.requires_grad for ffn in sparse_ffns(loaded) for p in ffn.router.parameters())
     with torch.no_grad():
         torch.testing.assert_close(loaded(**batch)[0], model(**batch)[0])

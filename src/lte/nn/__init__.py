@@ -20,6 +20,7 @@ from lte.nn.router import (
     ThresholdRouter,
     TopKSoftmaxRouter,
     largest,
+    read_thresholds,
 )
 from lte.nn.routing import ConstantForm, CopyForm, Form, HalfForm, LinearForm, NestedForm, RouterCost, Routing
 from lte.nn.thresholded import Thresholded, threshold_inputs
@@ -61,6 +62,7 @@ __all__ = [
     "TopKSoftmaxRouter",
     "largest",
     "observe_routing",
+    "read_thresholds",
     "set_mode",
     "sparse_ffns",
     "threshold_inputs",

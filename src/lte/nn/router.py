@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lte.errors import ConfigError
+from lte.errors import CheckpointError, ConfigError
 from lte.nn.routing import Form, LinearForm, RouterCost, Routing
 from lte.ops.reference import expert_scores
 
@@ -26,6 +26,28 @@ below half a unit in the last place of a typical bf16 weight, and most steps wou
 LOGIT_RANGE = 20.0
 """Furthest a threshold may move, in logits: as low as that, it leaves nothing out."""
 
+FINE_RANGE = 500
+"""Furthest the second threshold may lie, in logits: further, its exponential is no number."""
+
+
+def read_thresholds(state: Tensor) -> tuple[float, float | None, float]:
+    """:attr:`Router.threshold`, :attr:`Router.fine` and :attr:`Router.fine_share` from a state dict's entry.
+
+    Raises:
+        CheckpointError: it is of another shape or type, or a number is out of its range.
+    """
+    if not isinstance(state, Tensor) or state.dtype != torch.int64 or state.shape != (3,):
+        shown = f"{state.dtype}, {list(state.shape)}" if isinstance(state, Tensor) else repr(state)
+        raise CheckpointError(f"a router's thresholds are three numbers of int64, not {shown}")
+    threshold, fine, share = state.cpu().view(torch.float64).tolist()
+    if not 0 < threshold < 1:
+        raise CheckpointError(f"threshold={threshold} of a router must lie between 0 and 1")
+    if abs(fine) > FINE_RANGE:
+        raise CheckpointError(f"fine={fine} of a router must lie between -{FINE_RANGE} and {FINE_RANGE}")
+    if not 0 <= share <= 1:
+        raise CheckpointError(f"fine_share={share} of a router must lie between 0 and 1")
+    return threshold, None if math.isnan(fine) else fine, share
+
 
 class Router(nn.Module):
     """What decides which experts of an FFN run for a token.
@@ -37,6 +59,11 @@ class Router(nn.Module):
     Args:
         n_experts: number of experts E, each of d_ff / E neighbouring neurons.
         threshold: tau, in (0, 1).
+
+    Attributes:
+        threshold: the same; saved with ``fine`` and ``fine_share`` in the state dict, under ``.router._extra_state``.
+        fine: logit above which an expert that runs does so on all bits, where weights lie in two planes; None: all do.
+        fine_share: of those that run, on the text that this was found on.
     """
 
     uses_threshold = True
@@ -45,29 +72,24 @@ class Router(nn.Module):
     decides = True
     """False where all neurons that the FFN has run for every token."""
 
-    fine: float | None = None
-    """Logit above which an expert that runs does so on all bits, where weights lie in two planes; None: all do."""
-
-    fine_share = 1.0
-    """Of those that run, on the text that this was found on."""
-
     def __init__(self, n_experts: int, *, threshold: float = 0.5) -> None:
         super().__init__()
         self.n_experts = n_experts
-        self.keep_threshold_in([threshold], 0)
+        self.threshold = threshold
+        self.fine: float | None = None
+        self.fine_share = 1.0
 
-    @property
-    def threshold(self) -> float:
-        """Tau: of a model's routers it is kept in one list, that of its config, and so saved as it is."""
-        return self._thresholds[self._place]
+    def get_extra_state(self) -> Tensor:
+        """[3] int64, of the state dict: the bits of three float64 numbers, which no cast of a model rounds.
 
-    @threshold.setter
-    def threshold(self, value: float) -> None:
-        self._thresholds[self._place] = value
+        They are :attr:`threshold`, :attr:`fine` (a NaN for None) and :attr:`fine_share`.
+        """
+        numbers = (self.threshold, math.nan if self.fine is None else self.fine, self.fine_share)
+        return torch.tensor(numbers, dtype=torch.float64, device="cpu").view(torch.int64)
 
-    def keep_threshold_in(self, thresholds: list[float], place: int) -> None:
-        """From now on the threshold is an entry of a list, which others may share."""
-        self._thresholds, self._place = thresholds, place
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take the thresholds of a state dict over; CheckpointError where they are none."""
+        self.threshold, self.fine, self.fine_share = read_thresholds(state)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """What ``.to()``, ``.half()``, ``.cuda()``, ... go through: the device changes, dtype and values do not."""

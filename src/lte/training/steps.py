@@ -9,7 +9,6 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from lte.thresholds import thresholds_of
 from lte.training.losses import RoutingTotals
 
 
@@ -24,10 +23,7 @@ class StepCallback(TrainerCallback, ExportableState):
         tracker = self.trainer.tracker
         if tracker is None:
             return {"args": {}, "attributes": {}}
-        return {
-            "args": {},
-            "attributes": {"tracker": tracker.state(), "thresholds": thresholds_of(self.trainer.model)},
-        }
+        return {"args": {}, "attributes": {"tracker": tracker.state()}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A run starts or goes on."""

@@ -310,7 +310,6 @@ class LTETrainer(Trainer):
         saved = (self.state.stateful_callbacks or {}).get(StepCallback.__name__)
         if self.state.global_step and isinstance(saved, dict) and "tracker" in saved["attributes"]:
             self.tracker.restore(saved["attributes"]["tracker"])
-            set_thresholds(self.model, saved["attributes"]["thresholds"])
             return
         batches = self._sample(OPENING_TOKENS)
         opening = measure_margins(self.model, batches).sparsity
