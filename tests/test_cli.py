@@ -65,7 +65,7 @@ def train_words(folder: Path, out: Path, *more: object) -> list[object]:
     return [
         *("train", "--model", folder / "dense", "--task", "lm", "--data", folder / "text.txt", "--out", out),
         *("--expert-size", 8, "--grouping", "random", "--context-length", 16, "--batch-size", 4),
-        *("--recipe", "paper", "--eta", 1, "--set", "training.stage1_steps=3", "--set", "training.stage2_steps=2"),
+        *("--preset", "paper", "--eta", 1, "--set", "training.stage1_steps=3", "--set", "training.stage2_steps=2"),
         *more,
     ]
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from lte import study
-from lte.compare import Entry, plan
+from lte.compare import Entry, design
 from lte.config import METHODS
 from tests.test_cli import fails, folder, run  # noqa: F401 - a fixture
 
@@ -144,7 +144,7 @@ def test_the_first_steps_may_be_dense_once_for_all(words, tmp_path):
 
 def test_its_study_can_be_swept(tmp_path):
     base = {"model": "m", "data": "d.txt", "task": {"name": "lm"}}
-    made = plan(base, methods=["lte"], sparsities=[0.5], steps=3, seeds=2, eval_data="e.txt", out=tmp_path / "c")
+    made = design(base, methods=["lte"], sparsities=[0.5], steps=3, seeds=2, eval_data="e.txt", out=tmp_path / "c")
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(made))
     names = [point.name for point in study.points(study.load_study(tmp_path / "study.yaml"))]
     assert names == [

@@ -71,7 +71,7 @@ def test_missing_recipe_file(tmp_path):
     ],
 )
 def test_bad_training_values(tmp_path, setting, message):
-    recipe = load_recipe(None, {**FLAGS, "recipe": "paper", "training.eta": 1.0}, [setting])
+    recipe = load_recipe(None, {**FLAGS, "preset": "paper", "training.eta": 1.0}, [setting])
     with pytest.raises(ConfigError, match=message):
         recipe.arguments(lte.LTETrainingArguments, output_dir=str(tmp_path))
 
@@ -102,11 +102,11 @@ def test_epochs_are_refused_for_two_stages_wherever_they_stand(tmp_path):
 
 
 def test_the_paper_recipe_is_the_published_one_and_can_be_changed(tmp_path):
-    paper = {**FLAGS, "recipe": "paper", "training.eta": 1.0}
+    paper = {**FLAGS, "preset": "paper", "training.eta": 1.0}
     recipe = load_recipe(None, paper, ["sparsity.grouping=random", "training.lambda_sep=0.25"])
     args = recipe.arguments(lte.LTETrainingArguments, output_dir=str(tmp_path))
     assert (args.stages, args.lambda_sep) == (2, 0.25)
     assert (recipe.method().grouping, recipe.method().router_init) == ("random", "random")
     assert load_recipe(None, paper, []).method().grouping == "kmeans"
-    with pytest.raises(ConfigError, match="recipe='magic'.*known recipes: single-stage, paper"):
-        load_recipe(None, {**paper, "recipe": "magic"}, [])
+    with pytest.raises(ConfigError, match="preset='magic'.*known presets: single-stage, paper"):
+        load_recipe(None, {**paper, "preset": "magic"}, [])

@@ -151,7 +151,7 @@ def train(
         float | None, typer.Option(help="Share of FFN neurons not to be used, e.g. 0.7; training finds the way.")
     ] = None,
     preset: Annotated[
-        str | None, typer.Option("--recipe", metavar="NAME", help="single-stage, or paper: the published two stages.")
+        str | None, typer.Option("--preset", metavar="NAME", help="single-stage, or paper: the published two stages.")
     ] = None,
     eta: Annotated[
         float | None, typer.Option(help="Instead of a target: weight of the efficiency loss, larger is sparser.")
@@ -183,7 +183,7 @@ def train(
 
     flags = {
         **common_flags(locals()),
-        "recipe": preset,
+        "preset": preset,
         "training.target_sparsity": target_sparsity,
         "training.eta": eta,
         "training.num_train_epochs": epochs,

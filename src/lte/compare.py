@@ -1,4 +1,4 @@
-"""Methods beside each other on one task: a study is planned from a few words, run, and reported on."""
+"""Methods beside each other on one task: a study is made of a few words, run, and reported on."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Entry:
         return cls(name, method, bool(steps) and (how == "trained" or (not how and METHODS[method][1].trains)))
 
 
-def plan(
+def design(
     base: dict[str, Any],
     *,
     methods: Sequence[str],
@@ -131,7 +131,7 @@ def plan(
         own = {f"sparsity.{key}": value for method, key, value in settings if method == entry.name}
         if not entry.trained:
             own = {"model": tuned, **own}
-        elif METHODS[entry.method][1].recipe == "paper":
+        elif METHODS[entry.method][1].preset == "paper":
             left = steps - dense_steps
             stages = {"training.stage1_steps": left // 2, "training.stage2_steps": left - left // 2}
             own = {**long, **stages, **own}
@@ -201,7 +201,7 @@ def compare(
     """Run what a comparison still lacks, and write its report.
 
     Args:
-        study: of :func:`plan`. Methods, sparsities and seeds may have come to those of an earlier call.
+        study: of :func:`design`. Methods, sparsities and seeds may have come to those of an earlier call.
         out: folder.
         report: told what is being done.
         prepare: called before the first point, once all settings are known to be good.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lte.errors import CheckpointError, ConfigError
-from lte.grouping import Calibration, NeuronGradients, needs_activations
+from lte.grouping import Activations, NeuronGradients, needs_activations
 from lte.nn import Router, SparseFFN
 
 ModelT = TypeVar("ModelT", bound=pydantic.BaseModel)
@@ -98,7 +98,7 @@ class Method(ABC, Generic[ConfigT]):
     trains: ClassVar[bool] = True
     """Whether the model is trained under it as published; if not, it is applied to a trained dense model."""
 
-    recipe: ClassVar[str] = "single-stage"
+    preset: ClassVar[str] = "single-stage"
     """How a model is trained under it unless a recipe says otherwise, of :data:`lte.recipe.PRESETS`."""
 
     fitted: ClassVar[bool] = False
@@ -135,7 +135,7 @@ class Method(ABC, Generic[ConfigT]):
 
     @property
     def neuron_gradients(self) -> NeuronGradients | None:
-        """What is measured of the loss's gradients for every neuron, see :attr:`Calibration.neuron_gradients_F`."""
+        """What is measured of the loss's gradients for every neuron, see :attr:`Activations.neuron_gradients_F`."""
         return None
 
     @property
@@ -151,13 +151,13 @@ class Method(ABC, Generic[ConfigT]):
 
     @abstractmethod
     def init_routers(
-        self, ffns: Sequence[SparseFFN], calibration: Iterator[Calibration] | None, generator: torch.Generator
+        self, ffns: Sequence[SparseFFN], activations: Iterator[Activations] | None, generator: torch.Generator
     ) -> None:
         """Give the new routers their initial weights.
 
         Args:
             ffns: all of the model's, their neurons already grouped.
-            calibration: of every FFN in turn, its neurons in the new order, computed as they are asked for; None
+            activations: of every FFN in turn, its neurons in the new order, computed as they are asked for; None
                 where there is no calibration data.
             generator: on the CPU, for what is drawn.
         """

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lte.calibration import every_nth
+from lte.activations import every_nth
 from lte.config import MethodConfig, OperatingPoint, WeightsConfig
 from lte.errors import ConfigError
 from lte.nn import CopyRouter, NestedDown, NestedForm, NestedLinear, SparseFFN, sparse_ffns

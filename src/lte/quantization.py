@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lte.calibration import runs_of_blocks
+from lte.activations import runs_of_blocks
 from lte.config import WeightsConfig, method_config
 from lte.errors import ConfigError
 from lte.families import DECODERS, blocks_of

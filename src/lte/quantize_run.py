@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lte.accounting import model_cost
-from lte.calibration import every_nth, sample_batches
+from lte.activations import every_nth, sample_batches
 from lte.errors import ConfigError
 from lte.evaluate import versions
 from lte.files import write_whole

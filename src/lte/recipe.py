@@ -25,7 +25,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "single-stage": {"sparsity": {}, "training": {}},
     "paper": {"sparsity": {"method": "lte", "grouping": "kmeans", "router_init": "random"}, "training": PAPER},
 }
-"""Name of a recipe -> what its runs have in their sections unless they say otherwise."""
+"""Name of a preset -> what its runs have in their sections unless they say otherwise."""
 
 DEFAULT_METHOD = "self-prediction"
 """What makes a model sparse where nothing else is asked for: docs/self-prediction.md has the table behind it."""
@@ -35,12 +35,12 @@ class Recipe(pydantic.BaseModel):
     """One training run.
 
     Attributes:
-        recipe: ``single-stage``, or ``paper`` for the published two stages, grouping and initialisation.
+        preset: ``single-stage``, or ``paper`` for the published two stages, grouping and initialisation.
         model: folder or hub id of the dense model.
         data: file, folder or hub name of the training data.
         out: folder the model is written to.
         task: see :class:`lte.tasks.TaskConfig`.
-        sparsity: ``method`` (default ``self-prediction``, in the recipe ``paper`` ``lte``) and that method's settings,
+        sparsity: ``method`` (default ``self-prediction``, in the preset ``paper`` ``lte``) and that method's settings,
             see :class:`lte.SelfPredictionConfig` and :class:`lte.LTEConfig`.
         training: fields of :class:`lte.LTETrainingArguments` (of ``transformers.TrainingArguments`` for a dense
             run).
@@ -53,7 +53,7 @@ class Recipe(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid")
 
-    recipe: str = "single-stage"
+    preset: str = "single-stage"
     model: str
     data: str
     out: str
@@ -65,7 +65,7 @@ class Recipe(pydantic.BaseModel):
 
     def method(self) -> MethodConfig:
         """The sparsity method's config. Of methods with a fixed share, the target sparsity is a setting."""
-        preset = PRESETS[self.recipe]["sparsity"]
+        preset = PRESETS[self.preset]["sparsity"]
         name = self.sparsity.get("method", preset.get("method", DEFAULT_METHOD))
         values = {"seed": self.seed, **(preset if name == preset.get("method") else {}), **self.sparsity}
         values.pop("method", None)
@@ -79,20 +79,20 @@ class Recipe(pydantic.BaseModel):
             raise ConfigError(f"target_sparsity={target} and sparsity.sparsity={values['sparsity']}: give one")
         return method_config(name, values)
 
-    @pydantic.field_validator("recipe")
+    @pydantic.field_validator("preset")
     @classmethod
     def _known(cls, name: str) -> str:
         if name not in PRESETS:
-            raise ValueError(f"known recipes: {', '.join(PRESETS)}")
+            raise ValueError(f"known presets: {', '.join(PRESETS)}")
         return name
 
     def arguments(self, cls: type[TrainingArguments], **defaults: Any) -> Any:
         """The training arguments, of class ``cls``; ``defaults`` yield to the recipe."""
         fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
         values = {"seed": self.seed, **defaults}
-        name = self.recipe
+        name = self.preset
         if "stages" in fields and name == "single-stage":
-            name = method_of(self.method()).recipe
+            name = method_of(self.method()).preset
         preset = PRESETS[name]["training"] if "stages" in fields else {}
         given = {**preset, **self.training}
         if "target_sparsity" in fields and self.method().sparsity_is != "threshold":

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from lte.calibration import device_inputs, sample_batches
+from lte.activations import device_inputs, sample_batches
 from lte.config import MethodConfig, OperatingPoint, method_of
 from lte.errors import ConfigError
 from lte.evaluate import check_direction, load_for_evaluation, versions

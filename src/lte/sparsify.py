@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lte.calibration import stream_calibration
+from lte.activations import stream_activations
 from lte.config import MethodConfig, SparsityConfig, method_of
 from lte.errors import ConfigError
 from lte.families import family_spec, install_ffns, replace_activation
-from lte.grouping import Calibration, check_divisible, get_grouping
+from lte.grouping import Activations, check_divisible, get_grouping
 from lte.memory import trim_heap
 from lte.nn import Router, SparseFFN, sparse_ffns
 from lte.thresholds import enable_dial
@@ -100,7 +100,7 @@ def _convert(model: nn.Module, config: MethodConfig, batches: list[Mapping[str, 
         spent["grouping"] = time.perf_counter() - started
         method.init_routers(ffns, None, generator)
     else:
-        seen = stream_calibration(model, batches, method.neuron_gradients, in_sequence=method.in_sequence)
+        seen = stream_activations(model, batches, method.neuron_gradients, in_sequence=method.in_sequence)
         grouped = _group_each(ffns, config, seen, spent)
         method.init_routers(ffns, grouped, generator)
         for _ in grouped:  # what a method did not ask to see is grouped all the same
@@ -111,12 +111,12 @@ def _convert(model: nn.Module, config: MethodConfig, batches: list[Mapping[str, 
 
 
 def _group_each(
-    ffns: Sequence[SparseFFN], config: MethodConfig, calibration: Iterator[Calibration], spent: dict[str, float]
-) -> Iterator[Calibration]:
+    ffns: Sequence[SparseFFN], config: MethodConfig, activations: Iterator[Activations], spent: dict[str, float]
+) -> Iterator[Activations]:
     """Pass calibrations on, each once the neurons of its FFN are in their order; add up what it takes in ``spent``."""
     for ffn in ffns:
         times = [time.perf_counter()]
-        seen = next(calibration)
+        seen = next(activations)
         times.append(time.perf_counter())
         permutation = _group(ffn, config, seen)
         if seen.neuron_gradients_F is not None:
@@ -128,11 +128,11 @@ def _group_each(
         trim_heap(ffn.weights().up.device)
 
 
-def _group(ffn: SparseFFN, config: MethodConfig, seen: Calibration | None) -> Tensor:
+def _group(ffn: SparseFFN, config: MethodConfig, seen: Activations | None) -> Tensor:
     """Put the neurons of an FFN in order; which order."""
     weights = ffn.weights()
     grouping = get_grouping(config.grouping)(
-        weights, config.expert_size, seed=config.seed + ffn.layer_index, calibration=seen
+        weights, config.expert_size, seed=config.seed + ffn.layer_index, activations=seen
     )
     weights.permute_(grouping.permutation)
     logger.info("layer %d: grouped %d neurons by %s", ffn.layer_index, weights.d_ff, config.grouping)

@@ -21,7 +21,7 @@ import pydantic
 import torch
 from transformers import AutoModelForCausalLM
 
-from lte.calibration import sample_batches
+from lte.activations import sample_batches
 from lte.config import validate_model
 from lte.errors import ConfigError
 from lte.evaluate import evaluate, load_for_evaluation

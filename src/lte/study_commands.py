@@ -102,7 +102,7 @@ def compare(
         base["task"].pop("split", None)
         prepare = partial(module.hold_out, data, split, out)
     with _going_on():
-        study = module.plan(
+        study = module.design(
             base,
             methods=named,
             sparsities=numbers(sparsities, "sparsities"),

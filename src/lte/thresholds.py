@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lte.calibration import body_of, device_inputs, every_nth, token_count, without_cache
+from lte.activations import body_of, device_inputs, every_nth, token_count, without_cache
 from lte.config import OperatingPoint, SparsityConfig
 from lte.errors import CalibrationError, ConfigError
 from lte.margins import Margins

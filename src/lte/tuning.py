@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lte.calibration import device_inputs, token_count
+from lte.activations import device_inputs, token_count
 from lte.errors import ConfigError, LTEError
 from lte.nn import LearnedPlanes, QuantizedLinear, sparse_ffns
 

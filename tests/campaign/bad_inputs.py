@@ -160,7 +160,7 @@ def cases(at: dict[str, str]) -> Iterator[tuple[str, list[str]]]:
         "ffn": ["--d-model", "--d-ff", "--dtype", "--sparsity", "--tokens", "--expert-size", "--router", "--weights"],
         "limit": ["--config", "--sparsity", "--expert-size", "--context"],
         "compare": ["--methods", "--sparsities", "--steps", "--dense-steps", "--seeds", "--decode-tokens", "--tasks"],
-        "train": ["--target-sparsity", "--epochs", "--batch-size", "--learning-rate", "--expert-size", "--recipe"],
+        "train": ["--target-sparsity", "--epochs", "--batch-size", "--learning-rate", "--expert-size", "--preset"],
     }
     for command, names in flags.items():
         for name in names:

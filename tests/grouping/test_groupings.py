@@ -5,7 +5,7 @@ import torch
 
 import lte
 from lte.errors import ConfigError
-from lte.grouping import GROUPINGS, Calibration, NeuronGrouping, get_grouping, register_grouping
+from lte.grouping import GROUPINGS, Activations, NeuronGrouping, get_grouping, register_grouping
 from lte.ops import FFNWeights
 from tests import models
 
@@ -18,19 +18,19 @@ def weights(seed: int = 0, gated: bool = True) -> FFNWeights:
     return FFNWeights(up=up, down=down, gate=gate if gated else None)
 
 
-def calibration(hidden: torch.Tensor | None = None) -> Calibration:
+def activations(hidden: torch.Tensor | None = None) -> Activations:
     generator = torch.Generator().manual_seed(9)
     hidden = torch.randn(50, D_FF, generator=generator) if hidden is None else hidden
     numbers = torch.arange(len(hidden))[:, None].float()  # an input that leads back to its hidden values
     inputs = torch.cat([numbers, torch.randn(len(hidden), D_MODEL - 1, generator=generator)], dim=1)
-    return Calibration(inputs, lambda x: hidden[x[:, 0].long()])
+    return Activations(inputs, lambda x: hidden[x[:, 0].long()])
 
 
 @pytest.mark.parametrize("name", sorted(GROUPINGS))
 def test_a_grouping_names_every_neuron_once_and_follows_its_seed(name):
     state = torch.get_rng_state()
     group = get_grouping(name)
-    first, again, other = (group(weights(), SIZE, seed=seed, calibration=calibration()) for seed in (0, 0, 1))
+    first, again, other = (group(weights(), SIZE, seed=seed, activations=activations()) for seed in (0, 0, 1))
     assert sorted(first.permutation.tolist()) == list(range(D_FF))
     assert first.n_experts == D_FF // SIZE
     assert torch.equal(first.permutation, again.permutation)
@@ -51,7 +51,7 @@ def test_coactivation_finds_neurons_that_fire_together():
     generator = torch.Generator().manual_seed(0)
     fires = torch.rand(200, D_FF // SIZE, generator=generator) < 0.2
     active = fires[:, labels].float() * (1 + 0.1 * torch.randn(200, D_FF, generator=generator))
-    grouping = get_grouping("coactivation")(weights(), SIZE, seed=0, calibration=calibration(active))
+    grouping = get_grouping("coactivation")(weights(), SIZE, seed=0, activations=activations(active))
     for expert in grouping.permutation.view(-1, SIZE):
         assert len(set(labels[expert].tolist())) == 1
 
@@ -89,7 +89,7 @@ def test_a_grouping_can_be_registered(monkeypatch):
 @pytest.mark.parametrize("name", sorted(GROUPINGS))
 def test_indivisible_size_lists_what_fits(name):
     with pytest.raises(ConfigError, match="d_ff=96 is not divisible by expert_size=36; choose one of 4, 6, 8, 12"):
-        get_grouping(name)(weights(), 36, seed=0, calibration=calibration())
+        get_grouping(name)(weights(), 36, seed=0, activations=activations())
 
 
 def test_a_grouping_refuses_what_is_not_a_permutation():

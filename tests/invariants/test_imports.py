@@ -21,7 +21,7 @@ FLOORS = [
     "families",
     "config",
     "accounting",
-    "calibration",
+    "activations",
     "thresholds",
     "sparsify",
     "planes",

@@ -113,7 +113,7 @@ def test_a_greedy_step_is_the_one_that_changes_least(monkeypatch):
     parts = teal._parts(block, ffn)
     shares = [module.share for module in block.modules() if isinstance(module, Thresholded)]
     chosen = [index for index, share in enumerate(shares) if share] or [len(shares) + int(ffn.router.taus[1] > 0)]
-    run = next(lte.calibration.runs_of_blocks(model, blocks_of(model), [batch_of(8, 16)]))
+    run = next(lte.activations.runs_of_blocks(model, blocks_of(model), [batch_of(8, 16)]))
     for part in parts:
         part.set(torch.zeros(()), 0.0)
     wanted, seen = run(), [values.flatten() for values in teal._seen(parts, run)]

@@ -216,7 +216,7 @@ def test_what_is_remembered_between_calls_is_never_another_calls():
 
     for _ in range(2):
         check(weights, x, weight, bias, 0.5)
-    assert weights.plans
+    assert weights.prepared
     check(weights, x, weight, bias, 0.7)
     check(weights, x, weight, None, 0.7)
     check(weights, x, torch.randn(10, 40), None, 0.7)

@@ -90,7 +90,7 @@ def resources(compiled: Any) -> dict[str, int]:
     return {name: found[name] for name in ("reg", "stack", "local")}
 
 
-def planned(capability: int) -> Any:
+def launches(capability: int) -> Any:
     """Yield every case and its four launches, on tensors without memory."""
     from lte.ops import FFNCopy, FFNWeights, LowBitMatrix, QuantizedFFN
     from lte.ops.triton import configs, launch, quantized
@@ -110,9 +110,9 @@ def planned(capability: int) -> Any:
             for bits in (4, 8):
                 up, down = (codes(*shape, bits) for shape in ((f, d), (d, f)))
                 made = QuantizedFFN(up, down, up if gated else None, activation=activation)
-                yield from quantized.plan_ffn(x, made, mask, sms)[1]
+                yield from quantized.ffn_launches(x, made, mask, sms)[1]
                 out = tensor(len(x), f)
-                yield quantized.plan_rows(x, up, None, out[0], None, None, out, None)
+                yield quantized.rows_launch(x, up, None, out[0], None, None, out, None)
 
         def codes(rows: int, columns: int, bits: int, tensor: Any = tensor) -> LowBitMatrix:
             planes = tensor(rows // 16, columns // 32, 1, bits, 64, dtype=torch.uint8)
@@ -125,18 +125,18 @@ def planned(capability: int) -> Any:
         x, mask = tensor(n_tokens, d), tensor(n_tokens, f // n, dtype=torch.uint8)
         config = configs.default_config(gpu, launch.problem_of(x, weights, mask))
         router_weight, router_bias = tensor(f // n, d, dtype=torch.float32), tensor(f // n, dtype=torch.float32)
-        router = launch.plan_router(x, router_weight, router_bias, 0.5, mask, pdl=config.pdl)
+        router = launch.router_launch(x, router_weight, router_bias, 0.5, mask, pdl=config.pdl)
         scales = tensor(n_tokens, f // n, dtype=torch.float32) if scaled else mask
-        _, ffn = launch.plan_ffn(x, weights, scales, config, gpu.sms, after_router=True)
+        _, ffn = launch.ffn_launches(x, weights, scales, config, gpu.sms, after_router=True)
         copy = FFNCopy(lowbit(f, d), tensor(f, dtype=torch.float32), lowbit(f, d) if gated else None)
-        scores = launch.plan_copy_scores(x, copy, weights, tensor(n_tokens, f, dtype=torch.float32))
+        scores = launch.copy_scores_launch(x, copy, weights, tensor(n_tokens, f, dtype=torch.float32))
         few_bits = [] if dtype_name == "float32" else small(f, d, x, mask, gated, activation, gpu.sms)
         for one in (router, scores, *ffn, *few_bits):
             yield f"{dtype_name} {activation} T={n_tokens}", one
 
 
 if __name__ == "__main__":
-    for case, one in planned(int(sys.argv[1])):
+    for case, one in launches(int(sys.argv[1])):
         compiled = compile_launch(one, int(sys.argv[1]))
         name = one.kernel.__name__
         print(json.dumps({"case": case, "kernel": name, "shared": compiled.metadata.shared, **resources(compiled)}))

@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from lte.accounting import model_cost
+from lte.activations import every_nth, sample_batches
 from lte.bench import llama_cpp
 from lte.bench.decode import PROMPT_TOKENS, generate_seconds
 from lte.bench.rows import Row
-from lte.calibration import every_nth, sample_batches
 from lte.errors import ConfigError, LTEError
 from lte.evaluate import versions
 from lte.hub import load_dense, load_tokenizer

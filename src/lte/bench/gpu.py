@@ -79,7 +79,7 @@ def bench_gpu(
         return result
     progress("tuning the kernels for one token")
     _tune(device)
-    for name, part in _plan(progress)[: 3 if quick else None]:
+    for name, part in _parts(progress)[: 3 if quick else None]:
         if time.perf_counter() - started > seconds:
             result["left_out"].append(f"{name}: no time left")
             continue
@@ -104,7 +104,7 @@ def _tune(device: torch.device) -> None:
     autotune(draw(1, 4096), weights, torch.rand(1, 344, device=device) > 0.5)
 
 
-def _plan(progress: Callable[[str], None]) -> list[tuple[str, Callable[[], list[Row]]]]:
+def _parts(progress: Callable[[str], None]) -> list[tuple[str, Callable[[], list[Row]]]]:
     """What is measured, most wanted first."""
     ffn = partial(bench_ffn, device=torch.device("cuda"), rounds=30, progress=progress)
     decode = partial(

@@ -1,7 +1,7 @@
 """Which neurons form which expert: one file per grouping, one signature (:class:`GroupingFn`)."""
 
 from lte.errors import ConfigError
-from lte.grouping.base import Calibration, GroupingFn, LinearFit, NeuronGradients, NeuronGrouping, check_divisible
+from lte.grouping.base import Activations, GroupingFn, LinearFit, NeuronGradients, NeuronGrouping, check_divisible
 from lte.grouping.coactivation import group_coactivation, group_predicted
 from lte.grouping.kmeans import balanced_kmeans, group_kmeans, group_kmeans_all
 from lte.grouping.random import group_none, group_random
@@ -41,7 +41,7 @@ def register_grouping(name: str, fn: GroupingFn, *, activations: bool = False) -
 
 __all__ = [
     "GROUPINGS",
-    "Calibration",
+    "Activations",
     "GroupingFn",
     "LinearFit",
     "NeuronGradients",

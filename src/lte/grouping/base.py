@@ -61,7 +61,7 @@ output [t, D]) -> [F], summed over the tokens. Padding has gradients of zero."""
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Activations:
     """What one FFN of the dense model saw on T calibration tokens, padding left out.
 
     Only its inputs are kept. What it does with them is computed again where it is asked for, some tokens at a time and
@@ -183,7 +183,7 @@ class GroupingFn(Protocol):
     """The one signature of every grouping. Deterministic for a seed, whatever the global random state."""
 
     def __call__(
-        self, weights: FFNWeights, expert_size: int, *, seed: int, calibration: Calibration | None = None
+        self, weights: FFNWeights, expert_size: int, *, seed: int, activations: Activations | None = None
     ) -> NeuronGrouping:
         """Group the neurons of one FFN.
 
@@ -191,19 +191,19 @@ class GroupingFn(Protocol):
             weights: the FFN, on any device and in any floating dtype.
             expert_size: neurons per expert; divides F.
             seed: of the grouping's own random generator.
-            calibration: what the FFN did on calibration tokens, where the grouping asks for it.
+            activations: what the FFN did on calibration tokens, where the grouping asks for it.
         """
         ...
 
 
-def require_calibration(calibration: Calibration | None, grouping: str) -> Calibration:
+def require_activations(activations: Activations | None, grouping: str) -> Activations:
     """ConfigError where a grouping that looks at activations got none."""
-    if calibration is None:
+    if activations is None:
         raise ConfigError(
             f"grouping={grouping!r} needs calibration data: lte.sparsify(model, config, calibration=batches), "
             "with batches of model inputs"
         )
-    return calibration
+    return activations
 
 
 def check_divisible(d_ff: int, expert_size: int) -> None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lte.errors import ConfigError
-from lte.grouping.base import Calibration, NeuronGrouping, check_divisible
+from lte.grouping.base import Activations, NeuronGrouping, check_divisible
 from lte.ops.weights import FFNWeights
 
 _MAX_SEEDINGS = 10
@@ -41,11 +41,11 @@ Indices = NDArray[np.int64]
 
 
 def group_kmeans(
-    weights: FFNWeights, expert_size: int, *, seed: int, calibration: Calibration | None = None
+    weights: FFNWeights, expert_size: int, *, seed: int, activations: Activations | None = None
 ) -> NeuronGrouping:
     """Neurons whose rows of the input matrix point the same way share an expert (paper section 4.1).
 
-    ``calibration`` is not used. Raises ConfigError if ``expert_size`` does not divide F or a weight is not finite.
+    ``activations`` is not used. Raises ConfigError if ``expert_size`` does not divide F or a weight is not finite.
     """
     check_divisible(weights.d_ff, expert_size)
     name = "up-projection weights" if weights.gate is None else "gate weights"
@@ -55,7 +55,7 @@ def group_kmeans(
 
 
 def group_kmeans_all(
-    weights: FFNWeights, expert_size: int, *, seed: int, calibration: Calibration | None = None
+    weights: FFNWeights, expert_size: int, *, seed: int, activations: Activations | None = None
 ) -> NeuronGrouping:
     """The same on all of a neuron's weights: its rows of gate, up and down side by side, each of norm 1."""
     check_divisible(weights.d_ff, expert_size)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from lte.grouping.base import Calibration, NeuronGrouping, check_divisible
+from lte.grouping.base import Activations, NeuronGrouping, check_divisible
 from lte.ops.weights import FFNWeights
 
 
 def group_random(
-    weights: FFNWeights, expert_size: int, *, seed: int, calibration: Calibration | None = None
+    weights: FFNWeights, expert_size: int, *, seed: int, activations: Activations | None = None
 ) -> NeuronGrouping:
     """Assign neurons to experts at random; see :class:`lte.grouping.GroupingFn`."""
     check_divisible(weights.d_ff, expert_size)
@@ -18,7 +18,7 @@ def group_random(
 
 
 def group_none(
-    weights: FFNWeights, expert_size: int, *, seed: int, calibration: Calibration | None = None
+    weights: FFNWeights, expert_size: int, *, seed: int, activations: Activations | None = None
 ) -> NeuronGrouping:
     """Leave the neurons where they are, as where every expert is one; see :class:`lte.grouping.GroupingFn`."""
     check_divisible(weights.d_ff, expert_size)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lte.config import FixedShareConfig, register_method
-from lte.grouping import Calibration, balanced_kmeans
+from lte.grouping import Activations, balanced_kmeans
 from lte.methods.unlearned import UnlearnedMethod
 from lte.nn import ROUTER_DTYPE, FixedShareRouter, Router, RouterCost, SparseFFN, largest
 from lte.ops import ACTIVATIONS
@@ -82,11 +82,11 @@ class CMoE(UnlearnedMethod[CMoEConfig]):
 
     @torch.no_grad()
     def init_routers(
-        self, ffns: Sequence[SparseFFN], calibration: Iterator[Calibration] | None, generator: torch.Generator
+        self, ffns: Sequence[SparseFFN], activations: Iterator[Activations] | None, generator: torch.Generator
     ) -> None:
         """See :class:`Method`."""
-        assert calibration is not None
-        for ffn, seen in zip(ffns, calibration, strict=True):
+        assert activations is not None
+        for ffn, seen in zip(ffns, activations, strict=True):
             assert isinstance(ffn.router, RepresentativeRouter)
             size, router = self.config.expert_size, ffn.router
             active_FT = torch.cat([_most_active(hidden_tF) for _, (_, hidden_tF) in seen.chunks()]).T.float()

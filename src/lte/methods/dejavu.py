@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from lte.config import FixedShareConfig, register_method
-from lte.grouping import Calibration
+from lte.grouping import Activations
 from lte.methods.predictors import fit_predictor, largest_of_banks
 from lte.methods.unlearned import UnlearnedMethod
 from lte.nn import PredictorRouter, Router, SparseFFN
@@ -48,11 +48,11 @@ class DejaVu(UnlearnedMethod[DejaVuConfig]):
         return PredictorRouter(d_model, n_experts, sparsity=config.sparsity, rank=config.rank, device=like.device)
 
     def init_routers(
-        self, ffns: Sequence[SparseFFN], calibration: Iterator[Calibration] | None, generator: torch.Generator
+        self, ffns: Sequence[SparseFFN], activations: Iterator[Activations] | None, generator: torch.Generator
     ) -> None:
         """See :class:`Method`."""
-        assert calibration is not None
-        for ffn, seen in zip(ffns, calibration, strict=True):
+        assert activations is not None
+        for ffn, seen in zip(ffns, activations, strict=True):
             router = ffn.router
             assert isinstance(router, PredictorRouter)
             fit_predictor(

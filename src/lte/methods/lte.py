@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lte.config import Method, MethodConfig, register_method
-from lte.grouping import Calibration
+from lte.grouping import Activations
 from lte.nn import LowRankRouter, SparseFFN, ThresholdRouter
 
 
@@ -62,7 +62,7 @@ class LTEConfig(MethodConfig):
 
 
 class LTEPaperConfig(LTEConfig):
-    """LTE as published: experts by k-means, routers from chance, two stages of training (see ``--recipe paper``)."""
+    """LTE as published: experts by k-means, routers from chance, two stages of training (see ``--preset paper``)."""
 
     method = "lte-paper"
 
@@ -92,7 +92,7 @@ class LTE(Method[LTEConfig]):
         return ThresholdRouter(d_model, n_experts, **kwargs)  # type: ignore[arg-type]
 
     def init_routers(
-        self, ffns: Sequence[SparseFFN], calibration: Iterator[Calibration] | None, generator: torch.Generator
+        self, ffns: Sequence[SparseFFN], activations: Iterator[Activations] | None, generator: torch.Generator
     ) -> None:
         """See :class:`Method`."""
         std, score = self.config.start
@@ -100,8 +100,8 @@ class LTE(Method[LTEConfig]):
         for router in routers:
             router.reset_parameters(generator, init_std=std, init_score=score)
         if self.config.router_init == "energy":
-            assert calibration is not None
-            _fit_routers(ffns, routers, calibration, std, score)
+            assert activations is not None
+            _fit_routers(ffns, routers, activations, std, score)
 
 
 @register_method(LTEPaperConfig)
@@ -109,7 +109,7 @@ class LTEPaper(LTE):
     """The same, trained in two stages."""
 
     decides = "a linear router, two stages"
-    recipe = "paper"
+    preset = "paper"
 
 
 SAMPLED = 65536
@@ -123,7 +123,7 @@ FLOOR = 1e-2
 def _fit_routers(
     ffns: Sequence[SparseFFN],
     routers: Sequence[ThresholdRouter],
-    calibration: Iterator[Calibration],
+    activations: Iterator[Activations],
     std: float,
     score: float,
 ) -> None:
@@ -134,7 +134,7 @@ def _fit_routers(
     spread over all layers is taken from quartiles, which outliers do not move.
     """
     samples: list[Tensor] = []
-    for ffn, router, seen in zip(ffns, routers, calibration, strict=True):
+    for ffn, router, seen in zip(ffns, routers, activations, strict=True):
         assert router.bias is not None
         features = _features(router)
         fit = seen.fit(_log_weights(ffn, seen), features)
@@ -165,7 +165,7 @@ def _features(router: ThresholdRouter) -> Callable[[Tensor], Tensor] | None:
     return lambda x_tD: torch.relu(x_tD.float() @ router.reduce.detach().float().T)
 
 
-def _log_weights(ffn: SparseFFN, seen: Calibration) -> Callable[[slice, Tensor], Tensor]:
+def _log_weights(ffn: SparseFFN, seen: Activations) -> Callable[[slice, Tensor], Tensor]:
     """(which tokens, hidden values) -> logarithm of the weight of every expert in the loss, [t, E]."""
     of_tokens = seen.token_sensitivity_T
     typical = torch.cat([ffn.expert_norms(hidden_tF) for _, (_, hidden_tF) in seen.chunks(step=8)])

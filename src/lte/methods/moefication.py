@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lte.config import FixedShareConfig, register_method
-from lte.grouping import Calibration
+from lte.grouping import Activations
 from lte.methods.predictors import fit_predictor
 from lte.methods.unlearned import UnlearnedMethod
 from lte.nn import FixedShareRouter, PredictorRouter, Router, RouterCost, SparseFFN
@@ -67,13 +67,13 @@ class MoEfication(UnlearnedMethod[MoEficationConfig]):
         return PredictorRouter(d_model, n_experts, sparsity=config.sparsity, rank=config.rank, device=like.device)
 
     def init_routers(
-        self, ffns: Sequence[SparseFFN], calibration: Iterator[Calibration] | None, generator: torch.Generator
+        self, ffns: Sequence[SparseFFN], activations: Iterator[Activations] | None, generator: torch.Generator
     ) -> None:
         """See :class:`Method`."""
         if self.config.router == "oracle":
             return
-        assert calibration is not None
-        for ffn, seen in zip(ffns, calibration, strict=True):
+        assert activations is not None
+        for ffn, seen in zip(ffns, activations, strict=True):
             router = ffn.router
             assert isinstance(router, PredictorRouter)
             fit_predictor(router, seen, partial(_shares, n_experts=router.n_experts), _divergence, generator)

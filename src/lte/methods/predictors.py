@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lte.grouping import Calibration
+from lte.grouping import Activations
 from lte.nn import PredictorRouter, largest
 
 EPOCHS, STEPS, BATCH, RATE = 20, 200, 256, 2e-3
@@ -19,7 +19,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 def fit_predictor(
     router: PredictorRouter,
-    seen: Calibration,
+    seen: Activations,
     targets: Callable[[Tensor], Tensor],
     loss: Loss,
     generator: torch.Generator,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lte.config import FixedShareConfig, register_method
 from lte.errors import ConfigError
-from lte.grouping import Calibration, NeuronGradients
+from lte.grouping import Activations, NeuronGradients
 from lte.methods.unlearned import UnlearnedMethod
 from lte.nn import ROUTER_DTYPE, ConstantForm, Router, RouterCost, Routing, SparseFFN, largest, sparse_ffns
 from lte.ops import FFNWeights
@@ -108,7 +108,7 @@ class Prune(UnlearnedMethod[ConfigT]):
     """Whether neurons of different layers are compared."""
 
     @abstractmethod
-    def importance(self, ffn: SparseFFN, seen: Calibration | None) -> Tensor:
+    def importance(self, ffn: SparseFFN, seen: Activations | None) -> Tensor:
         """[F], how much each neuron of an FFN counts."""
 
     def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> Router:
@@ -117,11 +117,11 @@ class Prune(UnlearnedMethod[ConfigT]):
 
     @torch.no_grad()
     def init_routers(
-        self, ffns: Sequence[SparseFFN], calibration: Iterator[Calibration] | None, generator: torch.Generator
+        self, ffns: Sequence[SparseFFN], activations: Iterator[Activations] | None, generator: torch.Generator
     ) -> None:
         """See :class:`Method`."""
         every: list[Tensor] = []
-        for ffn, seen in zip(ffns, [None] * len(ffns) if calibration is None else calibration, strict=True):
+        for ffn, seen in zip(ffns, [None] * len(ffns) if activations is None else activations, strict=True):
             importance_F = self.importance(ffn, seen).float()
             every.append(importance_F.unflatten(0, (ffn.router.n_experts, -1)).sum(1))
         if self.over_layers:
@@ -161,7 +161,7 @@ class Prune(UnlearnedMethod[ConfigT]):
 class PruneMagnitude(Prune[PruneMagnitudeConfig]):
     """By weights."""
 
-    def importance(self, ffn: SparseFFN, seen: Calibration | None) -> Tensor:
+    def importance(self, ffn: SparseFFN, seen: Activations | None) -> Tensor:
         """See :class:`Prune`."""
         weights = ffn.weights()
         matrices = [w for w in (weights.up, weights.gate, weights.down) if w is not None]
@@ -174,7 +174,7 @@ class PruneWanda(Prune[PruneWandaConfig]):
 
     fitted = True
 
-    def importance(self, ffn: SparseFFN, seen: Calibration | None) -> Tensor:
+    def importance(self, ffn: SparseFFN, seen: Activations | None) -> Tensor:
         """See :class:`Prune`."""
         assert seen is not None
         squares_F = torch.stack([hidden_tF.square().sum(0) for _, (_, hidden_tF) in seen.chunks()]).sum(0)
@@ -198,7 +198,7 @@ class PruneTaylor(Prune[PruneTaylorConfig]):
         """See :class:`Method`."""
         return taylor
 
-    def importance(self, ffn: SparseFFN, seen: Calibration | None) -> Tensor:
+    def importance(self, ffn: SparseFFN, seen: Activations | None) -> Tensor:
         """See :class:`Prune`."""
         assert seen is not None
         if seen.neuron_gradients_F is None:
@@ -216,7 +216,7 @@ class PruneFLAP(Prune[PruneFLAPConfig]):
         super().__init__(config)
         self._means: dict[int, Tensor] = {}
 
-    def importance(self, ffn: SparseFFN, seen: Calibration | None) -> Tensor:
+    def importance(self, ffn: SparseFFN, seen: Activations | None) -> Tensor:
         """See :class:`Prune`."""
         assert seen is not None
         hidden_TF = torch.cat([hidden_tF for _, (_, hidden_tF) in seen.chunks()])

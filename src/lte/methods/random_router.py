@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lte.config import FixedShareConfig, register_method
-from lte.grouping import Calibration
+from lte.grouping import Activations
 from lte.methods.unlearned import UnlearnedMethod
 from lte.nn import ROUTER_DTYPE, FixedShareRouter, Router, RouterCost, SparseFFN
 
@@ -47,7 +47,7 @@ class RandomRouting(UnlearnedMethod[RandomRouterConfig]):
         return RandomRouter(d_model, n_experts, sparsity=self.config.sparsity, device=like.device)
 
     def init_routers(
-        self, ffns: Sequence[SparseFFN], calibration: Iterator[Calibration] | None, generator: torch.Generator
+        self, ffns: Sequence[SparseFFN], activations: Iterator[Activations] | None, generator: torch.Generator
     ) -> None:
         """See :class:`Method`."""
         for ffn in ffns:

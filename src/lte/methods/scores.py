@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lte.config import Method, MethodConfig
-from lte.grouping import Calibration, NeuronGradients
+from lte.grouping import Activations, NeuronGradients
 from lte.nn import ScoreRouter, SparseFFN
 from lte.nn.router import NOTHING
 from lte.ops import FFNWeights
@@ -45,18 +45,18 @@ class ScoreMethod(Method[ConfigT]):
         """Whether scores count the down rows; if not, the direction in which a neuron pushes is nothing to them."""
         return True
 
-    def fit(self, router: ScoreRouter, seen: Calibration) -> None:
+    def fit(self, router: ScoreRouter, seen: Activations) -> None:
         """Give a router what it has besides its sensitivities."""
 
     @torch.no_grad()
     def init_routers(
-        self, ffns: Sequence[SparseFFN], calibration: Iterator[Calibration] | None, generator: torch.Generator
+        self, ffns: Sequence[SparseFFN], activations: Iterator[Activations] | None, generator: torch.Generator
     ) -> None:
         """See :class:`Method`. Sensitivities make layers comparable, or where there are none, their middles."""
-        assert calibration is not None
+        assert activations is not None
         routers = [ffn.router for ffn in ffns if isinstance(ffn.router, ScoreRouter)]
         middles: list[float] = []
-        for router, seen in zip(routers, calibration, strict=True):
+        for router, seen in zip(routers, activations, strict=True):
             self.fit(router, seen)
             known = seen.sensitivity is not None
             if seen.sensitivity is None:

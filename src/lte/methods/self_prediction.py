@@ -8,7 +8,7 @@ import pydantic
 from torch import nn
 
 from lte.config import MethodConfig, register_method
-from lte.grouping import Calibration
+from lte.grouping import Activations
 from lte.methods.scores import ScoreMethod
 from lte.nn import CopyRouter, Router, ScoreRouter
 from lte.nn.router import NOTHING
@@ -55,7 +55,7 @@ class SelfPrediction(ScoreMethod[SelfPredictionConfig]):
             d_model, n_experts, bits=config.bits, group=config.group, learned=config.learned, device=like.device
         )
 
-    def fit(self, router: ScoreRouter, seen: Calibration) -> None:
+    def fit(self, router: ScoreRouter, seen: Activations) -> None:
         """See :class:`ScoreMethod`: errors of the copy count by the inputs they are multiplied with."""
         assert isinstance(router, CopyRouter)
         squares_D = seen.inputs_TD.float().square().mean(0)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lte.config import FixedShareConfig, Method, register_method
-from lte.grouping import Calibration
+from lte.grouping import Activations
 from lte.nn import Router, SparseFFN, TopKSoftmaxRouter
 
 
@@ -40,7 +40,7 @@ class TopK(Method[TopKConfig]):
         return TopKSoftmaxRouter(d_model, n_experts, k=k, noise=self.config.noise, device=like.device)
 
     def init_routers(
-        self, ffns: Sequence[SparseFFN], calibration: Iterator[Calibration] | None, generator: torch.Generator
+        self, ffns: Sequence[SparseFFN], activations: Iterator[Activations] | None, generator: torch.Generator
     ) -> None:
         """See :class:`Method`."""
         for ffn in ffns:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lte.config import MethodConfig, register_method
-from lte.grouping import Calibration
+from lte.grouping import Activations
 from lte.methods.scores import ScoreMethod
 from lte.nn import Router, RouterCost, ScoreRouter, SparseFFN
 from lte.nn.router import ROUTER_DTYPE
@@ -100,7 +100,7 @@ class SVD(ScoreMethod[SVDConfig]):
         d_ff = n_experts * self.config.expert_size
         return SVDRouter(d_model, d_ff, n_experts, rank=self.config.rank, device=like.device)
 
-    def fit(self, router: ScoreRouter, seen: Calibration) -> None:
+    def fit(self, router: ScoreRouter, seen: Activations) -> None:
         """See :class:`ScoreMethod`."""
         assert isinstance(router, SVDRouter)
         router.approximate(seen.inputs_TD)

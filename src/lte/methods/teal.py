@@ -13,10 +13,10 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
-from lte.calibration import BlockRun, runs_of_blocks
+from lte.activations import BlockRun, runs_of_blocks
 from lte.config import FixedShareConfig, register_method
 from lte.families import blocks_of
-from lte.grouping import Calibration
+from lte.grouping import Activations
 from lte.methods.unlearned import UnlearnedMethod
 from lte.nn import (
     ROUTER_DTYPE,
@@ -141,13 +141,13 @@ class TEAL(UnlearnedMethod[TEALConfig]):
 
     @torch.no_grad()
     def init_routers(
-        self, ffns: Sequence[SparseFFN], calibration: Iterator[Calibration] | None, generator: torch.Generator
+        self, ffns: Sequence[SparseFFN], activations: Iterator[Activations] | None, generator: torch.Generator
     ) -> None:
         """See :class:`Method`."""
         if self.config.attention:
             return  # fit_blocks finds all of a block together
-        assert calibration is not None
-        for ffn, seen in zip(ffns, calibration, strict=True):
+        assert activations is not None
+        for ffn, seen in zip(ffns, activations, strict=True):
             router = ffn.router
             assert isinstance(router, MagnitudeRouter)
             x_TD, target = seen.inputs_TD, self.config.sparsity

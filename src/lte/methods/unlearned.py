@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 
 from lte.config import Method, MethodConfig
-from lte.grouping import Calibration
+from lte.grouping import Activations
 from lte.nn import SparseFFN
 
 ConfigT = TypeVar("ConfigT", bound=MethodConfig)
@@ -25,6 +25,6 @@ class UnlearnedMethod(Method[ConfigT]):
         return False
 
     def init_routers(
-        self, ffns: Sequence[SparseFFN], calibration: Iterator[Calibration] | None, generator: torch.Generator
+        self, ffns: Sequence[SparseFFN], activations: Iterator[Activations] | None, generator: torch.Generator
     ) -> None:
         """See :class:`Method`; here there is nothing to fill."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lte.config import FixedShareConfig, register_method
 from lte.errors import ConfigError
-from lte.grouping import Calibration
+from lte.grouping import Activations
 from lte.methods.unlearned import UnlearnedMethod
 from lte.nn import ROUTER_DTYPE, LookingRouter, Router, RouterCost, Routing, SparseFFN, largest
 
@@ -81,22 +81,22 @@ class Wanda(UnlearnedMethod[WandaConfig]):
 
     @torch.no_grad()
     def init_routers(
-        self, ffns: Sequence[SparseFFN], calibration: Iterator[Calibration] | None, generator: torch.Generator
+        self, ffns: Sequence[SparseFFN], activations: Iterator[Activations] | None, generator: torch.Generator
     ) -> None:
         """See :class:`Method`."""
-        assert calibration is not None
+        assert activations is not None
         for ffn in ffns:  # before anything is changed
             self._check_widths(ffn)
         taken: list[tuple[Tensor, Tensor, Tensor]] = []
         try:
-            for ffn, seen in zip(ffns, calibration, strict=True):
+            for ffn, seen in zip(ffns, activations, strict=True):
                 self._prune(ffn, seen, taken)
         except BaseException:
             for matrix, gone, values in taken:
                 matrix[gone] = values.to(matrix.device)
             raise
 
-    def _prune(self, ffn: SparseFFN, seen: Calibration, taken: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+    def _prune(self, ffn: SparseFFN, seen: Activations, taken: list[tuple[Tensor, Tensor, Tensor]]) -> None:
         """Put the zeros in; what stood there goes to ``taken``, should a later layer fail."""
         parts = [(x_tD.square().sum(0), h_tF.square().sum(0)) for _, (x_tD, h_tF) in seen.chunks()]
         norms_D, norms_F = (torch.stack(each).sum(0).sqrt() for each in zip(*parts, strict=True))

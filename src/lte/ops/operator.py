@@ -97,16 +97,16 @@ def routed_ffn(
         [T, D].
     """
     eager = _is_eager_cpu(x_TD)
-    planned = eager and max_density >= 1 and backends.requested(impl) in ("cpu", "fastest")
-    plan = weights.plans.get("cpu") if planned else None
-    if plan is not None and plan.fits(x_TD, router_weight_ED, router_bias_E, threshold):
-        return plan(x_TD)
+    remember = eager and max_density >= 1 and backends.requested(impl) in ("cpu", "fastest")
+    prepared = weights.prepared.get("cpu") if remember else None
+    if prepared is not None and prepared.fits(x_TD, router_weight_ED, router_bias_E, threshold):
+        return prepared(x_TD)
     _check(x_TD, weights)
     _check_router(router_weight_ED, router_bias_E, weights.d_model)
     _check_experts(router_weight_ED.shape[0], weights)
     if eager:
         return _run_routed(
-            x_TD, router_weight_ED, router_bias_E, threshold, weights, impl, max_density, remember=planned
+            x_TD, router_weight_ED, router_bias_E, threshold, weights, impl, max_density, remember=remember
         )
     return torch.ops.lte.routed_ffn(
         x_TD, router_weight_ED, router_bias_E, threshold, *_flat(weights), impl, max_density
@@ -293,7 +293,7 @@ def _run_routed(
         fusible = fusible and router_bias.dtype == torch.float32 and router_bias.is_contiguous()
     if chosen == "cpu" and fusible and max_density >= 1:
         if remember:
-            weights.plans["cpu"] = cpu.Plan(weights, router_weight, router_bias, threshold)
+            weights.prepared["cpu"] = cpu.PreparedCall(weights, router_weight, router_bias, threshold)
         return cpu.sparse_ffn(x, weights, None, (router_weight, router_bias, threshold))
     if chosen == "triton":
         from lte.ops import triton

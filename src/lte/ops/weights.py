@@ -32,12 +32,12 @@ class FFNWeights:
     down_bias: Tensor | None = None
     activation: str = "silu"
     format: str = "plain"
-    plans: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """What backends remember of these weights between calls; see ``lte.ops.cpu.calls.Plan``."""
+    prepared: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What backends remember of these weights between calls; see ``lte.ops.cpu.calls.PreparedCall``."""
 
     def __getstate__(self) -> dict[str, Any]:
-        # Plans point to the memory of these tensors, a copy has its own.
-        return {**self.__dict__, "plans": {}}
+        # Prepared calls point to the memory of these tensors, a copy has its own.
+        return {**self.__dict__, "prepared": {}}
 
     @property
     def d_ff(self) -> int:

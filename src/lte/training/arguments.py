@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from lte.errors import ConfigError
 
 PAPER: dict[str, Any] = {"stages": 2, "lambda_sep": 0.5, "router_learning_rate": 1e-2}
-"""What :class:`LTETrainingArguments` needs to train as the paper does (``--recipe paper``)."""
+"""What :class:`LTETrainingArguments` needs to train as the paper does (``--preset paper``)."""
 
 
 @dataclass

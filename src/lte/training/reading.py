@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lte.calibration import body_of, device_inputs, without_cache
+from lte.activations import body_of, device_inputs, without_cache
 from lte.margins import Margins
 from lte.nn import Routing, observe_routing, sparse_ffns
 from lte.training.losses import RoutingTotals

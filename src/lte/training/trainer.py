@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
-from lte.calibration import sample_batches
+from lte.activations import sample_batches
 from lte.config import OperatingPoint, method_of
 from lte.errors import CheckpointError, ConfigError, NonFiniteLossError
 from lte.nn import Mode, Routing, ThresholdRouter, observe_routing, set_mode, sparse_ffns

@@ -1,7 +1,7 @@
 """C++ kernels for the CPU (sources in ``csrc/``), called through ctypes."""
 
 from lte.ops.cpu.calls import (
-    Plan,
+    PreparedCall,
     copied_ffn,
     copy_scores,
     linear,
@@ -16,7 +16,7 @@ from lte.ops.cpu.library import DTYPES, instruction_set, kernels, unavailable
 
 __all__ = [
     "DTYPES",
-    "Plan",
+    "PreparedCall",
     "copied_ffn",
     "copy_scores",
     "instruction_set",

@@ -219,7 +219,7 @@ def _run_ffn(ffn: FFN, x_TD: Tensor, mask: Tensor | None = None, scale: Tensor |
     return y_TD
 
 
-class Plan:
+class PreparedCall:
     """A routed FFN that was checked and described once, for calls that follow.
 
     Between two tokens the caches are full of weights, and every line of Python is fetched from memory: checking and
@@ -242,7 +242,7 @@ class Plan:
         self._run = kernels().lte_sparse_ffn
 
     def fits(self, x_TD: Tensor, router_weight: Tensor, router_bias: Tensor | None, threshold: float) -> bool:
-        """Whether a call is the one planned, on the memory planned."""
+        """Whether a call is the one prepared, on the memory it was prepared for."""
         weight, bias, limit = self._router
         if weight is not router_weight or bias is not router_bias or limit != threshold or x_TD.dtype != self._dtype:
             return False

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lte.errors import LTEError
 from lte.ops.triton.configs import Config, candidates, config_for, remember
-from lte.ops.triton.launch import Launch, current_gpu, plan_ffn, problem_of
+from lte.ops.triton.launch import Launch, current_gpu, ffn_launches, problem_of
 from lte.ops.weights import FFNWeights
 
 
@@ -34,7 +34,7 @@ def autotune(x_TD: Tensor, weights: FFNWeights, expert_weights_TE: Tensor | None
         expert_weights_TE = expert_weights_TE.contiguous().view(torch.uint8)
     times: dict[Config, float] = {}
     for config in candidates(gpu, problem):
-        out_TD, launches = plan_ffn(x_TD, weights, expert_weights_TE, config, gpu.sms, after_router=False)
+        out_TD, launches = ffn_launches(x_TD, weights, expert_weights_TE, config, gpu.sms, after_router=False)
         try:
             times[config] = _milliseconds(launches, repeats)
         except triton.runtime.errors.OutOfResources:

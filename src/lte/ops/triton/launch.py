@@ -62,7 +62,7 @@ def sparse_ffn(x_TD: Tensor, weights: FFNWeights, expert_weights_TE: Tensor | No
         return torch.empty_like(x_TD)
     gpu = current_gpu(x_TD.device)
     config = config_for(gpu, problem_of(x_TD, weights, expert_weights_TE))
-    out_TD, launches = plan_ffn(x_TD, weights, expert_weights_TE, config, gpu.sms, after_router=False)
+    out_TD, launches = ffn_launches(x_TD, weights, expert_weights_TE, config, gpu.sms, after_router=False)
     run(x_TD.device, launches)
     return out_TD
 
@@ -98,8 +98,8 @@ def routed_ffn(
     gpu = current_gpu(x_TD.device)
     mask_TE = workspace((n_tokens, n_experts), torch.uint8, x_TD.device)
     config = config_for(gpu, problem_of(x_TD, weights, mask_TE))
-    router = plan_router(x_TD, router_weight_ED, router_bias_E, threshold, mask_TE, pdl=config.pdl)
-    out_TD, launches = plan_ffn(x_TD, weights, mask_TE, config, gpu.sms, after_router=True)
+    router = router_launch(x_TD, router_weight_ED, router_bias_E, threshold, mask_TE, pdl=config.pdl)
+    out_TD, launches = ffn_launches(x_TD, weights, mask_TE, config, gpu.sms, after_router=True)
     run(x_TD.device, [router, *launches])
     return out_TD
 
@@ -120,11 +120,11 @@ def copy_scores(x_TD: Tensor, copy: FFNCopy, n_experts: int, weights: FFNWeights
     if x_TD.shape[0] == 0:
         return torch.empty(0, n_experts, device=x_TD.device)
     scores_TF = workspace((x_TD.shape[0], weights.d_ff), torch.float32, x_TD.device)
-    run(x_TD.device, [plan_copy_scores(x_TD, copy, weights, scores_TF)])
+    run(x_TD.device, [copy_scores_launch(x_TD, copy, weights, scores_TF)])
     return expert_scores(scores_TF, n_experts)
 
 
-def plan_copy_scores(x_TD: Tensor, copy: FFNCopy, weights: FFNWeights, scores_TF: Tensor) -> Launch:
+def copy_scores_launch(x_TD: Tensor, copy: FFNCopy, weights: FFNWeights, scores_TF: Tensor) -> Launch:
     """The launch that fills ``scores_TF``, [T, F] float32."""
     up, gate = copy.up, copy.gate
     n_tokens, blocks = x_TD.shape[0], 2
@@ -162,7 +162,7 @@ def problem_of(x_TD: Tensor, weights: FFNWeights, expert_weights_TE: Tensor | No
     )
 
 
-def plan_router(
+def router_launch(
     x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, threshold: float, mask_TE: Tensor, *, pdl: bool
 ) -> Launch:
     """The launch that fills ``mask_TE``, [T, E] uint8."""
@@ -184,7 +184,7 @@ def plan_router(
     return Launch(kernels.router_kernel, grid, args, constants, warps=4 if one else 8)
 
 
-def plan_ffn(
+def ffn_launches(
     x_TD: Tensor,
     weights: FFNWeights,
     expert_weights_TE: Tensor | None,
@@ -206,8 +206,8 @@ def plan_ffn(
         active = workspace((tile.blocks, tile.n_experts), torch.int32, device)
         count = workspace((tile.blocks,), torch.int32, device)
     lists = (active, count, done)
-    hidden = _plan_hidden(x_TD.contiguous(), weights, expert_weights_TE, hidden_TF, lists, tile, after_router)
-    return out_TD, [hidden, _plan_down(hidden_TF, weights, lists, partial, out_TD, tile)]
+    hidden = _hidden_launch(x_TD.contiguous(), weights, expert_weights_TE, hidden_TF, lists, tile, after_router)
+    return out_TD, [hidden, _down_launch(hidden_TF, weights, lists, partial, out_TD, tile)]
 
 
 class _Tiles:
@@ -235,7 +235,7 @@ class _Tiles:
         return {"D": weights.d_model, "F": weights.d_ff, "EXPERT": self.expert_size, "PDL": self.config.pdl}
 
 
-def _plan_hidden(
+def _hidden_launch(
     x_TD: Tensor,
     weights: FFNWeights,
     expert_weights_TE: Tensor | None,
@@ -269,7 +269,7 @@ def _plan_hidden(
     return Launch(kernel, grid, args, constants, config.hidden_warps, dependent=config.pdl and after_router)
 
 
-def _plan_down(
+def _down_launch(
     hidden_TF: Tensor,
     weights: FFNWeights,
     lists: tuple[Tensor | None, Tensor | None, Tensor],

@@ -21,7 +21,7 @@ from lte.ops.triton.launch import (
     Launch,
     current_gpu,
     kernel_mask,
-    plan_router,
+    router_launch,
     run,
     workspace,
 )
@@ -70,7 +70,7 @@ def quantized_linear(x_TD: Tensor, weight: LowBitMatrix, bias_N: Tensor | None =
     out_TN = torch.empty(len(x_TD), weight.rows, dtype=x_TD.dtype, device=x_TD.device)
     if len(x_TD):
         _check(x_TD, weight)
-        run(x_TD.device, [plan_rows(x_TD, weight, None, bias_N, None, None, out_TN, None)])
+        run(x_TD.device, [rows_launch(x_TD, weight, None, bias_N, None, None, out_TN, None)])
     return out_TN
 
 
@@ -97,10 +97,10 @@ def quantized_ffn(
         _check(x_TD, matrix)
     if router is not None:
         expert_weights_TE = workspace((len(x_TD), len(router[0])), torch.uint8, x_TD.device)
-        run(x_TD.device, [plan_router(x_TD, *router, expert_weights_TE, pdl=False)])
+        run(x_TD.device, [router_launch(x_TD, *router, expert_weights_TE, pdl=False)])
     elif expert_weights_TE is not None:
         expert_weights_TE = kernel_mask(x_TD, expert_weights_TE)
-    out_TD, launches = plan_ffn(x_TD, weights, expert_weights_TE, current_gpu(x_TD.device).sms)
+    out_TD, launches = ffn_launches(x_TD, weights, expert_weights_TE, current_gpu(x_TD.device).sms)
     run(x_TD.device, launches)
     return out_TD
 
@@ -109,7 +109,7 @@ Lists = tuple[Tensor | None, Tensor | None, Tensor]
 """Active experts of every block of tokens, their number, and the counters of finished programs."""
 
 
-def plan_ffn(
+def ffn_launches(
     x_TD: Tensor, weights: QuantizedFFN, expert_weights_TE: Tensor | None, sms: int, tiles: Tiles | None = None
 ) -> tuple[Tensor, list[Launch]]:
     """The output and the two launches that fill it."""
@@ -126,7 +126,7 @@ def plan_ffn(
         active = workspace((blocks, n_experts), torch.int32, device)
         lists = active, workspace((blocks,), torch.int32, device), done
     hidden_TF = workspace((n_tokens, weights.d_ff), torch.float32 if n_tokens == 1 else x_TD.dtype, device)
-    rows = plan_rows(
+    rows = rows_launch(
         *(x_TD, weights.up, weights.gate, weights.up_bias, weights.gate_bias, expert_weights_TE, hidden_TF, lists),
         activation=weights.activation,
         tiles=tiles,
@@ -147,7 +147,7 @@ def plan_ffn(
     return out_TD, [rows, down]
 
 
-def plan_rows(
+def rows_launch(
     x_TD: Tensor,
     up: LowBitMatrix,
     gate: LowBitMatrix | None,

@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 
 import lte
-from lte.calibration import LOSS_ROWS, sample_batches, stream_calibration
+from lte.activations import LOSS_ROWS, sample_batches, stream_activations
 from lte.errors import ConfigError
 from lte.methods.scores import squares_along
 from lte.nn import sparse_ffns
@@ -64,13 +64,13 @@ def test_with_a_label_per_row_tokens_have_sensitivities_of_their_own():
     )
     batch = models.inputs(4, 10) | {"labels": torch.tensor([0, 1, 1, 0])}
     batch["attention_mask"][0, 6:] = 0
-    last = list(stream_calibration(model, [batch]))[-1]
+    last = list(stream_activations(model, [batch]))[-1]
     first_tokens = torch.tensor([0, 6, 16, 26])
     others = torch.ones(36, dtype=torch.bool).index_fill(0, first_tokens, False)
     assert (last.token_sensitivity_T[first_tokens] > 0).all()
     assert (last.token_sensitivity_T[others] == 0).all()
     in_halves = [{key: value[rows] for key, value in batch.items()} for rows in (slice(0, 3), slice(3, 4))]
-    split = list(stream_calibration(model, in_halves))[-1]
+    split = list(stream_activations(model, in_halves))[-1]
     torch.testing.assert_close(split.token_sensitivity_T, last.token_sensitivity_T, rtol=1e-4, atol=1e-7)
 
 
@@ -79,9 +79,9 @@ def test_with_a_label_per_token_they_have_not():
         models.build("llama"), lte.LTEConfig(expert_size=models.EXPERT, grouping="random", router_init="random")
     )
     batch = models.inputs(4, 10)
-    assert all(seen.token_sensitivity_T is None for seen in stream_calibration(model, [batch]))
+    assert all(seen.token_sensitivity_T is None for seen in stream_activations(model, [batch]))
     batch["labels"] = batch["input_ids"]
-    assert all(seen.token_sensitivity_T is None for seen in stream_calibration(model, [batch]))
+    assert all(seen.token_sensitivity_T is None for seen in stream_activations(model, [batch]))
 
 
 def test_the_loss_in_parts_has_the_gradient_of_the_whole():
@@ -91,7 +91,7 @@ def test_the_loss_in_parts_has_the_gradient_of_the_whole():
     batch = models.inputs(4, 50)
     assert batch["input_ids"].numel() > LOSS_ROWS
     batch["labels"] = batch["input_ids"].masked_fill(torch.arange(50) % 7 == 0, -100)
-    every = list(stream_calibration(model, [batch], squares_along))
+    every = list(stream_activations(model, [batch], squares_along))
     found = [seen.sensitivity for seen in every]
     lte.set_mode(model, "dense")
     outputs = []

@@ -15,7 +15,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lte.errors import ConfigError
-from lte.grouping import Calibration, NeuronGradients
+from lte.grouping import Activations, NeuronGradients
 from lte.memory import trim_heap
 from lte.nn import Mode, SparseFFN, set_mode, sparse_ffns
 
@@ -85,14 +85,14 @@ def device_inputs(batch: Mapping[str, Tensor], device: torch.device) -> tuple[di
     return inputs, None if mask is None else mask.flatten().bool()
 
 
-def stream_calibration(
+def stream_activations(
     model: nn.Module,
     batches: Sequence[Mapping[str, Tensor]],
     neuron_gradients: NeuronGradients | None = None,
     *,
     in_sequence: bool = False,
-) -> Iterator[Calibration]:
-    """Run the dense function of a sparsified model over some batches; one :class:`Calibration` per FFN, in order.
+) -> Iterator[Activations]:
+    """Run the dense function of a sparsified model over some batches; one :class:`Activations` per FFN, in order.
 
     What is held at a time are the inputs of as many FFNs as fit :data:`INPUTS_BYTES`; the model runs once for each such
     set of layers, the first time forward and backward. Let go of a calibration before asking for the next.
@@ -121,7 +121,7 @@ def stream_calibration(
             )
         for ffn in watched:
             known = () if gradients is None else gradients.of(ffn.layer_index)
-            yield Calibration(inputs.pop(ffn.layer_index), ffn.hidden, *known)
+            yield Activations(inputs.pop(ffn.layer_index), ffn.hidden, *known)
 
 
 def _watch(
