@@ -16,89 +16,7 @@ namespace LTE_VARIANT {
 using lte::Queue;
 using lte::parallel;
 
-// A buffer that grows and is kept: the decode loop allocates nothing.
-template <class T>
-struct Buffer {
-  T* data = nullptr;
-  size_t capacity = 0;
-  ~Buffer() { std::free(data); }
-  T* get(size_t n) {
-    if (n > capacity) {
-      std::free(data);
-      capacity = (n + 1024) / 64 * 64 + 64;
-      data = static_cast<T*>(std::aligned_alloc(64, (capacity * sizeof(T) + 63) / 64 * 64));
-      if (!data) throw std::bad_alloc();
-    }
-    return data;
-  }
-};
-
-// What a phase rounds for the next one, for every token.
-struct Rounded {
-  Buffer<int8_t> values;
-  Buffer<float> scales;
-  Buffer<int32_t> sums;
-  Buffer<RoundedInputs> inputs;
-
-  void get(int64_t tokens, int64_t groups, int64_t group) {
-    int8_t* its = values.get(tokens * groups * group);
-    float* each = scales.get(tokens * groups);
-    int32_t* of_each = sums.get(tokens * groups);
-    RoundedInputs* all = inputs.get(tokens);
-    for (int64_t t = 0; t < tokens; ++t)
-      all[t] = {its + t * groups * group, each + t * groups, of_each + t * groups};
-  }
-};
-
-// One team of threads going through phases that end in a barrier. Each phase hands out its work from a queue; there
-// are four in rotation, and the one used two phases ago is known to be idle.
-struct Team {
-  int rank, size;
-  Queue* queues;
-  Rounded* rounded;
-  int phase = 0;
-
-  Queue& begin() {
-    Queue& queue = queues[phase % 4];
-    if (rank == 0) queues[(phase + 2) % 4].next.store(0, std::memory_order_relaxed);
-    ++phase;
-    return queue;
-  }
-  void end() const {
-    if (size > 1) lte::team_barrier();
-  }
-};
-
-template <class Body>
-static void with_team(int threads, Body&& body) {
-  static thread_local Rounded own;
-  Rounded& rounded = own;
-  Queue queues[4];
-  parallel(threads, [&](int rank, int size) {
-    Team team{rank, size, queues, &rounded};
-    body(team);
-  });
-}
-
-template <class W>
-static void to_split(const W* x, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; ++i) put<W>(out, i, n, widen(x[i]));
-}
-
-struct Chosen;
-struct ThreadScratch {
-  Buffer<float> gate, up, linear, attention;
-  Buffer<float*> rows;
-  Buffer<const int8_t*> values;
-  Buffer<RoundedInputs> inputs;
-  Buffer<int32_t> neurons, factors;
-  Buffer<Chosen> chosen;
-};
-static ThreadScratch& thread_scratch() {
-  static thread_local ThreadScratch scratch;
-  return scratch;
-}
-
+#include "team.h"
 #include "linear.h"
 
 // ---- feed-forward network -------------------------------------------------------------------------------------
@@ -330,6 +248,7 @@ static void down_by_columns(Team& team, const lte_ffn& ffn, int64_t tokens, FfnW
 }
 
 #include "few_bits.h"
+#include "prompts.h"
 
 // Tokens xs (as `put` has them) through the active experts; emit(t, i, value) hands out y, biases not yet added.
 // work.scale is filled by the caller, behind a barrier.
@@ -421,11 +340,14 @@ static void sparse_ffn(const lte_ffn& ffn, const void* x, int64_t tokens, const 
   const int64_t D = ffn.d_model, E = ffn.n_experts, stride = (D + STEP - 1) / STEP * STEP;
   float* xs = split.get(tokens * stride);
   for (int64_t t = 0; t < tokens; ++t) to_split(static_cast<const W*>(x) + t * D, D, xs + t * stride);
+  if (PAIRED<W> && D % 2)  // what a last pair ends with
+    for (int64_t t = 0; t < tokens; ++t) reinterpret_cast<bf16*>(xs + t * stride)[D] = 0;
   const bool routed = !mask && !given && (ffn.router.weight || ffn.copy.up.planes);
   const float* plain = xs;
+  const bool many = tokens >= MANY && fits_panels(ffn);
   if constexpr (!std::is_same_v<W, float>) {
     static thread_local Buffer<float> widened;
-    if (routed) {
+    if (routed || many) {
       float* all = widened.get(tokens * stride);
       for (int64_t t = 0; t < tokens; ++t)
         for (int64_t i = 0; i < D; ++i) all[t * stride + i] = widen(static_cast<const W*>(x)[t * D + i]);
@@ -444,6 +366,7 @@ static void sparse_ffn(const lte_ffn& ffn, const void* x, int64_t tokens, const 
   with_team(threads, [&](Team& team) {
     if (ffn.nested.down.codes) return nested_phases<W>(team, ffn, ffn.copy.cut, xs, stride, tokens, shared, emit);
     if (routed) decide_phase<W>(team, ffn, plain, stride, tokens, shared);
+    if (many) return prompt_phases<W>(team, ffn, PAIRED<W> ? xs : plain, stride, tokens, shared, emit);
     ffn_phases<W>(team, ffn, xs, stride, tokens, shared, emit);
   });
 }

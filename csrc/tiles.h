@@ -30,6 +30,18 @@ INLINE vf dot_pairs(vf acc, const bf16* weights, const bf16* x) {
 #endif
 }
 
+// acc += products of pairs, one of each lane.
+INLINE vf dot_pairs(vf acc, vu weights, vu x) {
+#if defined(__AVX512BF16__)
+  return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)weights, (__m512bh)x);
+#else
+  vu parts[4] = {weights << 16, weights & 0xffff0000u, x << 16, x & 0xffff0000u};
+  vf values[4];
+  std::memcpy(values, parts, sizeof parts);
+  return acc + values[1] * values[3] + values[0] * values[2];
+#endif
+}
+
 // A token vector is kept as the dot product wants it: float in split order, or bf16 in natural order in the same place.
 template <class W>
 INLINE void put(float* x, int64_t i, int64_t n, float value) {

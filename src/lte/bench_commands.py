@@ -42,6 +42,17 @@ DECODE_COLUMNS = {
     "max_error": "error",
     "status": "status",
 }
+PREFILL_COLUMNS = {
+    "tokens": "tokens",
+    "engine": "engine",
+    "sparsity": "sparsity",
+    "ms": "ms",
+    "speedup": "vs stock",
+    "speedup_over_llama_cpp": "vs llama.cpp",
+    "backend": "backend",
+    "max_error": "error",
+    "status": "status",
+}
 FRONT_COLUMNS = {
     "engine": "engine",
     "weights": "weights",
@@ -214,6 +225,40 @@ def bench_decode(
             progress=progress,
         )
     _print_rows(rows, DECODE_COLUMNS, f"{model or config}, {dtype}, batch {batch}", json_file, where, crossover)
+
+
+@bench_app.command("prefill")
+def bench_prefill(
+    config: Annotated[
+        str, typer.Option(help="Shape with random weights; see `lte bench limit` for names.")
+    ] = "llama-1.2b",
+    dtype: Dtype = "bf16",
+    tokens: Annotated[str, typer.Option(help="Of the prompts, separated by commas.")] = "8,32,100,512,2048",
+    sparsity: Sparsities = "0,0.5,0.8",
+    rounds: Annotated[int, typer.Option(help="Turns per engine.")] = 3,
+    method: Annotated[str, typer.Option(help="lte: linear routers; self-prediction: the FFN's own copy.")] = "lte",
+    expert_size: Annotated[int | None, typer.Option(help="Neurons per expert; the method's own by default.")] = None,
+    llama_cpp: Annotated[bool, typer.Option("--llama-cpp/--no-llama-cpp", help="Also llama.cpp, if installed.")] = True,
+    threads: Threads = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Time prompts on the CPU: stock transformers, lte at each sparsity, and llama.cpp, side by side."""
+    from lte.bench.prefill import bench_prefill as run
+    from lte.config import method_config
+
+    _set_threads(threads)
+    with _status() as progress:
+        rows, crossover = run(
+            config_name=config,
+            dtype=dtype,
+            tokens=whole_numbers(tokens, "tokens"),
+            sparsities=numbers(sparsity, "sparsity"),
+            rounds=rounds,
+            method=method_config(method, {} if expert_size is None else {"expert_size": expert_size}),
+            with_llama_cpp=llama_cpp,
+            progress=progress,
+        )
+    _print_rows(rows, PREFILL_COLUMNS, f"{config}, {dtype}", json_file, _device("cpu"), crossover)
 
 
 @bench_app.command("front")

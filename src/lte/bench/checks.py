@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lte.bench.rows import TOLERANCE
 from lte.nn import NestedForm, QuantizedWeight, SparsityMeter, observe_routing, sparse_ffns
-from lte.ops import FFNWeights, QuantizedFFN, sparse_ffn_reference
+from lte.ops import SMALL_BATCH, FFNWeights, QuantizedFFN, sparse_ffn_reference
 from lte.ops.backends import ENVIRONMENT
 from lte.ops.nested import nested_ffn_reference
 from lte.ops.quantized import quantized_ffn_reference
@@ -87,7 +87,8 @@ def ffn_error(model: Any, tokens: int) -> float:
             wanted = quantized_ffn_reference(x_TD.float(), weights, ffn.router(x_TD).mask)
         else:
             assert isinstance(weights, FFNWeights)
-            wanted = sparse_ffn_reference(x_TD.float(), weights.float(), ffn.router(x_TD).mask)
+            mask = ffn.router(x_TD).mask if ffn.masks_prompts or tokens <= SMALL_BATCH else None
+            wanted = sparse_ffn_reference(x_TD.float(), weights.float(), mask)
         worst = max(worst, relative_error(ffn(x_TD), wanted))
     return worst
 

@@ -217,7 +217,7 @@ class _Bench:
     def dense_engines(self, compiled: bool, progress: Callable[[str], None]) -> list[Engine]:
         """transformers, eager and compiled, on the same weights in their stock layout."""
         progress("building the dense baseline")
-        dense = _dense_twin(self.model)
+        dense = dense_twin(self.model)
         name = f"transformers {versions()['transformers']}, torch {versions()['torch']}"
         common = {**self.common, "sparsity": 0.0, "version": name}
         engines = [
@@ -296,7 +296,7 @@ class _Bench:
         return self.count.sparse(sparsity, router=sparsity > 0)
 
 
-def _dense_twin(model: Any) -> Any:
+def dense_twin(model: Any) -> Any:
     """The stock dense model on the same memory, but for the down projections, which it gets in their stock layout."""
     twin = meta_model(_dense_config(model))
     twin = twin.to(model.dtype)

@@ -101,6 +101,13 @@ class LlamaCpp:
             times.append(time.perf_counter() - started)
         return median(times)
 
+    def prompt_seconds(self, ids: list[int]) -> float:
+        """Time of a prompt."""
+        self._model.reset()
+        started = time.perf_counter()
+        self._model.eval(ids)
+        return time.perf_counter() - started
+
     def logits(self, ids_S: Tensor) -> Tensor:
         """[S, V] float32, of a text from its beginning; for a file made of a model."""
         self._model.reset()

@@ -14,7 +14,7 @@ from lte.hub import require_sparse
 from lte.inference.crossover import Crossover, machine_name, measure, shape_name
 from lte.inference.decode import DecodeStep
 from lte.inference.packing import pack_linears, streaming_copy
-from lte.nn import FastLinear, QuantizedWeight, SparseFFN, sparse_ffns
+from lte.nn import CopyRouter, FastLinear, QuantizedWeight, SparseFFN, sparse_ffns
 from lte.nn.ffn import PathChooser, path_unmeasured
 from lte.ops import backend_obstacle, requested_backend
 
@@ -29,12 +29,15 @@ def prepare_for_inference(
     crossover: Crossover | str | Path | None = None,
     expected_sparsity: float = 0.5,
     fuse_decode: bool = True,
+    mask_prompts: bool = False,
 ) -> AnyModel:
     """Make a sparse model fast, in place: ``generate`` and ``forward`` then run the kernels by themselves.
 
     - FFN weights are laid out with one contiguous row per neuron (shapes, names and values stay; saving is unchanged).
     - The machine is measured once: from which number of tokens and which density on dense matrix products are faster.
       They run there, so that the sparse model is never slower than the dense one; one log line says what was found.
+    - Where single neurons are picked by the FFN's own copy, prompts run all of them: some token needs every neuron, so
+      a mask would take time and save none.
     - On the CPU, linear layers go through a matrix-vector operator, and for the families in
       :data:`lte.families.DECODERS` one call computes the whole decode step.
 
@@ -48,6 +51,8 @@ def prepare_for_inference(
             from another machine or model.
         expected_sparsity: the sparsity assumed on a GPU, where the decision cannot look at the mask.
         fuse_decode: False leaves the decode step to the stock modules.
+        mask_prompts: leave single neurons out of prompts as well (calls of more than 64 tokens), as evaluation does,
+            slower than dense.
 
     Returns:
         The same model, in eval mode, its table as ``model.lte_crossover``.
@@ -85,6 +90,9 @@ def prepare_for_inference(
     else:
         _set_path(ffns, Forced(backend))
         linear_tokens = 64
+    for ffn in ffns:
+        picks_neurons = isinstance(ffn.router, CopyRouter) and ffn.n_experts == ffn.weights().d_ff
+        ffn.masks_prompts = mask_prompts or not picks_neurons
     if backend == "cpu":
         _speed_up_cpu(model, ffns, linear_tokens, fuse_decode)
     return model
@@ -99,6 +107,7 @@ def restore(model: nn.Module) -> None:
         del model.__dict__["forward"]
     for ffn in sparse_ffns(model):
         ffn.choose_path = path_unmeasured
+        ffn.masks_prompts = True
     model.__dict__.pop("lte_crossover", None)
 
 

@@ -124,6 +124,8 @@ class SparseFFN(nn.Module):
         """Whether an optimiser may hold state for the parameters: fused ones mistake it for another layout's."""
         self.observer: RoutingObserver | None = None
         self.choose_path: PathChooser = path_unmeasured
+        self.masks_prompts = True
+        """Whether calls of more than ``SMALL_BATCH`` tokens leave neurons out; at inference, and unless observed."""
         self._packed: tuple[list[int], FFNWeights] | None = None
         router.attach(self)
 
@@ -145,7 +147,10 @@ class SparseFFN(nn.Module):
             if x.numel() <= SMALL_BATCH * x.shape[-1] and self._runs_fast(x):
                 return self._operate_on_codes(x, few_bits)
         elif self._runs_fast(x):
-            impl, max_density = self.choose_path(x.numel() // x.shape[-1])
+            tokens = x.numel() // x.shape[-1]
+            if tokens > SMALL_BATCH and not self.masks_prompts and self.observer is None:
+                return self.project_down(self.hidden(x))
+            impl, max_density = self.choose_path(tokens)
             if impl != "reference" and (not self.keep_layout or is_packed(self.weights())):
                 return self._operate(x, impl, max_density)
         elif self.training and torch.is_grad_enabled():

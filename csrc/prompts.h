@@ -1,0 +1,242 @@
+// Many tokens at once. Experts take turns, each with its own tokens: some of its weights are put into a panel, which lies
+// as products of them with one token after the other read it, and serves all of these. Part of kernels.cpp, in its
+// namespace.
+
+constexpr int64_t MANY = 16;                // tokens from which it pays
+constexpr int WIDE = VL == 16 ? 4 : 2;      // vectors of a tile: of neurons, or of columns of the output
+constexpr int TALL = 6;                     // its tokens
+constexpr int64_t DEPTH = 512;              // lanes of a panel, one after the other
+template <class W>
+constexpr int64_t LANE = PAIRED<W> ? 2 : 1;  // numbers of a row that a lane holds: two bf16, or a float
+
+// Which networks go this way: those of floats, whose experts are not single neurons.
+static bool fits_panels(const lte_ffn& ffn) {
+  return !ffn.up.low.planes && !ffn.nested.down.codes && (ffn.n_experts == 1 || ffn.d_ff / ffn.n_experts >= ROWS);
+}
+
+// out[t][v] (+)= sum over lanes k of panel[k][v] * x[t][k], for T tokens and V vectors.
+template <class W, int T, int V>
+static void panel_tile(const float* panel, int64_t depth, const float* const* x, float* const* out, bool add) {
+  vf acc[T][V] = {};
+  if (add)
+    for (int t = 0; t < T; ++t)
+      for (int v = 0; v < V; ++v) acc[t][v] = load(out[t] + v * VL);
+  for (int64_t k = 0; k < depth; ++k, panel += V * VL) {
+    vf weights[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) weights[v] = load(panel + v * VL);
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      if constexpr (PAIRED<W>) {
+        uint32_t pair;
+        std::memcpy(&pair, x[t] + k, sizeof pair);
+        const vu lanes = pair - vu{};
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) acc[t][v] = dot_pairs(acc[t][v], (vu)weights[v], lanes);
+      } else {
+        const vf lanes = splat(x[t][k]);
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) acc[t][v] += weights[v] * lanes;
+      }
+    }
+  }
+  for (int t = 0; t < T; ++t)
+    for (int v = 0; v < V; ++v) store(out[t] + v * VL, acc[t][v]);
+}
+
+template <class W, int V>
+static void panel_tiles(const float* panel, int64_t depth, const float* const* x, float* const* out, int64_t tokens,
+                        bool add) {
+  int64_t t = 0;
+  for (; t + TALL <= tokens; t += TALL) panel_tile<W, TALL, V>(panel, depth, x + t, out + t, add);
+  switch (tokens - t) {
+    case 1: return panel_tile<W, 1, V>(panel, depth, x + t, out + t, add);
+    case 2: return panel_tile<W, 2, V>(panel, depth, x + t, out + t, add);
+    case 3: return panel_tile<W, 3, V>(panel, depth, x + t, out + t, add);
+    case 4: return panel_tile<W, 4, V>(panel, depth, x + t, out + t, add);
+    case 5: return panel_tile<W, 5, V>(panel, depth, x + t, out + t, add);
+  }
+}
+
+// VL vectors become their own columns.
+INLINE void transpose(vu* rows) {
+#pragma GCC unroll 4
+  for (int step = 1; step < VL; step *= 2) {
+    vu low, high;
+    for (int j = 0; j < VL; ++j) low[j] = j & step ? VL + j - step : j, high[j] = j & step ? VL + j : j + step;
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; ++i) {
+      if (i & step) continue;
+      const vu a = rows[i], b = rows[i + step];
+#if defined(__clang__)
+      for (int j = 0; j < VL; ++j) {
+        rows[i][j] = j & step ? b[j - step] : a[j];
+        rows[i + step][j] = j & step ? b[j] : a[j + step];
+      }
+#else
+      rows[i] = __builtin_shuffle(a, b, low), rows[i + step] = __builtin_shuffle(a, b, high);
+#endif
+    }
+  }
+}
+
+// Lane k of a row of weights, as a panel has it; of bf16 the second number is 0 where the row has ended.
+template <class W>
+INLINE uint32_t lane_of(const W* row, int64_t k, int64_t n) {
+  uint32_t bits = 0;
+  if constexpr (PAIRED<W>) {
+    std::memcpy(&bits, row + 2 * k, std::min<int64_t>(n - 2 * k, 2) * sizeof(W));
+  } else {
+    const float value = widen(row[k]);
+    std::memcpy(&bits, &value, sizeof bits);
+  }
+  return bits;
+}
+
+// Rows as the vectors of a panel: panel[k][i] = rows[i][from + k], 0 for rows that are none.
+template <class W>
+static void pack_rows(const W* const* rows, int64_t n, int64_t from, int64_t depth, int vectors, float* panel) {
+  for (int v = 0; v < vectors; ++v) {
+    for (int64_t k = 0; k < depth; k += VL) {
+      const int64_t count = std::min<int64_t>(VL, depth - k);
+      vu lanes[VL];
+      for (int i = 0; i < VL; ++i) {
+        const W* row = rows[v * VL + i];
+        lanes[i] = vu{};
+        if (!row) continue;
+        if (count == VL && (from + k + VL) * LANE<W> <= n && (PAIRED<W> || std::is_same_v<W, float>)) {
+          lanes[i] = *reinterpret_cast<const vu_any*>(row + (from + k) * LANE<W>);
+        } else {
+          for (int64_t j = 0; j < count; ++j) lanes[i][j] = lane_of(row, from + k + j, n);
+        }
+      }
+      transpose(lanes);
+      for (int64_t j = 0; j < count; ++j) store(panel + ((k + j) * vectors + v) * VL, (vf)lanes[j]);
+    }
+  }
+}
+
+// Columns [from, from + WIDE * VL) of some rows as the vectors of a panel: lane k holds row k, or rows 2 k and 2 k + 1.
+template <class W>
+static void pack_columns(const W* const* rows, int64_t count, int64_t from, int64_t to, float* panel) {
+  constexpr int64_t width = WIDE * VL;
+  for (int64_t k = 0; k * LANE<W> < count; ++k, panel += width) {
+    const W* first = rows[k * LANE<W>] + from;
+    const W* second = k * LANE<W> + 1 < count ? rows[k * LANE<W> + 1] + from : nullptr;
+    for (int64_t i = 0; i < width; ++i) {
+      uint32_t bits = 0;
+      if constexpr (PAIRED<W>) {
+        if (from + width <= to)
+          bits = uint32_t(first[i]) | (second ? uint32_t(second[i]) << 16 : 0);
+        else if (from + i < to)
+          bits = uint32_t(first[i]) | (second ? uint32_t(second[i]) << 16 : 0);
+      } else if (from + i < to) {
+        const float value = widen(first[i]);
+        std::memcpy(&bits, &value, sizeof bits);
+      }
+      std::memcpy(panel + i, &bits, sizeof bits);
+    }
+  }
+}
+
+struct Panels {
+  Buffer<float> panel, sums;
+  Buffer<const float*> x;
+  Buffer<float*> out;
+};
+
+// gate and up of neurons first .. first + count of an expert, for its tokens; hidden: [its, stride] numbers as x has them.
+template <class W, int V>
+static void prompt_unit(const lte_ffn& ffn, int64_t first, int64_t count, const float* xs, int64_t xs_stride,
+                        const int32_t* who, int64_t its, const float* by, Panels& mine, float* hidden, int64_t stride) {
+  const bool gated = ffn.gate.weight;
+  const int64_t D = ffn.d_model, lanes = (D + LANE<W> - 1) / LANE<W>, half = gated ? V / 2 * VL : 0;
+  const W* rows[V * VL] = {};
+  auto point = [&](const lte_matrix& matrix, int64_t at) {
+    for (int64_t i = 0; i < count; ++i) rows[at + i] = static_cast<const W*>(matrix.weight) + (first + i) * matrix.stride;
+  };
+  if (gated) point(ffn.gate, 0);
+  point(ffn.up, half);
+  float* panel = mine.panel.get(DEPTH * V * VL);
+  float* sums = mine.sums.get(its * V * VL);
+  const float** x = mine.x.get(its);
+  float** out = mine.out.get(its);
+  for (int64_t i = 0; i < its; ++i) out[i] = sums + i * V * VL;
+  for (int64_t from = 0; from < lanes; from += DEPTH) {
+    const int64_t depth = std::min(DEPTH, lanes - from);
+    pack_rows(rows, D, from, depth, V, panel);
+    for (int64_t i = 0; i < its; ++i) x[i] = xs + who[i] * xs_stride + from;
+    panel_tiles<W, V>(panel, depth, x, out, its, from > 0);
+  }
+  const W *gate_bias = static_cast<const W*>(ffn.gate.bias), *up_bias = static_cast<const W*>(ffn.up.bias);
+  for (int64_t t = 0; t < its; ++t) {
+    float* values = out[t];
+    for (int64_t i = 0; gated && gate_bias && i < count; ++i) values[i] += widen(gate_bias[first + i]);
+    for (int64_t i = 0; up_bias && i < count; ++i) values[half + i] += widen(up_bias[first + i]);
+    activate_all(ffn.activation, values, gated ? values + half : nullptr, gated ? half : V * VL);
+    const float factor = by[who[t] * ffn.n_experts];
+    for (int64_t i = 0; i < count; ++i) {
+      if constexpr (PAIRED<W>)
+        narrow(values[i] * factor, reinterpret_cast<bf16*>(hidden + t * stride) + i);
+      else
+        hidden[t * stride + i] = values[i] * factor;
+    }
+  }
+}
+
+template <class W, class Emit>
+static void prompt_phases(Team& team, const lte_ffn& ffn, const float* xs, int64_t xs_stride, int64_t tokens,
+                          FfnWork& work, Emit&& emit) {
+  static thread_local Panels mine;
+  const int64_t E = ffn.n_experts, D = ffn.d_model, n = ffn.d_ff / E;
+  const int64_t stride = (n + LANE<W> - 1) / LANE<W>;  // of a token's hidden numbers, in lanes
+  team.begin();
+  if (team.rank == 0) {
+    list_experts(ffn, tokens, work);
+    const int64_t found = work.begin.data[work.n_groups] * stride;
+    float* hidden = work.hidden.get(found + VL);
+    if (n % LANE<W>) std::fill(hidden, hidden + found, 0.0f);  // the second half of a last pair
+  }
+  team.end();
+  const int32_t *begin = work.begin.data, *list = work.tokens.data;
+  float* hidden = work.hidden.data;
+  {
+    Queue& queue = team.begin();
+    const int64_t most = (ffn.gate.weight ? WIDE / 2 : WIDE) * VL, blocks = (n + most - 1) / most;
+    for (int64_t unit; queue.take(work.n_groups * blocks, unit);) {
+      const int64_t a = unit / blocks, at = unit % blocks * most, count = std::min(most, n - at);
+      const int64_t e = work.experts.data[a], its = begin[a + 1] - begin[a];
+      auto run = count * 2 <= most ? prompt_unit<W, WIDE / 2 < 2 ? 2 : WIDE / 2> : prompt_unit<W, WIDE>;
+      run(ffn, e * n + at, count, xs, xs_stride, list + begin[a], its, work.scale.data + e, mine,
+          hidden + begin[a] * stride + at / LANE<W>, stride);
+    }
+    team.end();
+  }
+  constexpr int64_t width = WIDE * VL;
+  const int64_t slices = (D + width - 1) / width;
+  Queue& queue = team.begin();
+  for (int64_t slice; queue.take(slices, slice);) {
+    const int64_t from = slice * width, to = std::min(D, from + width);
+    float* sums = mine.sums.get(tokens * width);
+    float* panel = mine.panel.get(DEPTH * width);
+    std::fill(sums, sums + tokens * width, 0.0f);
+    const W* rows[DEPTH];
+    for (int64_t a = 0; a < work.n_groups; ++a) {
+      const int64_t its = begin[a + 1] - begin[a];
+      const float** x = mine.x.get(its);
+      float** out = mine.out.get(its);
+      for (int64_t i = 0; i < its; ++i) out[i] = sums + list[begin[a] + i] * width;
+      for (int64_t at = 0; at < n; at += DEPTH) {
+        const int64_t count = std::min(DEPTH, n - at);
+        for (int64_t i = 0; i < count; ++i)
+          rows[i] = static_cast<const W*>(ffn.down.weight) + (work.experts.data[a] * n + at + i) * ffn.down.stride;
+        pack_columns(rows, count, from, to, panel);
+        for (int64_t i = 0; i < its; ++i) x[i] = hidden + (begin[a] + i) * stride + at / LANE<W>;
+        panel_tiles<W, WIDE>(panel, (count + LANE<W> - 1) / LANE<W>, x, out, its, true);
+      }
+    }
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t i = from; i < to; ++i) emit(t, i, sums[t * width + i - from]);
+  }
+  team.end();
+}
