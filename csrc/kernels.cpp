@@ -335,25 +335,22 @@ template <class W>
 static void sparse_ffn(const lte_ffn& ffn, const void* x, int64_t tokens, const uint8_t* mask, const float* given, void* y,
                        int threads) {
   static thread_local FfnWork work;
-  static thread_local Buffer<float> split;
+  static thread_local Buffer<float> split, widened;
   FfnWork& shared = work;
   const int64_t D = ffn.d_model, E = ffn.n_experts, stride = (D + STEP - 1) / STEP * STEP;
-  float* xs = split.get(tokens * stride);
-  for (int64_t t = 0; t < tokens; ++t) to_split(static_cast<const W*>(x) + t * D, D, xs + t * stride);
-  if (PAIRED<W> && D % 2)  // what a last pair ends with
-    for (int64_t t = 0; t < tokens; ++t) reinterpret_cast<bf16*>(xs + t * stride)[D] = 0;
   const bool routed = !mask && !given && (ffn.router.weight || ffn.copy.up.planes);
-  const float* plain = xs;
   const bool many = tokens >= MANY && fits_panels(ffn);
-  if constexpr (!std::is_same_v<W, float>) {
-    static thread_local Buffer<float> widened;
-    if (routed || many) {
-      float* all = widened.get(tokens * stride);
-      for (int64_t t = 0; t < tokens; ++t)
-        for (int64_t i = 0; i < D; ++i) all[t * stride + i] = widen(static_cast<const W*>(x)[t * D + i]);
-      plain = all;
-    }
-  }
+  float* xs = split.get(tokens * stride);
+  float* plain = xs;  // in natural order, whatever the weights are
+  if (!std::is_same_v<W, float> && (routed || (many && !PAIRED<W>))) plain = widened.get(tokens * stride);
+  auto take_over = [&](int64_t t) {
+    const W* from = static_cast<const W*>(x) + t * D;
+    to_split(from, D, xs + t * stride);
+    if (PAIRED<W> && D % 2) reinterpret_cast<bf16*>(xs + t * stride)[D] = 0;  // what a last pair ends with
+    for (int64_t i = 0; plain != xs && i < D; ++i) plain[t * stride + i] = widen(from[i]);
+  };
+  if (!many)
+    for (int64_t t = 0; t < tokens; ++t) take_over(t);
   if (!routed) {
     float* scale = work.scale.get(tokens * E);
     for (int64_t i = 0; i < tokens * E; ++i) scale[i] = given ? given[i] : mask ? float(mask[i] != 0) : 1.0f;
@@ -364,8 +361,16 @@ static void sparse_ffn(const lte_ffn& ffn, const void* x, int64_t tokens, const 
     narrow(value + (bias ? widen(bias[i]) : 0.0f), out + t * D + i);
   };
   with_team(threads, [&](Team& team) {
+    if (many) {
+      Queue& queue = team.begin();
+      for (int64_t t; queue.take(tokens, t);) take_over(t);
+      team.end();
+    }
     if (ffn.nested.down.codes) return nested_phases<W>(team, ffn, ffn.copy.cut, xs, stride, tokens, shared, emit);
-    if (routed) decide_phase<W>(team, ffn, plain, stride, tokens, shared);
+    if (many && routed && ffn.router.weight)
+      prompt_router(team, ffn, plain, stride, tokens, shared);
+    else if (routed)
+      decide_phase<W>(team, ffn, plain, stride, tokens, shared);
     if (many) return prompt_phases<W>(team, ffn, PAIRED<W> ? xs : plain, stride, tokens, shared, emit);
     ffn_phases<W>(team, ffn, xs, stride, tokens, shared, emit);
   });

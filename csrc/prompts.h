@@ -145,18 +145,11 @@ struct Panels {
   Buffer<float*> out;
 };
 
-// gate and up of neurons first .. first + count of an expert, for its tokens; hidden: [its, stride] numbers as x has them.
+// Products of V * VL rows of n numbers, of which some may be none, with some tokens, which stay in mine.out: [its][V * VL].
 template <class W, int V>
-static void prompt_unit(const lte_ffn& ffn, int64_t first, int64_t count, const float* xs, int64_t xs_stride,
-                        const int32_t* who, int64_t its, const float* by, Panels& mine, float* hidden, int64_t stride) {
-  const bool gated = ffn.gate.weight;
-  const int64_t D = ffn.d_model, lanes = (D + LANE<W> - 1) / LANE<W>, half = gated ? V / 2 * VL : 0;
-  const W* rows[V * VL] = {};
-  auto point = [&](const lte_matrix& matrix, int64_t at) {
-    for (int64_t i = 0; i < count; ++i) rows[at + i] = static_cast<const W*>(matrix.weight) + (first + i) * matrix.stride;
-  };
-  if (gated) point(ffn.gate, 0);
-  point(ffn.up, half);
+static void panel_products(const W* const* rows, int64_t n, const float* xs, int64_t xs_stride, const int32_t* who,
+                           int64_t its, Panels& mine) {
+  const int64_t lanes = (n + LANE<W> - 1) / LANE<W>;
   float* panel = mine.panel.get(DEPTH * V * VL);
   float* sums = mine.sums.get(its * V * VL);
   const float** x = mine.x.get(its);
@@ -164,13 +157,28 @@ static void prompt_unit(const lte_ffn& ffn, int64_t first, int64_t count, const 
   for (int64_t i = 0; i < its; ++i) out[i] = sums + i * V * VL;
   for (int64_t from = 0; from < lanes; from += DEPTH) {
     const int64_t depth = std::min(DEPTH, lanes - from);
-    pack_rows(rows, D, from, depth, V, panel);
-    for (int64_t i = 0; i < its; ++i) x[i] = xs + who[i] * xs_stride + from;
+    pack_rows(rows, n, from, depth, V, panel);
+    for (int64_t i = 0; i < its; ++i) x[i] = xs + (who ? who[i] : i) * xs_stride + from;
     panel_tiles<W, V>(panel, depth, x, out, its, from > 0);
   }
+}
+
+// gate and up of neurons first .. first + count of an expert, for its tokens; hidden: [its, stride] numbers as x has them.
+template <class W, int V>
+static void prompt_unit(const lte_ffn& ffn, int64_t first, int64_t count, const float* xs, int64_t xs_stride,
+                        const int32_t* who, int64_t its, const float* by, Panels& mine, float* hidden, int64_t stride) {
+  const bool gated = ffn.gate.weight;
+  const int64_t half = gated ? V / 2 * VL : 0;
+  const W* rows[V * VL] = {};
+  auto point = [&](const lte_matrix& matrix, int64_t at) {
+    for (int64_t i = 0; i < count; ++i) rows[at + i] = static_cast<const W*>(matrix.weight) + (first + i) * matrix.stride;
+  };
+  if (gated) point(ffn.gate, 0);
+  point(ffn.up, half);
+  panel_products<W, V>(rows, ffn.d_model, xs, xs_stride, who, its, mine);
   const W *gate_bias = static_cast<const W*>(ffn.gate.bias), *up_bias = static_cast<const W*>(ffn.up.bias);
   for (int64_t t = 0; t < its; ++t) {
-    float* values = out[t];
+    float* values = mine.out.data[t];
     for (int64_t i = 0; gated && gate_bias && i < count; ++i) values[i] += widen(gate_bias[first + i]);
     for (int64_t i = 0; up_bias && i < count; ++i) values[half + i] += widen(up_bias[first + i]);
     activate_all(ffn.activation, values, gated ? values + half : nullptr, gated ? half : V * VL);
@@ -184,10 +192,37 @@ static void prompt_unit(const lte_ffn& ffn, int64_t first, int64_t count, const 
   }
 }
 
+static Panels& panels() {
+  static thread_local Panels mine;
+  return mine;
+}
+
+// The experts that a linear router has above its threshold; x: [tokens, stride] float32.
+static void prompt_router(Team& team, const lte_ffn& ffn, const float* x, int64_t stride, int64_t tokens, FfnWork& work) {
+  constexpr int64_t width = WIDE * VL;
+  team.begin();
+  if (team.rank == 0) work.scale.get(tokens * ffn.n_experts);
+  team.end();
+  Queue& queue = team.begin();
+  const float* bias = static_cast<const float*>(ffn.router.bias);
+  for (int64_t unit; queue.take((ffn.n_experts + width - 1) / width, unit);) {
+    const float* rows[width] = {};
+    const int64_t first = unit * width, count = std::min(width, ffn.n_experts - first);
+    for (int64_t i = 0; i < count; ++i) rows[i] = static_cast<const float*>(ffn.router.weight) + (first + i) * ffn.router.stride;
+    panel_products<float, WIDE>(rows, ffn.d_model, x, stride, nullptr, tokens, panels());
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t i = 0; i < count; ++i) {
+        const float logit = panels().out.data[t][i] + (bias ? bias[first + i] : 0.0f);
+        work.scale.data[t * ffn.n_experts + first + i] = 1.0f / (1.0f + std::exp(-logit)) > ffn.threshold ? 1.0f : 0.0f;
+      }
+  }
+  team.end();
+}
+
 template <class W, class Emit>
 static void prompt_phases(Team& team, const lte_ffn& ffn, const float* xs, int64_t xs_stride, int64_t tokens,
                           FfnWork& work, Emit&& emit) {
-  static thread_local Panels mine;
+  Panels& mine = panels();
   const int64_t E = ffn.n_experts, D = ffn.d_model, n = ffn.d_ff / E;
   const int64_t stride = (n + LANE<W> - 1) / LANE<W>;  // of a token's hidden numbers, in lanes
   team.begin();

@@ -67,7 +67,10 @@ static void with_team(int threads, Body&& body) {
 
 template <class W>
 static void to_split(const W* x, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; ++i) put<W>(out, i, n, widen(x[i]));
+  if constexpr (PAIRED<W>)
+    std::memcpy(out, x, n * sizeof(W));
+  else
+    for (int64_t i = 0; i < n; ++i) put<W>(out, i, n, widen(x[i]));
 }
 
 struct Chosen;

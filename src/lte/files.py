@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -18,8 +21,24 @@ def write_whole(file: Path, text: str) -> None:
     """Write a file so that an interruption leaves the old one, or none."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    partial.write_text(text)
-    os.replace(partial, file)
+    try:
+        partial.write_text(text)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def nothing_left(folder: Path, *, new: bool | None = None) -> Iterator[None]:
+    """Where what is made in a folder comes to no end, it is gone again, if ``new``; None for one that holds nothing."""
+    new = (not folder.is_dir() or not any(folder.iterdir())) if new is None else new
+    try:
+        yield
+    except BaseException:
+        if new:
+            unlock_folder(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def is_full_disk(error: BaseException | None) -> bool:
@@ -82,8 +101,8 @@ def lock(file: Path) -> str | None:
             break
         handle.close()  # it was let go of, and removed, between two lines
     handle.truncate(0)
-    handle.write(f"process {os.getpid()} on {platform.node()}")
-    handle.flush()
+    with suppress(OSError):  # a full disk: who it is stays unsaid
+        os.write(handle.fileno(), f"process {os.getpid()} on {platform.node()}".encode())
     _held[file] = handle
     return None
 

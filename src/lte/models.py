@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from lte.errors import ConfigError, DataError
+from lte.files import nothing_left
 from lte.tasks import load_rows
 
 EOS = "<|endoftext|>"
@@ -46,8 +47,9 @@ def create(
     except (ValueError, TypeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"the model config of type {model_type!r} cannot be used: {reason}") from error
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    with nothing_left(out):
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
     return model, tokenizer
 
 

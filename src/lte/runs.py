@@ -22,7 +22,7 @@ from lte.activations import device_inputs, sample_batches
 from lte.config import MethodConfig, OperatingPoint, method_of
 from lte.errors import ConfigError
 from lte.evaluate import check_direction, load_for_evaluation, versions
-from lte.files import LOCK, lock_folder, unlock_folder, write_whole
+from lte.files import LOCK, lock_folder, nothing_left, unlock_folder, write_whole
 from lte.hub import default_device, is_sparse_config, load, load_dense, load_tokenizer, read_config, save_thresholds
 from lte.memory import peak_memory
 from lte.nn import SparsityMeter, observe_routing, sparse_ffns
@@ -337,10 +337,9 @@ def claim_folder(out: Path, recipe: Recipe, *, overwrite: bool) -> None:
 def _nothing_left(out: Path) -> Iterator[None]:
     """Where what is made in a folder that was not there comes to no end, the folder is as it was before."""
     try:
-        yield
+        with nothing_left(out, new=True):
+            yield
     except BaseException:
-        unlock_folder(out)
-        shutil.rmtree(out, ignore_errors=True)
         if replaced(out).is_dir():
             replaced(out).rename(out)
         raise

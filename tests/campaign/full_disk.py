@@ -1,6 +1,6 @@
 """A disk that fills up under a command: one line says so, nothing is lost, and the same command goes on with more room.
 
-python -m tests.campaign.full_disk [--json FILE]    # 10 minutes; as root on Linux, which may mount a small disk
+python -m tests.campaign.full_disk [--json FILE] [COMMAND]  # 10 minutes; as root on Linux, which can mount a small disk
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def commands(root: Path, disk: Path) -> dict[str, tuple[list[str], list[str]]]:
     out = ["--out", str(disk / "out")]
     kept = ["--out", str(disk / "kept"), "--overwrite"]
     sparse = str(disk / "kept")
-    made = ["--config", str(root / "config.json"), "--data", str(root / "text.txt"), "--vocab-size", "280"]
+    made = ["--config", str(root / "config.json"), "--data", str(root / "text.txt"), "--vocab-size", "300"]
     return {
         "init": (["init", *made, *out], []),
         "train": (["train", *dense, "--target-sparsity", "0.4", *steps, *out], ["--resume"]),
@@ -128,6 +128,7 @@ def case(name: str, words: list[str], more: list[str], room: int, root: Path, di
 def main() -> None:
     """Run every command on every disk; print and write the counts."""
     parser = argparse.ArgumentParser()
+    parser.add_argument("command", nargs="?", default="")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     root, disk = Path(tempfile.mkdtemp(prefix="lte-disk-")), Path(tempfile.mkdtemp(prefix="lte-small-"))
@@ -144,6 +145,8 @@ def main() -> None:
         made = [*every["sparsify"][0][:-1], str(root / "sparse")]
         assert run(made, root)[0] == 0
         for name, (words, more) in every.items():
+            if not name.startswith(given.command):
+                continue
             plain: dict[str, str] = {}
             for room in reversed(ROOM):
                 kind, said = case(name, words, more, room, root, disk)

@@ -10,7 +10,8 @@ import pytest
 
 from lte import runs
 from lte.errors import ConfigError, LTEError
-from lte.files import LOCK, lock_folder, unlock_folder
+from lte.files import LOCK, lock_folder, unlock_folder, write_whole
+from lte.models import create
 from lte.recipe import parse_recipe
 from tests.locks import held_elsewhere
 from tests.test_cli import folder  # noqa: F401 - a fixture
@@ -150,3 +151,31 @@ def test_a_disk_that_is_full_is_said_in_one_line_and_leaves_what_was_there(folde
     assert "Traceback" not in done.stderr
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_disk_that_is_full_leaves_no_folder(recipe, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lte.files.os.write", full)  # of who holds the folder
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        runs.finetune(recipe())
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "result.json").write_bytes(b"{}")
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(tmp_path / "kept" / "result.json", "[]")
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["result.json"]
+
+
+def test_a_new_model_that_is_not_whole_leaves_no_folder(folder, tmp_path, monkeypatch):  # noqa: F811
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", full)
+    config = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    with pytest.raises(OSError, match="No space left"):
+        create(config, str(folder / "text.txt"), tmp_path / "new", vocab_size=300)
+    assert not (tmp_path / "new").exists()
