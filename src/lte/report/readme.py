@@ -35,6 +35,7 @@ def fill(text: str, results: Path) -> str:
         "ffn": _ffn,
         "decode": _decode,
         "limit": _limit,
+        "prefill": _prefill,
         "step": _step,
         "gpu": _gpu,
         "front": _front,
@@ -261,6 +262,28 @@ def _decode(results: Path) -> str:
         head = ["engine", "FFN sparsity", "ms/token", "vs transformers", "vs llama.cpp", "bytes allow, vs dense"]
         parts.append(f"**{name}**\n\n{markdown_table(head, rows)}")
     return "\n".join(parts) + _where(results)
+
+
+def _prefill(results: Path) -> str:
+    """Milliseconds of prompts, a line for every length, a column for every engine and sparsity."""
+    parts = []
+    for name, record in _read(results / "speed").items():
+        if "bench prefill" not in record["command"]:
+            continue
+        lines: dict[int, list[Row]] = {}
+        for row in record["rows"]:
+            lines.setdefault(row["tokens"], []).append(row)
+        first = next(iter(lines.values()))
+        head = ["tokens", *(row["engine"] + (f" {row['asked']:.0%}" if "asked" in row else "") for row in first)]
+        body = [
+            [
+                str(tokens),
+                *(f"{row['ms']:.1f} ({row['speedup']:.2f})" if "ms" in row else row["status"][:20] for row in rows),
+            ]
+            for tokens, rows in lines.items()
+        ]
+        parts.append(f"**{name}**, ms (stock transformers over it)\n\n" + markdown_table(head, body))
+    return "\n".join(parts) + "\n" + _where(results)
 
 
 def _front(results: Path) -> str:
