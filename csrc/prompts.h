@@ -5,6 +5,7 @@
 constexpr int64_t MANY = 16;                // tokens from which it pays
 constexpr int WIDE = VL == 16 ? 4 : 2;      // vectors of a tile: of neurons, or of columns of the output
 constexpr int TALL = 6;                     // its tokens
+constexpr int64_t HANDFUL = 4;              // tokens of an expert up to which its rows are read as they lie
 constexpr int64_t DEPTH = 512;              // lanes of a panel, one after the other
 template <class W>
 constexpr int64_t LANE = PAIRED<W> ? 2 : 1;  // numbers of a row that a lane holds: two bf16, or a float
@@ -163,6 +164,30 @@ static void panel_products(const W* const* rows, int64_t n, const float* xs, int
   }
 }
 
+// The same for a few tokens, from the rows as they lie: panels would take longer than the products.
+template <class W, int V>
+static void row_products(const W* const* rows, int64_t n, const float* xs, int64_t xs_stride, const int32_t* who,
+                         int64_t its, Panels& mine) {
+  constexpr int R = 4;
+  const int64_t stride = (n + STEP - 1) / STEP * STEP;
+  float* x = mine.panel.get(its * stride);
+  float* sums = mine.sums.get(its * V * VL);
+  float** out = mine.out.get(its);
+  for (int64_t i = 0; i < its; ++i) {
+    std::memcpy(x + i * stride, xs + who[i] * xs_stride, n * sizeof(W));
+    out[i] = sums + i * V * VL;
+  }
+  for (int64_t r = 0; r < V * VL; r += R) {
+    float found[R * HANDFUL] = {};
+    if (rows[r + R - 1])
+      dot_rows<R>(rows + r, x, stride, its, n, found, its);
+    else
+      for (int64_t i = 0; i < R && rows[r + i]; ++i) dot_rows<1>(rows + r + i, x, stride, its, n, found + i * its, its);
+    for (int64_t i = 0; i < R; ++i)
+      for (int64_t t = 0; t < its; ++t) out[t][r + i] = found[i * its + t];
+  }
+}
+
 // gate and up of neurons first .. first + count of an expert, for its tokens; hidden: [its, stride] numbers as x has them.
 template <class W, int V>
 static void prompt_unit(const lte_ffn& ffn, int64_t first, int64_t count, const float* xs, int64_t xs_stride,
@@ -175,7 +200,10 @@ static void prompt_unit(const lte_ffn& ffn, int64_t first, int64_t count, const 
   };
   if (gated) point(ffn.gate, 0);
   point(ffn.up, half);
-  panel_products<W, V>(rows, ffn.d_model, xs, xs_stride, who, its, mine);
+  if (its <= HANDFUL && (PAIRED<W> || std::is_same_v<W, float>))
+    row_products<W, V>(rows, ffn.d_model, xs, xs_stride, who, its, mine);
+  else
+    panel_products<W, V>(rows, ffn.d_model, xs, xs_stride, who, its, mine);
   const W *gate_bias = static_cast<const W*>(ffn.gate.bias), *up_bias = static_cast<const W*>(ffn.up.bias);
   for (int64_t t = 0; t < its; ++t) {
     float* values = mine.out.data[t];

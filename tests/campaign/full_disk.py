@@ -54,6 +54,8 @@ def commands(root: Path, disk: Path) -> dict[str, tuple[list[str], list[str]]]:
             [
                 "compare",
                 *dense,
+                "--eval-data",
+                str(root / "text.txt"),
                 "--methods",
                 "kla",
                 "--sparsities",
