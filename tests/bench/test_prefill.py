@@ -63,6 +63,10 @@ def test_the_command(config, tmp_path):
     result = CliRunner().invoke(app, [*words, "--no-llama-cpp", "--json", str(tmp_path / "p.json")])
     assert result.exit_code == 0, result.output + repr(result.exception)
     assert [row["engine"] for row in json.loads((tmp_path / "p.json").read_text())["rows"]] == ["transformers", "lte"]
-    for wrong, message in (({"tokens": (1,)}, "tokens=\\[1\\], rounds=3: at least 2 and 1"), ({"dtype": "x"}, "'x'")):
+    for wrong, message in (
+        ({"tokens": (1,)}, "tokens=\\[1\\], rounds=3: at least 2 and 1"),
+        ({"dtype": "x"}, "'x'"),
+        ({"sparsities": (float("nan"),)}, "sparsity=nan is out"),
+    ):
         with pytest.raises(ConfigError, match=message):
             bench_prefill(config_name=config, **wrong)

@@ -96,8 +96,12 @@ def commands(at: dict[str, str]) -> dict[str, list[str]]:
         "quantize": ["quantize", at["dense"], "--weights", "int4", *data, *context, "--tokens", "64", "--out", "OUT"],
         "generate": ["generate", at["sparse"], "--prompt", "a", "--max-new-tokens", "2"],
         "inspect": ["inspect", at["sparse"]],
-        "init": ["init", "--config", at["shape.json"], *data, "--vocab-size", "280", "--out", "OUT"],
+        "init": ["init", "--config", at["shape.json"], *data, "--vocab-size", "300", "--out", "OUT"],
         "ffn": ["bench", "ffn", "--d-model", "64", "--d-ff", "128", "--sparsity", "0.5"],
+        "prefill": [
+            *("bench", "prefill", "--config", f"{at['dense']}/config.json", "--tokens", "4", "--sparsity", "0.5"),
+            *("--expert-size", "8", "--rounds", "1", "--no-llama-cpp"),
+        ],
         "limit": ["bench", "limit", "--config", "llama-2-7b"],
         "compare": [
             *("compare", "--model", at["dense"], "--task", "lm", *data, *context, "--out", "OUT", "--steps", "1"),
@@ -158,6 +162,7 @@ def cases(at: dict[str, str]) -> Iterator[tuple[str, list[str]]]:
         "generate": ["--max-new-tokens", "--temperature", "--seed"],
         "init": ["--vocab-size", "--seed"],
         "ffn": ["--d-model", "--d-ff", "--dtype", "--sparsity", "--tokens", "--expert-size", "--router", "--weights"],
+        "prefill": ["--config", "--dtype", "--tokens", "--sparsity", "--rounds", "--method", "--expert-size"],
         "limit": ["--config", "--sparsity", "--expert-size", "--context"],
         "compare": ["--methods", "--sparsities", "--steps", "--dense-steps", "--seeds", "--decode-tokens", "--tasks"],
         "train": ["--target-sparsity", "--epochs", "--batch-size", "--learning-rate", "--expert-size", "--preset"],
@@ -174,7 +179,7 @@ GOOD = re.compile(
     r"--context|--steps|--temperature|--tokens|--target-sparsity|--sparsity|--sparsities) (0|2|1e9|-1)$|--data folder|"
     r"(threshold|router_init_score|adam_beta1|learning_rate|epochs)=0$|--(json|data) .*(broken|list)|--json none"
     r"|(--batch-size|--context-length|--max-new-tokens|--epochs|--learning-rate) 2$|--data (shape|heads|kind).json"
-    r"|(--epochs|--learning-rate) (0|1e9)$|max_steps=-1|distill=0|--d-model 2|--expert-size 2"
+    r"|--rounds 2$|(--epochs|--learning-rate) (0|1e9)$|max_steps=-1|distill=0|--d-model 2|--expert-size 2"
 )
 """Cases that are no mistake, or one only a reader of the result can see."""
 

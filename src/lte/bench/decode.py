@@ -26,7 +26,7 @@ from lte.bench.ffn import DTYPES
 from lte.bench.limit import DecodeBytes, decode_bytes
 from lte.bench.machine import copy_gbytes_per_s, read_gbytes_per_s
 from lte.bench.rows import Row
-from lte.bench.shapes import leave_out, meta_model, model_config, random_model
+from lte.bench.shapes import check_sparsities, leave_out, meta_model, model_config, random_model
 from lte.config import MethodConfig, WeightsConfig
 from lte.errors import ConfigError
 from lte.evaluate import versions
@@ -113,6 +113,7 @@ def bench_decode(
             f"method={method.method!r} cannot be timed on random weights, which no threshold brings to a sparsity; "
             "make a model with lte sparsify, and give --model"
         )
+    check_sparsities(sparsities)
     progress("building the model")
     method = method or LTEConfig(expert_size=32)
     if bits_per_token and not (weights and picks_neurons(method)):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lte.bench.checks import CODES_TOLERANCE
 from lte.bench.machine import copy_gbytes_per_s, read_gbytes_per_s
 from lte.bench.rows import TOLERANCE, Row
-from lte.bench.shapes import draw_codes, move_threshold
+from lte.bench.shapes import check_sparsities, draw_codes, move_threshold
 from lte.errors import ConfigError
 from lte.grouping import check_divisible
 from lte.inference import Crossover
@@ -188,9 +188,7 @@ def _check(
     check_divisible(d_ff, expert_size)
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
-    for sparsity in sparsities:
-        if not 0 <= sparsity < 1:
-            raise ConfigError(f"sparsity={sparsity} is out of range; it is the share left out, from 0 up to below 1")
+    check_sparsities(sparsities)
     for number in tokens:
         if number < 1:
             raise ConfigError(f"tokens={number} is out of range; it is at least 1")

@@ -17,7 +17,7 @@ from lte.bench.checks import ffn_error, tolerances
 from lte.bench.decode import dense_twin
 from lte.bench.ffn import DTYPES
 from lte.bench.rows import Row
-from lte.bench.shapes import leave_out, model_config, random_model
+from lte.bench.shapes import check_sparsities, leave_out, model_config, random_model
 from lte.config import MethodConfig
 from lte.errors import ConfigError
 from lte.evaluate import versions
@@ -78,6 +78,7 @@ def bench_prefill(
         raise ConfigError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     if not tokens or min(tokens) < 2 or rounds < 1:
         raise ConfigError(f"tokens={list(tokens)}, rounds={rounds}: at least 2 and 1")
+    check_sparsities(sparsities)
     config = model_config(config_name)
     progress("building the model")
     model = random_model(config, DTYPES[dtype], torch.device("cpu"), method or LTEConfig(expert_size=32))

@@ -186,6 +186,13 @@ def _tile(pattern: Tensor, shape: torch.Size) -> Tensor:
     return pattern.repeat(-(-n // len(pattern)))[:n].view(shape)
 
 
+def check_sparsities(sparsities: Sequence[float]) -> None:
+    """ConfigError where one is none."""
+    for sparsity in sparsities:
+        if not 0 <= sparsity < 1:
+            raise ConfigError(f"sparsity={sparsity} is out of range; it is the share left out, from 0 up to below 1")
+
+
 @torch.no_grad()
 def leave_out(model: Any, sparsity: float, ids_BS: Tensor) -> None:
     """Move every threshold so that this share of its experts is left out on these tokens; 0: none of them."""

@@ -270,7 +270,7 @@ def _prefill(results: Path) -> str:
     for name, record in _read(results / "speed").items():
         if "bench prefill" not in record["command"]:
             continue
-        lines: dict[int, list[Row]] = {}
+        lines: dict[int, list[dict[str, Any]]] = {}
         for row in record["rows"]:
             lines.setdefault(row["tokens"], []).append(row)
         first = next(iter(lines.values()))
