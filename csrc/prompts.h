@@ -5,7 +5,7 @@
 constexpr int64_t MANY = 16;                // tokens from which it pays
 constexpr int WIDE = VL == 16 ? 4 : 2;      // vectors of a tile: of neurons, or of columns of the output
 constexpr int TALL = 6;                     // its tokens
-constexpr int64_t HANDFUL = 4;              // tokens of an expert up to which its rows are read as they lie
+constexpr int64_t HANDFUL = 64;             // tokens of an expert up to which its rows are read as they lie
 constexpr int64_t DEPTH = 512;              // lanes of a panel, one after the other
 template <class W>
 constexpr int64_t LANE = PAIRED<W> ? 2 : 1;  // numbers of a row that a lane holds: two bf16, or a float
@@ -164,7 +164,7 @@ static void panel_products(const W* const* rows, int64_t n, const float* xs, int
   }
 }
 
-// The same for a few tokens, from the rows as they lie: panels would take longer than the products.
+// The same for some tokens, from the rows as they lie: panels pay later.
 template <class W, int V>
 static void row_products(const W* const* rows, int64_t n, const float* xs, int64_t xs_stride, const int32_t* who,
                          int64_t its, Panels& mine) {
