@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from lte.report.comparison import fewest
+from lte.report.comparison import fewest, points_table
 from lte.report.studies import Row, Spread, interpolated, read_rows
 
 LOSS = "loss (nats)"
@@ -68,3 +68,11 @@ def test_fewest_flops_lie_on_the_line_between_points():
     assert fewest(better, dense, 0.02, "gflops") == pytest.approx(7.0)
     larger = [costed("c", 2.01, 9.0)]  # a router that costs more than it saves
     assert fewest(larger, dense, 0.05, "gflops") is None
+
+
+def test_a_task_that_only_some_points_have_keeps_its_column():
+    one = row(50, 9.0, 1.0)
+    head, body = points_table([one, replace(one, series="other", tasks={"mmlu acc": spread(0.25)})])
+    assert all(len(line) == len(head) for line in body)
+    at = head.index("mmlu acc")
+    assert sorted(line[at] for line in body) == ["-", "0.250"]

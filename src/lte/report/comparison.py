@@ -102,14 +102,14 @@ def points_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Methods by loss within each target, the dense model first."""
     dense = next((row for row in rows if row.series == "dense"), None)
     timed = any(row.decode_ms is not None for row in rows)
-    qualities = list(rows[0].qualities) if rows else ["loss (nats)"]
+    qualities = list(dict.fromkeys(name for row in rows for name in row.qualities)) or ["loss (nats)"]
     head = ["method", "target", *qualities, "above dense", "FFN sparsity %", "linear %", "GFLOPs/token", "MB/token"]
     head += ["ms/token", "x dense", "path"] if timed else []
     head += ["seeds"]
     body = []
     for row in sorted(rows, key=lambda row: (row.series != "dense", row.target or 0.0, row.loss.mean)):
         above = "-" if dense is None or row is dense else f"{row.loss.mean - dense.loss.mean:+.3f}"
-        values = [value.text(".3f") for value in row.qualities.values()]
+        values = [row.qualities[name].text(".3f") if name in row.qualities else "-" for name in qualities]
         costs = [row.sparsity.text(".1f"), _text(row.linear, ".1f"), _text(row.gflops, ".4g")]
         costs += [_text(row.megabytes, ".4g")]
         if timed:

@@ -283,7 +283,7 @@ def _prefill(results: Path) -> str:
             for tokens, rows in lines.items()
         ]
         parts.append(f"**{name}**, ms (stock transformers over it)\n\n" + markdown_table(head, body))
-    return "\n".join(parts) + "\n" + _where(results)
+    return "\n".join(parts) + _where(results)
 
 
 def _front(results: Path) -> str:
