@@ -154,7 +154,6 @@ def test_damaged_checkpoints(tmp_path):
     refused("has shape", bits=5)
     refused("has shape", group=128)
     refused("coarse is missing", coarse=None)
-    refused("fine_share", fine_share=2)
     refused("lacks routers: layers.1.mlp.router._extra_state", without="model.layers.1.mlp.router._extra_state")
 
 

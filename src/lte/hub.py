@@ -223,7 +223,7 @@ def save_thresholds(path: Path, model: Any) -> None:
     """Write where a model's thresholds stand into the files of its weights, from which it was loaded.
 
     Every file is copied, changed, and put in the place of the old one once all are whole, so there must be room for
-    them twice; whatever is raised, they are as before.
+    them twice; until then, whatever is raised, they are as before.
     """
     prefix = model.base_model_prefix + "."
     states = {
@@ -233,7 +233,7 @@ def save_thresholds(path: Path, model: Any) -> None:
     }
     changed: dict[Path, Path] = {}
     try:
-        for file in sorted(path.glob("*.safetensors")):
+        for file in _weight_files(path):
             places = {key.removeprefix(prefix): place for key, place in _places(file).items()}
             if not states.keys() & places.keys():
                 continue
@@ -250,6 +250,14 @@ def save_thresholds(path: Path, model: Any) -> None:
     finally:
         for partial in changed.values():
             partial.unlink(missing_ok=True)
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """Those that are loaded: others may lie beside them."""
+    whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if whole.is_file() or not index.is_file():
+        return [whole] if whole.is_file() else []
+    return sorted({path / name for name in json.loads(index.read_text())["weight_map"].values()})
 
 
 def _places(file: Path) -> dict[str, int]:

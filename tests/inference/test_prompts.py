@@ -37,6 +37,9 @@ def test_of_single_neurons_prompts_run_all():
     torch.testing.assert_close(logits(fast), logits(dense), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(logits(fast), masked, atol=1e-3)
     torch.testing.assert_close(logits(fast, SMALL_BATCH), logits(model, SMALL_BATCH), atol=1e-5, rtol=1e-5)
+    many = models.inputs(SMALL_BATCH + 6, 3)["input_ids"]  # texts that are short, however many
+    with torch.no_grad():
+        torch.testing.assert_close(fast(many).logits, model(many).logits, atol=1e-5, rtol=1e-5)
     meter = SparsityMeter(len(sparse_ffns(fast)))
     meter.set_token_mask(None)
     with observe_routing(fast, meter):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lte.errors import CheckpointError
 from lte.training import last_complete_checkpoint
+from lte.training.callbacks import check_format
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,3 +65,13 @@ def test_a_checkpoint_cut_short_is_passed_over(tmp_path, caplog):
     assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
     assert "checkpoint-14 is incomplete" in caplog.text
     assert last_complete_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_a_checkpoint_of_another_format_is_not_gone_on_from(tmp_path):
+    entry = {"quant_method": "lte", "format_version": 1, "lte_version": "0.0.9"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": entry}))
+    with pytest.raises(CheckpointError, match="is of format 1, and this version of lte goes on from 2; end that"):
+        check_format(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    check_format(tmp_path)
+    check_format(tmp_path / "none")

@@ -89,7 +89,7 @@ def ffn_error(model: Any, tokens: int) -> float:
             assert isinstance(weights, FFNWeights)
             mask = ffn.router(x_TD).mask if ffn.masks_prompts or tokens <= SMALL_BATCH else None
             wanted = sparse_ffn_reference(x_TD.float(), weights.float(), mask)
-        worst = max(worst, relative_error(ffn(x_TD), wanted))
+        worst = max(worst, relative_error(ffn(x_TD[None])[0], wanted))
     return worst
 
 

@@ -178,7 +178,8 @@ def _checked(model: Any, ids_1S: Tensor) -> Row:
     with observe_routing(model, meter):
         model(ids_1S, use_cache=False, logits_to_keep=1)
     error, allowed = ffn_error(model, count), tolerances(model)[0]
-    row: Row = {"sparsity": meter.overall, "backend": ffns[0].choose_path(count)[0]}
+    impl, densest = ffns[0].choose_path(count)
+    row: Row = {"sparsity": meter.overall, "backend": "dense" if 1 - meter.overall > densest else impl}
     if count > SMALL_BATCH and not ffns[0].masks_prompts:
         row = {"sparsity": 0.0, "backend": "all neurons"}
     row |= {"max_error": error, "tolerance": allowed}

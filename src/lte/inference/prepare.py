@@ -36,8 +36,8 @@ def prepare_for_inference(
     - FFN weights are laid out with one contiguous row per neuron (shapes, names and values stay; saving is unchanged).
     - The machine is measured once: from which number of tokens and which density on dense matrix products are faster.
       They run there, so that the sparse model is never slower than the dense one; one log line says what was found.
-    - Where single neurons are picked by the FFN's own copy, prompts run all of them: some token needs every neuron, so
-      a mask would take time and save none.
+    - Where single neurons are picked by the FFN's own copy and kernels run, prompts of more than 64 tokens run all of
+      them: some token needs every neuron, so a mask would take time and save none. (Weights of few bits keep the mask.)
     - On the CPU, linear layers go through a matrix-vector operator, and for the families in
       :data:`lte.families.DECODERS` one call computes the whole decode step.
 
@@ -51,8 +51,8 @@ def prepare_for_inference(
             from another machine or model.
         expected_sparsity: the sparsity assumed on a GPU, where the decision cannot look at the mask.
         fuse_decode: False leaves the decode step to the stock modules.
-        mask_prompts: leave single neurons out of prompts as well (calls of more than 64 tokens), as evaluation does,
-            slower than dense.
+        mask_prompts: leave single neurons out of prompts of more than 64 tokens as well, as evaluation and
+            ``impl="reference"`` do, slower than dense.
 
     Returns:
         The same model, in eval mode, its table as ``model.lte_crossover``.

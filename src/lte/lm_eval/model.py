@@ -111,7 +111,8 @@ class LTEModel(HFLM):
         if not dense:
             # Only now: the harness ties the weights once more, which would undo the packing.
             folder = Path(pretrained)
-            prepare_for_inference(model, crossover=folder if (folder / FILE_NAME).is_file() else None)
+            table = folder if (folder / FILE_NAME).is_file() else None
+            prepare_for_inference(model, crossover=table, mask_prompts=True)
         self.cost = model_cost(model)
         self.meter = SparsityMeter(len(sparse_ffns(model)))
         self.tokens = 0

@@ -125,7 +125,8 @@ class SparseFFN(nn.Module):
         self.observer: RoutingObserver | None = None
         self.choose_path: PathChooser = path_unmeasured
         self.masks_prompts = True
-        """Whether calls of more than ``SMALL_BATCH`` tokens leave neurons out; at inference, and unless observed."""
+        """Whether neurons are left out of texts of more than ``SMALL_BATCH`` tokens. If not, they are at inference alone,
+        unless observed, and where the input is [batch, tokens, D]: of [tokens, D] nobody knows how long its texts are."""
         self._packed: tuple[list[int], FFNWeights] | None = None
         router.attach(self)
 
@@ -147,10 +148,9 @@ class SparseFFN(nn.Module):
             if x.numel() <= SMALL_BATCH * x.shape[-1] and self._runs_fast(x):
                 return self._operate_on_codes(x, few_bits)
         elif self._runs_fast(x):
-            tokens = x.numel() // x.shape[-1]
-            if tokens > SMALL_BATCH and not self.masks_prompts and self.observer is None:
+            if not self.masks_prompts and self.observer is None and x.ndim > 2 and x.shape[-2] > SMALL_BATCH:
                 return self.project_down(self.hidden(x))
-            impl, max_density = self.choose_path(tokens)
+            impl, max_density = self.choose_path(x.numel() // x.shape[-1])
             if impl != "reference" and (not self.keep_layout or is_packed(self.weights())):
                 return self._operate(x, impl, max_density)
         elif self.training and torch.is_grad_enabled():

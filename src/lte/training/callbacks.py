@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from lte.errors import NonFiniteLossError
+from lte.config import FORMAT_VERSION
+from lte.errors import CheckpointError, NonFiniteLossError
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +121,17 @@ def restore_finished(trainer: Trainer, checkpoint: str | bool | None, total: int
     trainer._load_from_checkpoint(str(checkpoint))
     trainer.state = state
     return True
+
+
+def check_format(checkpoint: str | Path) -> None:
+    """CheckpointError where another version of this package saved it: transformers would start from what it has."""
+    file = Path(checkpoint) / "config.json"
+    entry = json.loads(file.read_text()).get("quantization_config") if file.is_file() else None
+    if isinstance(entry, dict) and entry.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{checkpoint} is of format {entry.get('format_version')}, and this version of lte goes on from "
+            f"{FORMAT_VERSION}; end that run with lte {entry.get('lte_version', 'as it was')}, or begin anew"
+        )
 
 
 def last_complete_checkpoint(folder: str | Path) -> Path | None:
