@@ -125,8 +125,8 @@ class SparseFFN(nn.Module):
         self.observer: RoutingObserver | None = None
         self.choose_path: PathChooser = path_unmeasured
         self.masks_prompts = True
-        """Whether neurons are left out of texts of more than ``SMALL_BATCH`` tokens. If not, they are at inference alone,
-        unless observed, and where the input is [batch, tokens, D]: of [tokens, D] nobody knows how long its texts are."""
+        """Whether neurons are left out of texts of more than ``SMALL_BATCH`` tokens too. If not, all run there, at
+        inference and unless observed; an input of [tokens, D], which may be of many texts, counts as short."""
         self._packed: tuple[list[int], FFNWeights] | None = None
         router.attach(self)
 
