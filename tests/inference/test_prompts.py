@@ -34,21 +34,21 @@ def test_of_single_neurons_prompts_run_all():
     masked = logits(model)
     set_mode(dense := copy.deepcopy(model), "dense")
     fast = lte.prepare_for_inference(copy.deepcopy(model))
-    torch.testing.assert_close(logits(fast), logits(dense), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(fast), logits(dense), atol=1e-4, rtol=1e-4)
     assert not torch.allclose(logits(fast), masked, atol=1e-3)
-    torch.testing.assert_close(logits(fast, SMALL_BATCH), logits(model, SMALL_BATCH), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(fast, SMALL_BATCH), logits(model, SMALL_BATCH), atol=1e-4, rtol=1e-4)
     many = models.inputs(SMALL_BATCH + 6, 3)["input_ids"]  # texts that are short, however many
     with torch.no_grad():
-        torch.testing.assert_close(fast(many).logits, model(many).logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(fast(many).logits, model(many).logits, atol=1e-4, rtol=1e-4)
     meter = SparsityMeter(len(sparse_ffns(fast)))
     meter.set_token_mask(None)
     with observe_routing(fast, meter):
-        torch.testing.assert_close(logits(fast), masked, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits(fast), masked, atol=1e-4, rtol=1e-4)
     assert meter.overall > 0.3
     restore(fast)
-    torch.testing.assert_close(logits(fast), masked, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(fast), masked, atol=1e-4, rtol=1e-4)
     fast = lte.prepare_for_inference(copy.deepcopy(model), mask_prompts=True)
-    torch.testing.assert_close(logits(fast), masked, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(fast), masked, atol=1e-4, rtol=1e-4)
 
 
 @needs_kernels
@@ -63,4 +63,4 @@ def test_of_experts_prompts_leave_out_the_same(family):
     batch.pop("labels", None)
     with torch.no_grad():
         keep = batch["attention_mask"].bool()
-        torch.testing.assert_close(fast(**batch).logits[keep], model(**batch).logits[keep], atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(fast(**batch).logits[keep], model(**batch).logits[keep], atol=1e-4, rtol=1e-4)
