@@ -75,7 +75,7 @@ def test_state_dict_keeps_the_stock_names(name):
     extra = set(sparsified(name).state_dict()) - stock
     assert stock <= set(sparsified(name).state_dict())
     assert all(".router." in key for key in extra)
-    assert len(extra) == 2 * models.LAYERS
+    assert len(extra) == 3 * models.LAYERS  # weight, bias, thresholds
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
