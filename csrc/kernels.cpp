@@ -247,6 +247,11 @@ static void down_by_columns(Team& team, const lte_ffn& ffn, int64_t tokens, FfnW
   team.end();
 }
 
+// 1 where an expert's logit is above the router's threshold.
+static float runs(const lte_ffn& ffn, float logit) {
+  return 1.0f / (1.0f + std::exp(-logit)) > ffn.threshold ? 1.0f : 0.0f;
+}
+
 #include "few_bits.h"
 #include "prompts.h"
 
@@ -304,9 +309,7 @@ static void router_phase(Team& team, const lte_ffn& ffn, const float* xs, int64_
   team.end();
   float* scale = work.scale.data;
   linear_phase<float>(team, &ffn.router, 1, xs, xs_stride, tokens, thread_scratch().linear,
-                  [&](int64_t t, int64_t e, float logit) {
-                    scale[t * ffn.n_experts + e] = 1.0f / (1.0f + std::exp(-logit)) > ffn.threshold ? 1.0f : 0.0f;
-                  });
+                  [&](int64_t t, int64_t e, float logit) { scale[t * ffn.n_experts + e] = runs(ffn, logit); });
 }
 
 #include "copies.h"

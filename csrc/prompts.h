@@ -124,19 +124,15 @@ static void pack_columns(const W* const* rows, int64_t count, int64_t from, int6
   for (int64_t k = 0; k * LANE<W> < count; ++k, panel += width) {
     const W* first = rows[k * LANE<W>] + from;
     const W* second = k * LANE<W> + 1 < count ? rows[k * LANE<W> + 1] + from : nullptr;
-    for (int64_t i = 0; i < width; ++i) {
-      uint32_t bits = 0;
+    for (int64_t i = 0; i < to - from; ++i) {
       if constexpr (PAIRED<W>) {
-        if (from + width <= to)
-          bits = uint32_t(first[i]) | (second ? uint32_t(second[i]) << 16 : 0);
-        else if (from + i < to)
-          bits = uint32_t(first[i]) | (second ? uint32_t(second[i]) << 16 : 0);
-      } else if (from + i < to) {
-        const float value = widen(first[i]);
-        std::memcpy(&bits, &value, sizeof bits);
+        const uint32_t bits = uint32_t(first[i]) | (second ? uint32_t(second[i]) << 16 : 0);
+        std::memcpy(panel + i, &bits, sizeof bits);
+      } else {
+        panel[i] = widen(first[i]);
       }
-      std::memcpy(panel + i, &bits, sizeof bits);
     }
+    std::fill(panel + to - from, panel + width, 0.0f);
   }
 }
 
@@ -241,7 +237,7 @@ static void prompt_router(Team& team, const lte_ffn& ffn, const float* x, int64_
     for (int64_t t = 0; t < tokens; ++t)
       for (int64_t i = 0; i < count; ++i) {
         const float logit = panels().out.data[t][i] + (bias ? bias[first + i] : 0.0f);
-        work.scale.data[t * ffn.n_experts + first + i] = 1.0f / (1.0f + std::exp(-logit)) > ffn.threshold ? 1.0f : 0.0f;
+        work.scale.data[t * ffn.n_experts + first + i] = runs(ffn, logit);
       }
   }
   team.end();

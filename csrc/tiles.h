@@ -17,20 +17,7 @@ constexpr bool BF16_DOT = false;
 template <class W>
 constexpr bool PAIRED = BF16_DOT && std::is_same_v<W, bf16>;
 
-// acc += products of neighbouring bf16 pairs, 2 * VL elements.
-INLINE vf dot_pairs(vf acc, const bf16* weights, const bf16* x) {
-#if defined(__AVX512BF16__)
-  __m512bh a = (__m512bh)_mm512_loadu_si512(weights), b = (__m512bh)_mm512_loadu_si512(x);
-  return (vf)_mm512_dpbf16_ps((__m512)acc, a, b);
-#else
-  vf a, b, c, d;
-  load_pair(weights, a, b);
-  load_pair(x, c, d);
-  return acc + b * d + a * c;
-#endif
-}
-
-// acc += products of pairs, one of each lane.
+// acc += products of neighbouring bf16 pairs, one of each lane.
 INLINE vf dot_pairs(vf acc, vu weights, vu x) {
 #if defined(__AVX512BF16__)
   return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)weights, (__m512bh)x);
@@ -40,6 +27,9 @@ INLINE vf dot_pairs(vf acc, vu weights, vu x) {
   std::memcpy(values, parts, sizeof parts);
   return acc + values[1] * values[3] + values[0] * values[2];
 #endif
+}
+INLINE vf dot_pairs(vf acc, const bf16* weights, const bf16* x) {
+  return dot_pairs(acc, *reinterpret_cast<const vu_any*>(weights), *reinterpret_cast<const vu_any*>(x));
 }
 
 // A token vector is kept as the dot product wants it: float in split order, or bf16 in natural order in the same place.

@@ -95,7 +95,7 @@ def stream_activations(
     """Run the dense function of a sparsified model over some batches; one :class:`Activations` per FFN, in order.
 
     What is held at a time are the inputs of as many FFNs as fit :data:`INPUTS_BYTES`; the model runs once for each such
-    set of layers, the first time forward and backward. Let go of a calibration before asking for the next.
+    set of layers, the first time forward and backward. Let go of what one saw before asking for the next.
 
     Args:
         model: with sparse FFNs, on any device. Between two calibrations its neurons may be permuted.

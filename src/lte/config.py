@@ -23,7 +23,7 @@ QUANT_METHOD = "lte"
 """Name under which this package registers itself with transformers."""
 
 FORMAT_VERSION = 2
-"""Version of the saved format; a checkpoint of a later one is refused."""
+"""Version of the saved format; a checkpoint of another one is refused."""
 
 
 class Settings(pydantic.BaseModel):

@@ -33,7 +33,7 @@ from lte.ops.lowbit import quantize, round_inputs
 CSRC = Path(__file__).parents[2] / "csrc"
 
 # Relative to the largest value of the reference. bf16 rounds the result to 8 bits; sums are float32 in either case.
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}  # what enters the down projection is of that dtype, too
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3}  # what enters the down projection is of that dtype, too
 needs_kernels = pytest.mark.skipif(bool(cpu.unavailable()), reason=cpu.unavailable() or "kernels built")
 
 

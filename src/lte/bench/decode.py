@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -26,7 +25,14 @@ from lte.bench.ffn import DTYPES
 from lte.bench.limit import DecodeBytes, decode_bytes
 from lte.bench.machine import copy_gbytes_per_s, read_gbytes_per_s
 from lte.bench.rows import Row
-from lte.bench.shapes import check_sparsities, leave_out, meta_model, model_config, random_model
+from lte.bench.shapes import (
+    check_sparsities,
+    leave_out,
+    meta_model,
+    model_config,
+    random_model,
+    thresholds_again,
+)
 from lte.config import MethodConfig, WeightsConfig
 from lte.errors import ConfigError
 from lte.evaluate import versions
@@ -254,14 +260,7 @@ class _Bench:
 
     def _engine(self) -> Engine:
         model = self.model
-        routers = [ffn.router for ffn in sparse_ffns(model)]
-        settings = [(router.threshold, router.fine, router.fine_share) for router in routers]
-
-        def prepare() -> None:
-            for router, values in zip(routers, settings, strict=True):
-                router.threshold, router.fine, router.fine_share = values
-
-        prepare()
+        prepare = thresholds_again(model)
         reached, logits_error = check_logits(model, self.ids, self.new_tokens)
         error = ffn_error(model, len(self.ids))
         path = sparse_ffns(model)[0].choose_path(len(self.ids))[0]
@@ -367,11 +366,7 @@ def _llama_cpp_engines(
     if not wanted or bench.ids.device.type != "cpu":
         return []
     row: Row = {"engine": "llama.cpp", **bench.common, "sparsity": 0.0, "backend": "ggml"}
-    reason = llama_cpp.missing()
-    if not reason and (model.config.model_type not in ("llama", "mistral") or dtype == "fp16"):
-        reason = f"no file is written for {model.config.model_type} in {dtype}"
-    if not reason and _available_bytes() < 1.3 * bench.count.dense:
-        reason = "too little memory for another copy of the weights"
+    reason = llama_cpp.obstacle(model.config, dtype, bench.count.dense)
     row["version"] = reason or llama_cpp.description()
     if reason:
         row["status"] = f"left out: {reason}"
@@ -388,12 +383,6 @@ def _llama_cpp_engines(
         read = engine.bytes_per_token if name else bench.count.dense
         engines.append(Engine({**row, "weights": name or dtype}, seconds, read))
     return engines
-
-
-def _available_bytes() -> int:
-    if not hasattr(os, "sysconf") or "SC_AVPHYS_PAGES" not in os.sysconf_names:
-        return 1 << 62
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _take_turns(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -29,6 +30,23 @@ def missing() -> str:
     """Which package is not there; empty where llama.cpp can run."""
     names = [package for module, package in PACKAGES.items() if find_spec(module) is None]
     return f"not installed: pip install {' '.join(names)}" if names else ""
+
+
+def obstacle(config: Any, dtype: str, dense_bytes: float) -> str:
+    """Why a model of some shape cannot be timed in llama.cpp beside another copy of it; empty where it can."""
+    if reason := missing():
+        return reason
+    if config.model_type not in ("llama", "mistral") or dtype == "fp16":
+        return f"no file is written for {config.model_type} in {dtype}"
+    if _available_bytes() < 1.3 * dense_bytes:
+        return "too little memory for another copy of the weights"
+    return ""
+
+
+def _available_bytes() -> int:
+    if not hasattr(os, "sysconf") or "SC_AVPHYS_PAGES" not in os.sysconf_names:
+        return 1 << 62
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def description() -> str:

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lte.accounting import model_cost
 from lte.bench import llama_cpp
 from lte.bench.checks import ffn_error, tolerances
 from lte.bench.decode import dense_twin
 from lte.bench.ffn import DTYPES
 from lte.bench.rows import Row
-from lte.bench.shapes import check_sparsities, leave_out, model_config, random_model
+from lte.bench.shapes import check_sparsities, leave_out, model_config, random_model, thresholds_again
 from lte.config import MethodConfig
 from lte.errors import ConfigError
 from lte.evaluate import versions
@@ -97,7 +98,7 @@ def bench_prefill(
     with ExitStack() as stack:
         if with_llama_cpp:
             progress("writing the model for llama.cpp")
-            engines.append(_llama_cpp(config, dtype, max(tokens), common, stack))
+            engines.append(_llama_cpp(stock, dtype, max(tokens), common, stack))
         for count in tokens:
             rows += _take_turns(engines, model, ids_1S[:, :count], rounds, progress)
     return rows, getattr(model, "lte_crossover", None)
@@ -114,25 +115,16 @@ def _through(model: Any) -> Callable[[Tensor], float]:
 
 def _ours(model: Any, sparsity: float, calibration: Tensor, common: Row) -> Engine:
     leave_out(model, sparsity, calibration)
-    routers = [ffn.router for ffn in sparse_ffns(model)]
-    settings = [router.threshold for router in routers]
-
-    def prepare() -> None:
-        for router, threshold in zip(routers, settings, strict=True):
-            router.threshold = threshold
-
     row = {"engine": "lte", **common, "asked": sparsity, "version": f"lte {versions()['lte']}"}
-    return Engine(row, _through(model), prepare)
+    return Engine(row, _through(model), thresholds_again(model))
 
 
-def _llama_cpp(config: Any, dtype: str, context: int, common: Row, stack: ExitStack) -> Engine:
-    reason = llama_cpp.missing()
-    if not reason and config.model_type not in ("llama", "mistral"):
-        reason = f"no file is written for {config.model_type}"
+def _llama_cpp(stock: Any, dtype: str, context: int, common: Row, stack: ExitStack) -> Engine:
+    reason = llama_cpp.obstacle(stock.config, dtype, model_cost(stock).dense_bytes)
     row = {"engine": "llama.cpp", **common, "sparsity": 0.0, "version": reason or llama_cpp.description()}
     if reason:
         return Engine(row | {"status": f"left out: {reason}"}, lambda ids: 0.0)
-    engine = stack.enter_context(llama_cpp.LlamaCpp(config, DTYPES[dtype], context))
+    engine = stack.enter_context(llama_cpp.LlamaCpp(stock.config, DTYPES[dtype], context))
     return Engine(row, lambda ids: engine.prompt_seconds(ids[0].tolist()))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -203,6 +203,17 @@ def leave_out(model: Any, sparsity: float, ids_BS: Tensor) -> None:
     # Layer by layer from the front: what a router sees depends on those before it.
     with _quantile_hooks(sparse_ffns(model), sparsity):
         model(ids_BS, use_cache=False)
+
+
+def thresholds_again(model: Any) -> Callable[[], None]:
+    """What puts a model's thresholds back where they are now."""
+    states = [(ffn.router, ffn.router.get_extra_state()) for ffn in sparse_ffns(model)]
+
+    def put_back() -> None:
+        for router, state in states:
+            router.set_extra_state(state)
+
+    return put_back
 
 
 @contextmanager
