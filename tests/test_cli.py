@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import lte
 import lte_start
 from lte.cli import app
-from lte.errors import LTEError
+from lte.errors import ConfigError, LTEError
 from lte.models import create
 from lte.training import JsonLinesLog, last_complete_checkpoint
 from tests.models import build
@@ -435,6 +435,36 @@ def test_encoder_for_language_modelling(folder, tmp_path):
     build("bert").save_pretrained(tmp_path / "bert")
     words = ("--model", tmp_path / "bert")
     assert "is an encoder: it sees the tokens" in fails(*train_words(folder, tmp_path / "x", *words))
+
+
+@pytest.mark.parametrize("content", [b"\xe9\xff", b"[1, 2]", b"no JSON"])
+def test_init_from_a_config_that_is_none(folder, tmp_path, content):
+    (tmp_path / "c.json").write_bytes(content)
+    words = ("--data", folder / "text.txt", "--out", tmp_path / "out")
+    assert "c.json" in fails("init", "--config", tmp_path / "c.json", *words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+@pytest.mark.parametrize("command", ["init", "evaluate", "generate", "quickstart", "train", "sparsify"])
+def test_seeds_that_no_generator_takes(tmp_path, command, seed):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "kept").touch()
+    needed = {
+        "init": ("--config", "c.json", "--data", "text.txt", "--out", out),
+        "evaluate": (out, "--data", "text.txt"),
+        "generate": (out, "--prompt", "a"),
+        "quickstart": ("--overwrite", "--out", out),
+    }
+    words = needed.get(command, ("--model", "m", "--task", "lm", "--data", "text.txt", "--overwrite", "--out", out))
+    assert "seed" in fails(command, *words, "--seed", seed)
+    assert (out / "kept").exists()
+
+
+def test_seeds_of_the_library():
+    with pytest.raises(ConfigError, match="seed=-1 must be from 0 to 4294967295"):
+        create(CONFIG, "text.txt", Path("out"), seed=-1)
 
 
 def test_init_from_a_real_config(folder, tmp_path):

@@ -33,3 +33,13 @@ class CalibrationError(LTEError):
 
 class BackendError(LTEError):
     """A kernel backend was asked for that cannot run here, or not with these tensors."""
+
+
+LAST_SEED = 2**32 - 1
+"""The largest that every library's generators take."""
+
+
+def check_seed(seed: int) -> None:
+    """ConfigError where a generator would not take it."""
+    if not 0 <= seed <= LAST_SEED:
+        raise ConfigError(f"seed={seed} must be from 0 to {LAST_SEED}")

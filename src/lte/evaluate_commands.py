@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from lte.errors import ConfigError
+from lte.errors import ConfigError, check_seed
 from lte.options import (
     ContextLength,
     LabelColumn,
@@ -70,6 +70,7 @@ def evaluate(
     for flag, value in {"sparsity": sparsity, "baseline": baseline}.items():
         if dense and value is not None:
             raise ConfigError(f"--{flag} {value} goes with a sparse model; leave out --dense")
+    check_seed(seed)
     _check_flags(locals())
     for other in filter(None, (baseline, against)):
         read_config(other)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lte.errors import ConfigError
+from lte.errors import ConfigError, check_seed
 from lte.hub import default_device, load, load_tokenizer
 from lte.inference import prepare_for_inference
 from lte.tasks import model_positions
@@ -15,8 +15,9 @@ from lte.tasks import model_positions
 
 def generate_text(path: str, prompt: str, *, max_new_tokens: int = 100, temperature: float = 0.0, seed: int = 0) -> str:
     """Load a sparse model and continue ``prompt``; the prompt is part of the answer."""
-    if not 0 <= temperature < math.inf or not 0 <= seed < 2**32:
-        raise ConfigError(f"temperature={temperature}, seed={seed}: a number not negative, and from 0 to 4294967295")
+    check_seed(seed)
+    if not 0 <= temperature < math.inf:
+        raise ConfigError(f"temperature={temperature} must be a number that is not negative")
     model = load(path)
     if not model.can_generate():
         raise ConfigError(f"{path} is a {type(model).__name__}, which does not generate text")

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from lte.errors import ConfigError, DataError
+from lte.errors import ConfigError, DataError, check_seed
 from lte.files import nothing_left
 from lte.tasks import load_rows
 
@@ -32,6 +32,7 @@ def create(
         vocab_size: entries of the tokenizer.
         seed: of the weights.
     """
+    check_seed(seed)
     values = dict(config) if isinstance(config, dict) else _read_config(config)
     if "model_type" not in values:
         raise ConfigError("the model config has no 'model_type', for instance llama")
@@ -84,6 +85,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         values: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"no model config file {str(path)!r}") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a mapping: keys with values")
     return values

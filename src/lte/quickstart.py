@@ -17,7 +17,7 @@ from rich.table import Table
 from transformers import GenerationConfig
 
 from lte.bench.decode import decode_tokens_per_second
-from lte.errors import ConfigError, DataError
+from lte.errors import ConfigError, DataError, check_seed
 from lte.evaluate import evaluate, load_for_evaluation
 from lte.generate import continue_text
 from lte.inference import prepare_for_inference
@@ -64,6 +64,7 @@ def quickstart(out: Path, *, overwrite: bool, seed: int, console: Console) -> di
         ``dense`` and ``sparse``, each with ``loss``, ``perplexity``, ``sparsity``, ``gflops_per_token``,
         ``bytes_per_token`` and ``tokens_per_s``; and ``seconds``.
     """
+    check_seed(seed)
     started = time.perf_counter()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     _claim(out, overwrite)

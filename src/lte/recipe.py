@@ -16,7 +16,7 @@ import yaml
 from transformers import TrainingArguments, get_scheduler
 
 from lte.config import MethodConfig, method_config, method_of, sparsity_is, validate_model
-from lte.errors import ConfigError
+from lte.errors import LAST_SEED, ConfigError
 from lte.hub import read_config
 from lte.tasks import TaskConfig
 from lte.training import PAPER, check_optimizer, check_ranges
@@ -60,7 +60,7 @@ class Recipe(pydantic.BaseModel):
     task: TaskConfig
     sparsity: dict[str, Any] = {}
     training: dict[str, Any] = {}
-    seed: int = pydantic.Field(0, ge=0)
+    seed: int = pydantic.Field(0, ge=0, le=LAST_SEED)
     dtype: Literal["float32", "bfloat16", "float16", "auto"] | None = None
 
     def method(self) -> MethodConfig:

@@ -156,7 +156,15 @@ def cases(at: dict[str, str]) -> Iterator[tuple[str, list[str]]]:
         yield f"evaluate --baseline {place}", [*good["evaluate"], "--baseline", at[place]]
         yield f"evaluate --against {place}", [*good["evaluate"], "--against", at[place]]
     flags = {
-        "evaluate": ["--sparsity", "--batch-size", "--context-length", "--stride", "--limit", "--max-new-tokens"],
+        "evaluate": [
+            "--sparsity",
+            "--batch-size",
+            "--context-length",
+            "--stride",
+            "--limit",
+            "--max-new-tokens",
+            "--seed",
+        ],
         "calibrate": ["--target-sparsity", "--tokens", "--context-length", "--limit"],
         "quantize": ["--weights", "--group", "--head", "--coarse", "--bits-per-token", "--tokens", "--steps"],
         "generate": ["--max-new-tokens", "--temperature", "--seed"],

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from lte.errors import ConfigError
+from lte.errors import LAST_SEED, ConfigError
 
 PAPER: dict[str, Any] = {"stages": 2, "lambda_sep": 0.5, "router_learning_rate": 1e-2}
 """What :class:`LTETrainingArguments` needs to train as the paper does (``--preset paper``)."""
@@ -124,7 +124,7 @@ def check_ranges(args: TrainingArguments) -> None:
     require(("num_train_epochs", "save_steps", "logging_steps"), lambda value: 0 < value < math.inf, "must be above 0")
     require(("adam_beta1", "adam_beta2"), lambda value: 0 <= value < 1, "must be in [0, 1)")
     require(("max_steps",), lambda value: value == -1 or value >= 1, "must be at least 1, or -1 for whole epochs")
-    require(("seed", "data_seed"), lambda value: 0 <= value < 2**32, "must be from 0 to 4294967295")
+    require(("seed", "data_seed"), lambda value: 0 <= value <= LAST_SEED, f"must be from 0 to {LAST_SEED}")
 
 
 def refuse_idle_losses(args: LTETrainingArguments) -> None:
