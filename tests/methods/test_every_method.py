@@ -12,6 +12,7 @@ import lte
 from lte.accounting import model_cost
 from lte.config import METHODS, method_config, sparsity_is
 from lte.errors import ConfigError
+from lte.inference.decode import DecodeStep
 from lte.methods import teal
 from lte.nn import SparseFFN, SparsityMeter, observe_routing, sparse_ffns
 from lte.nn import ffn as ffn_module
@@ -87,6 +88,33 @@ def test_it_reaches_a_sparsity_and_comes_back_from_disk(method, tmp_path):
     }
 
 
+def refuses(method: str, family: str) -> bool:
+    """Whether a method's rule has no meaning for a family."""
+    if method == "sparseinfer":
+        return family not in ("llama-bias-relu", "opt", "bert-relu")
+    return method == "countdown" and family in ("gpt2", "gpt_neox", "opt", *models.ENCODERS)
+
+
+@pytest.mark.parametrize("family", sorted(models.CONFIGS))
+def test_every_method_serves_every_family_or_says_why_not(family, tmp_path):
+    batch = models.inputs(4, 12)
+    for method in NAMES:
+        if refuses(method, family):
+            with pytest.raises(ConfigError, match="gated" if method == "countdown" else "with a ReLU"):
+                made(method, family)
+            continue
+        model = made(method, family)
+        cost = model_cost(model)
+        for count in (cost.gflops_per_token, cost.bytes_per_token):
+            of = count([0.5] * models.LAYERS)
+            assert 0 <= of["router"] < of["sparse"] < of["dense"] + of["router"], method
+        model.save_pretrained(tmp_path / method)
+        loaded = lte.load(tmp_path / method).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(**batch)[0], model(**batch)[0])
+        assert model_cost(loaded) == cost
+
+
 @pytest.mark.skipif(bool(cpu.unavailable()), reason=cpu.unavailable() or "kernels built")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", NAMES)
@@ -108,6 +136,11 @@ def test_its_decode_step_is_one_with_the_kernels(method, dtype, monkeypatch):
         found = fast(input_ids=token, attention_mask=mask, past_key_values=caches[1]).logits.float()
     # In bf16 both round, at different places, and what is near a threshold may go the other way.
     assert (found - wanted).norm() < (1e-5 if dtype == torch.float32 else 0.05) * wanted.norm()
+
+
+def test_single_zeros_stop_no_decode_step():
+    fast = lte.prepare_for_inference(made("wanda"))
+    assert not DecodeStep(fast).stops()
 
 
 @pytest.mark.parametrize("method", NAMES)
@@ -151,6 +184,47 @@ def test_every_bank_keeps_as_many():
     assert routing.scores.requires_grad
     with pytest.raises(ConfigError, match="bank=24 does not divide the 64 experts"):
         made("bank-topk", bank=24)
+
+
+def test_a_bank_keeps_those_with_the_largest_predictions():
+    router = sparse_ffns(made("bank-topk"))[0].router.eval()
+    routing = router(torch.randn(5, models.D_MODEL, generator=torch.Generator().manual_seed(0)))
+    for mask, scores in zip(routing.mask, routing.scores, strict=True):
+        for bank in range(0, models.D_FF, 16):
+            best = sorted(range(bank, bank + 16), key=lambda neuron: -scores[neuron].item())[:4]
+            assert {bank + i for i in mask[bank : bank + 16].nonzero().flatten().tolist()} == set(best)
+
+
+def test_dsmoe_gates_neighbouring_pieces_by_a_sigmoid_and_learns_straight_through():
+    before, model = models.build("llama"), made("dsmoe")
+    ffn = sparse_ffns(model)[0]
+    first = before.model.layers[0].mlp
+    assert torch.equal(ffn.weights().up, first.up_proj.weight)  # neurons stay where they are
+    x = torch.randn(6, models.D_MODEL, generator=torch.Generator().manual_seed(0))
+    gates = torch.sigmoid(x @ ffn.router.weight.T + ffn.router.bias)
+    lte.set_mode(model, "straight-through")
+    kept = (gates > ffn.router.threshold).repeat_interleave(models.EXPERT, -1)
+    torch.testing.assert_close(ffn(x), first.down_proj((first.act_fn(first.gate_proj(x)) * first.up_proj(x)) * kept))
+    ffn(x).sum().backward()
+    assert ffn.router.weight.grad.abs().sum(1).min() > 0  # pieces that did not run learn too
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_svd_is_the_best_of_its_rank_for_the_inputs_it_was_fitted_to(family):
+    ffn = sparse_ffns(made("svd", family, rank=4))[0]
+    x = torch.randn(400, models.D_MODEL, generator=torch.Generator().manual_seed(0)) @ torch.diag(
+        torch.logspace(-1, 1, models.D_MODEL)
+    )
+    ffn.router.approximate(x)
+    for name in ffn.router.names:
+        matrix = getattr(ffn.weights(), name).detach()
+        wanted = x @ matrix.T
+        inner, outer = (ffn.router.get_parameter(f"{name}_{part}") for part in ("inner", "outer"))
+        best = torch.linalg.svdvals(wanted)[4:].norm()  # Eckart and Young
+        assert float((x @ inner.T @ outer.T - wanted).norm()) == pytest.approx(float(best), rel=0.01)
+        plain = torch.linalg.svd(matrix)
+        rough = plain.U[:, :4] * plain.S[:4] @ plain.Vh[:4]
+        assert (x @ rough.T - wanted).norm() > 1.2 * best
 
 
 @pytest.mark.parametrize("router", ["oracle", "mlp"])

@@ -100,7 +100,10 @@ def test_top_k_runs_the_same_number_of_experts_for_every_token():
     config = lte.TopKConfig(expert_size=models.EXPERT, grouping="random", sparsity=0.75)
     model = lte.sparsify(models.build("llama"), config).eval()
     router = sparse_ffns(model)[0].router
-    routing = router(torch.randn(3, 5, router.weight.shape[1]))
+    x = torch.randn(3, 5, router.weight.shape[1])
+    routing = router(x)
+    best = (x @ router.weight.T).topk(router.k).indices
+    assert torch.equal(routing.mask, torch.zeros_like(routing.mask).scatter(-1, best, True))
     assert set(routing.mask.sum(-1).flatten().tolist()) == {router.k}
     torch.testing.assert_close(routing.scores.sum(-1), torch.ones(3, 5))
     router.train()

@@ -1,9 +1,10 @@
+import csv
 import json
 from dataclasses import replace
 
 import pytest
 
-from lte.report.comparison import fewest, points_table
+from lte.report.comparison import fewest, points_table, write_report
 from lte.report.studies import Row, Spread, interpolated, read_rows
 
 LOSS = "loss (nats)"
@@ -76,3 +77,36 @@ def test_a_task_that_only_some_points_have_keeps_its_column():
     assert all(len(line) == len(head) for line in body)
     at = head.index("mmlu acc")
     assert sorted(line[at] for line in body) == ["-", "0.250"]
+
+
+def test_what_only_some_points_have_is_drawn_and_written(tmp_path):
+    record = {
+        "method": "kla",
+        "settings": {"seed": 0},
+        "steps": 0,
+        "metric": "rougeL",
+        "value": 0.5,
+        "sparsity": 0.5,
+        "sparsity_per_layer": [0.5],
+        "linear_sparsity": 0.4,
+        "gflops_per_token": {"dense": 2.0, "sparse": 1.0, "router": 0.0},
+        "bytes_per_token": {"dense": 2e6, "sparse": 1e6, "router": 0.0},
+        "extras": {"cross_entropy": 1.0, "bleu": 0.25},
+        "training": {"seconds": 1.0, "recipe": {"model": "m"}},
+        "versions": {"lte": "1"},
+        "target_sparsity": 0.5,
+        "data": "text.txt",
+        "tokens": 1,
+    }
+    (tmp_path / "points").mkdir()
+    task = {"tasks": {"mmlu": {"metric": "acc", "value": 0.75}}}
+    for number, (series, more) in enumerate((("dense", {}), ("kla", task), ("other", {}))):
+        (tmp_path / "points" / f"{number}.json").write_text(json.dumps({**record, "series": series, **more}))
+    assert "0.750" in write_report(tmp_path).read_text()
+    head, *body = csv.reader((tmp_path / "points.csv").open())
+    found = {line[0]: dict(zip(head, line, strict=True)) for line in body}
+    assert found["kla"]["bleu"] == "0.25"
+    assert [found[name]["mmlu acc"] for name in ("dense", "kla", "other")] == ["", "0.75", ""]
+    table = (tmp_path / "table.md").read_text()
+    assert "BLEU" in table
+    assert "none, an oracle" in table

@@ -82,7 +82,7 @@ class CATS(ScoreMethod[CATSConfig]):
 
     trains = False
     decides = "the exact gate"
-    kernels = "go on from there"
+    kernels = "go on from there, if the FFN is gated"
 
     @property
     def by_direction(self) -> bool:

@@ -49,7 +49,7 @@ class ReLUfication(UnlearnedMethod[ReLUficationConfig]):
     """Looks at what the ReLU lets through."""
 
     decides = "the ReLU itself"
-    kernels = "go on from there"
+    kernels = "go on from there, if the FFN is gated"
 
     def make_router(self, d_model: int, n_experts: int, like: nn.Parameter) -> Router:
         """See :class:`Method`."""

@@ -13,7 +13,7 @@ from lte.config import FixedShareConfig, register_method
 from lte.errors import ConfigError
 from lte.grouping import Activations
 from lte.methods.unlearned import UnlearnedMethod
-from lte.nn import ROUTER_DTYPE, LookingRouter, Router, RouterCost, Routing, SparseFFN, largest
+from lte.nn import ROUTER_DTYPE, ConstantForm, LookingRouter, Router, RouterCost, Routing, SparseFFN, largest
 
 
 class WandaConfig(FixedShareConfig):
@@ -59,6 +59,10 @@ class ZerosRouter(LookingRouter):
         used = self.used.expand(*x.shape[:-1], self.n_experts)
         every = torch.ones_like(used)
         return Routing(every, every > 0, used=used)
+
+    def form(self) -> ConstantForm:
+        """See :meth:`Router.form`."""
+        return ConstantForm()
 
     def cost(self) -> RouterCost:
         """Nothing is decided."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lte.report.figures import tradeoff_figure
-from lte.report.studies import Row, Spread, loss_of, markdown_table, read_records, rows_of
+from lte.report.studies import METRICS, Row, Spread, loss_of, markdown_table, read_records, rows_of
 
 AXES = {"sparsity": "FFN sparsity (%)", "gflops": "GFLOPs per token", "megabytes": "MB read per token"}
 """What quality is drawn over, and how it is called."""
@@ -62,8 +62,9 @@ def write_report(out: Path) -> Path:
     rows = rows_of(records)
     with (out / "points.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        writer.writerows(_csv_row(record) for record in records)
+        more = list(dict.fromkeys(name for record in records for name in _more(record)))
+        writer.writerow([*COLUMNS, *more])
+        writer.writerows([*_csv_row(record), *(_more(record).get(name) for name in more)] for record in records)
     head, body = points_table(rows)
     less = fewest_table(rows)
     (out / "table.md").write_text(
@@ -98,25 +99,38 @@ def _csv_row(record: dict[str, Any]) -> list[Any]:
     ]
 
 
+def _more(record: dict[str, Any]) -> dict[str, Any]:
+    """Other metrics of the task, and tasks of lm-evaluation-harness."""
+    tasks = {f"{name} {task['metric']}": task["value"] for name, task in record.get("tasks", {}).items()}
+    return {**{key: value for key, value in record["extras"].items() if key in METRICS}, **tasks}
+
+
 def points_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Methods by loss within each target, the dense model first."""
     dense = next((row for row in rows if row.series == "dense"), None)
     timed = any(row.decode_ms is not None for row in rows)
-    qualities = list(dict.fromkeys(name for row in rows for name in row.qualities)) or ["loss (nats)"]
+    found = [_qualities(row) for row in rows]
+    qualities = list(dict.fromkeys(name for each in found for name in each)) or ["loss (nats)"]
     head = ["method", "target", *qualities, "above dense", "FFN sparsity %", "linear %", "GFLOPs/token", "MB/token"]
     head += ["ms/token", "x dense", "path"] if timed else []
-    head += ["seeds"]
+    head += ["kernels", "seeds"]
     body = []
     for row in sorted(rows, key=lambda row: (row.series != "dense", row.target or 0.0, row.loss.mean)):
         above = "-" if dense is None or row is dense else f"{row.loss.mean - dense.loss.mean:+.3f}"
-        values = [row.qualities[name].text(".3f") if name in row.qualities else "-" for name in qualities]
+        mine = _qualities(row)
+        values = [mine[name].text(".3f") if name in mine else "-" for name in qualities]
         costs = [row.sparsity.text(".1f"), _text(row.linear, ".1f"), _text(row.gflops, ".4g")]
         costs += [_text(row.megabytes, ".4g")]
         if timed:
             costs += [_text(row.decode_ms, ".2f"), _text(row.decode_gain, ".2f"), row.path]
         target = "-" if row.target is None else f"{row.target:g}"
-        body.append([row.series, target, *values, above, *costs, str(row.seeds)])
+        body.append([row.series, target, *values, above, *costs, row.kernel, str(row.seeds)])
     return head, body
+
+
+def _qualities(row: Row) -> dict[str, Spread]:
+    main, *rest = row.qualities.items()
+    return dict([main, *row.others.items(), *rest])
 
 
 WITHIN = (0.02, 0.05, 0.1, 0.2, 0.5)
@@ -205,6 +219,6 @@ def _page(
         "<p>FFN sparsity is of the FFNs' weights, linear % of all linear layers', as some papers count. GFLOPs "
         "(2<sup>30</sup>) and MB count what decides, too; oracles are not charged for what they look at. ms/token: "
         "decoding alone in bfloat16; x dense: how much faster than the dense model through the same kernels, measured "
-        "beside it, whose own line says what those bring over transformers. "
+        "beside it, whose own line says what those bring over transformers; kernels: what they can do with the method. "
         f"Every point is a JSON in <code>points/</code>.</p>{cheapest}{drawn}</body></html>\n"
     )

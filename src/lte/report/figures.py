@@ -71,7 +71,7 @@ def tradeoff_figure(
         name: of that.
     """
     rows = [row for row in rows if getattr(row, over) is not None]
-    names = list(rows[0].qualities)
+    names = list(dict.fromkeys(name for row in rows for name in row.qualities))
     many = len({row.series for row in rows}) > MANY
     figure = Figure(figsize=(5.6 * len(names), 5.4 if many else 3.8), layout="constrained")
     FigureCanvasAgg(figure)
@@ -79,11 +79,15 @@ def tradeoff_figure(
     for quality, axes in zip(names, panels, strict=True):
         _tradeoff(axes, rows, quality, over)
         axes.set_xlabel(name)
-    lines, labels = panels[0].get_legend_handles_labels()
+    known: dict[str, Any] = {}
+    for axes in panels:
+        lines, labels = axes.get_legend_handles_labels()
+        known |= dict(zip(labels, lines, strict=True))
+    labels, lines = list(known), list(known.values())
     if many:
         figure.legend(lines, labels, fontsize=8, loc="outside lower center", ncols=2 + len(names))
     else:
-        panels[0].legend(fontsize=8)
+        panels[0].legend(lines, labels, fontsize=8)
     figure.suptitle(title)
     figure.savefig(file, dpi=130)
 
@@ -91,12 +95,12 @@ def tradeoff_figure(
 def _tradeoff(axes: Axes, rows: Sequence[Row], name: str, over: str) -> None:
     axes.set_prop_cycle(cycler(marker=["o", "s", "^"]) * cycler(color=COLOURS))
     for series in dict.fromkeys(row.series for row in rows):
-        mine = [row for row in rows if row.series == series]
+        mine = [row for row in rows if row.series == series and name in row.qualities]
         values = [row.qualities[name] for row in mine]
         if series == "dense":
-            middle, spread = values[0].mean, values[0].deviation
-            axes.axhline(middle, color="black", linestyle="--", linewidth=0.9, label="dense, as many steps")
-            axes.axhspan(middle - spread, middle + spread, color="black", alpha=0.08, linewidth=0)
+            for middle, spread in ((value.mean, value.deviation) for value in values):
+                axes.axhline(middle, color="black", linestyle="--", linewidth=0.9, label="dense, as many steps")
+                axes.axhspan(middle - spread, middle + spread, color="black", alpha=0.08, linewidth=0)
             continue
         axes.errorbar(
             [getattr(row, over).mean for row in mine],

@@ -64,7 +64,7 @@ GLUE_SPARSITY = 0.8
 
 
 def _glue(results: Path) -> str:
-    """Methods by GLUE's tasks: the metric of each at one sparsity, and the mean over them."""
+    """Methods by GLUE's tasks: the metric of each at one sparsity."""
     folders = sorted((results / "study").glob("glue-*"))
     head, found = ["method"], dict[str, list[str]]()
     means: dict[str, list[float]] = {}
@@ -77,8 +77,7 @@ def _glue(results: Path) -> str:
             cells[number] = row.value.text(".3f") + (f" ({row.sparsity.mean:.0f} %)" if own else "")
             means.setdefault(row.series, []).append(row.value.mean)
     order = sorted(found, key=lambda name: (name != "dense", -sum(means[name]) / len(means[name])))
-    body = [[name, *found[name], f"{sum(means[name]) / len(means[name]):.3f}"] for name in order]
-    return markdown_table([*head, "mean"], body)
+    return markdown_table(head, ([name, *found[name]] for name in order))
 
 
 def _quickstart(results: Path) -> str:

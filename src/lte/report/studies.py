@@ -10,6 +10,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from lte.config import METHODS
+
 METRICS = {
     "perplexity": "perplexity",
     "rougeL": "ROUGE-L",
@@ -64,6 +66,8 @@ class Row:
             kernels, or those than transformers.
         path: what decoded.
         tasks: of lm-evaluation-harness: name and metric -> value.
+        others: the task's other metrics: name -> value.
+        kernel: what kernels do with the method, in words.
     """
 
     series: str
@@ -83,6 +87,8 @@ class Row:
     decode_gain: Spread | None = None
     path: str = "-"
     tasks: dict[str, Spread] = field(default_factory=dict)
+    others: dict[str, Spread] = field(default_factory=dict)
+    kernel: str = "-"
 
     @property
     def qualities(self) -> dict[str, Spread]:
@@ -152,7 +158,18 @@ def _row(series: str, setting: str, records: list[dict[str, Any]]) -> Row:
             f"{name} {task['metric']}": Spread.of([record["tasks"][name]["value"] for record in records])
             for name, task in records[0].get("tasks", {}).items()
         },
+        others={
+            METRICS[key]: Spread.of([record["extras"][key] for record in records])
+            for key in records[0]["extras"]
+            if key in METRICS
+        },
+        kernel=_kernel(records[0]),
     )
+
+
+def _kernel(record: dict[str, Any]) -> str:
+    known = METHODS.get(record.get("method", ""))  # a plug-in may not be there any more
+    return "-" if known is None else known[1].kernels
 
 
 def _decode_ms(record: dict[str, Any]) -> float:
