@@ -291,6 +291,20 @@ def test_finetune_and_recipe_file(folder, tmp_path):
     assert run_again.exit_code == 0, run_again.output + repr(run_again.exception)
 
 
+def test_a_dense_model_is_tuned_to_a_relu_and_methods_start_from_it(folder, tmp_path):
+    flags = ("--task", "lm", "--data", folder / "text.txt", "--context-length", 16)
+    dense = ("finetune", "--model", folder / "dense", *flags, "--out", tmp_path / "relu")
+    steps = ("--set", "training.max_steps=2")
+    assert "at most activation" in fails(*dense, *steps, "--set", "sparsity.expert_size=8")
+    assert run(*dense, *steps, "--set", "sparsity.activation=relu").exit_code == 0
+    config = json.loads((tmp_path / "relu" / "config.json").read_text())
+    assert config["hidden_act"] == "relu"
+    assert "quantization_config" not in config
+    more = ("--set", "sparsity.method=sparseinfer", "--target-sparsity", 0.5, "--out", tmp_path / "out")
+    assert "ReLU" in fails("sparsify", "--model", folder / "dense", *flags, *more)
+    assert run("sparsify", "--model", tmp_path / "relu", *flags, *more).exit_code == 0
+
+
 def test_init(folder, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "model_type": "gpt_neox"}))
     words = (

@@ -22,6 +22,7 @@ from lte.activations import device_inputs, sample_batches
 from lte.config import MethodConfig, OperatingPoint, method_of
 from lte.errors import ConfigError
 from lte.evaluate import check_direction, load_for_evaluation, versions
+from lte.families import replace_activation
 from lte.files import LOCK, lock_folder, nothing_left, unlock_folder, write_whole
 from lte.hub import default_device, is_sparse_config, load, load_dense, load_tokenizer, read_config, save_thresholds
 from lte.memory import peak_memory
@@ -184,10 +185,14 @@ def make_sparse(recipe: Recipe, *, overwrite: bool = False) -> dict[str, Any]:
 def finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
     """Fine-tune (or, after :func:`lte.models.create`, pre-train) a dense model: the baseline, on the same data.
 
-    Arguments and result are those of :func:`train`; ``training`` takes fields of ``TrainingArguments``.
+    Arguments and result are those of :func:`train`; ``training`` takes fields of ``TrainingArguments``, ``sparsity``
+    at most ``activation: relu``, which puts a ReLU into the dense model: what MoEfication and SparseInfer start from.
     """
-    if recipe.sparsity:
-        raise ConfigError("a dense run takes no 'sparsity' section; use `lte train`, or leave it out")
+    if recipe.sparsity not in ({}, {"activation": None}, {"activation": "relu"}):
+        raise ConfigError(
+            f"a dense run takes of the 'sparsity' section at most activation: relu, not {recipe.sparsity}; "
+            "use `lte train`, or leave it out"
+        )
     out = Path(recipe.out)
     args = recipe.arguments(TrainingArguments, output_dir=str(out / "checkpoints"), warmup_steps=0.06, **RUN_DEFAULTS)
     if (done := _finished(out, recipe, resume=resume, overwrite=overwrite)) is not None:
@@ -196,6 +201,8 @@ def finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -
     tokenizer, task, rows = _read_inputs(recipe)
     checkpoint = last_complete_checkpoint(args.output_dir) if resume else None
     model = _load_dense(recipe, task, tokenizer)
+    if activation := recipe.sparsity.get("activation"):
+        replace_activation(model, activation)
     claim_folder(out, recipe, overwrite=overwrite)
     trainer = Trainer(
         model=model,
