@@ -3,7 +3,7 @@
 #
 #   recipes/study/run.sh quick        the same on embedded data and small models, minutes: what CI runs
 #   recipes/study/run.sh              all parts, on the data beside the repository (../shared/data)
-#   recipes/study/run.sh PART ...     some of them: untrained stories glue e2e trained pretraining instruct
+#   recipes/study/run.sh PART ...     some of them: untrained stories relu glue e2e trained pretraining instruct
 #   WHOLE=1 recipes/study/run.sh trained   on the whole test text and more questions: minutes on a GPU, hours without
 #
 # Run it again after an interruption: points that are there are not run again. Reports are out/study/PART/report.html;
@@ -71,6 +71,16 @@ stories() { # every method, trained as long as the dense model
     --data $DATA/text/tinystories/train.txt --eval-data "$(beginning $DATA/text/tinystories/validation.txt -c 100000)" \
     --learning-rate 3e-4 --sparsities 0.5,0.8 --decode-tokens 0 \
     --methods $FREE,self-prediction:untrained,lte,lte-paper,dejavu:trained,bank-topk,dsmoe,softmax-topk,random-router,relufication,prune-wanda:untrained,oracle
+}
+
+relu() { # methods made for a ReLU, from a model tuned to one: MoEfication's own order
+  local start=$OUT/models/stories-relu text=$DATA/text/tinystories/train.txt
+  [ -f "$start/lte_run.json" ] || $LTE finetune --model $DATA/models/stories-3m --task lm --context-length 256 --batch-size 4 \
+    --learning-rate 3e-4 --data $text --set sparsity.activation=relu --set training.max_steps=400 --out "$start" --overwrite
+  part stories-relu --model "$start" --task lm --context-length 256 --batch-size 4 --steps 100 --learning-rate 3e-4 \
+    --data $text --eval-data "$(beginning $DATA/text/tinystories/validation.txt -c 100000)" --sparsities 0.5,0.8 \
+    --decode-tokens 0 --set known.router=oracle \
+    --methods kla,relufication,sparseinfer,self-prediction:untrained,known=moefication:untrained,moefication:untrained,moefication,dejavu,dejavu:trained
 }
 
 glue() { # MiniLM; SST-2 at four sparsities, the others at one; half of the steps are the dense model's, for all
@@ -148,5 +158,5 @@ quick() { # every command above in small, with nothing but what is installed; ab
     --data "$OUT/data/some.txt" --eval-data "$OUT/data/short.txt" --methods self-prediction,prune-flap --sparsities 0.5 --decode-tokens 4
 }
 
-if [ $# -eq 0 ]; then set -- untrained stories glue e2e trained pretraining instruct decode; fi
+if [ $# -eq 0 ]; then set -- untrained stories relu glue e2e trained pretraining instruct decode; fi
 for name in "$@"; do "$name"; done
