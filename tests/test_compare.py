@@ -49,7 +49,8 @@ def test_it_compares_goes_on_and_takes_more(words, tmp_path, monkeypatch):
 
     result = run(*words, *more)
     assert result.exit_code == 0, result.output + repr(result.exception)
-    assert "3/3 kla" in result.output
+    assert "3/5 kla" in result.output
+    assert "5/5 kla" in result.output
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
     with (tmp_path / "c" / "points.csv").open() as file:
         rows = {(row["method"], row["target_sparsity"]): row for row in csv.DictReader(file)}

@@ -10,7 +10,7 @@ from lte.cli import app
 from lte.errors import ConfigError
 from lte.report.figures import tradeoff_figure
 from lte.report.studies import read_rows
-from lte.study import load_study, missing, points
+from lte.study import chosen_points, load_study, points
 from tests.locks import held_elsewhere
 from tests.test_cli import folder  # noqa: F401 - a fixture
 
@@ -49,13 +49,13 @@ def test_points_are_all_combinations_and_take_turns(tmp_path):
 
 def test_parts_share_a_study(tmp_path):
     study = load_study(write(tmp_path))
-    parts = [{point.name for point in missing(study, part=f"{i}/3")} for i in (1, 2, 3)]
+    parts = [{point.name for point in chosen_points(study, part=f"{i}/3")} for i in (1, 2, 3)]
     assert set.union(*parts) == {point.name for point in points(study)}
     assert sum(map(len, parts)) == 4
     with pytest.raises(ConfigError, match="part='3/2' must be of the form i/n"):
-        missing(study, part="3/2")
+        chosen_points(study, part="3/2")
     with pytest.raises(ConfigError, match="no point of the study is called 'x'; there are dense-seed=0"):
-        missing(study, only="x")
+        chosen_points(study, only="x")
 
 
 @pytest.mark.parametrize(

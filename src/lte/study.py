@@ -259,8 +259,8 @@ def _scored_task(point: Point, study: Study) -> TaskConfig:
     return TaskConfig(**{**trained, **scored})
 
 
-def missing(study: Study, *, only: str = "*", part: str = "1/1") -> list[Point]:
-    """The points that have no result yet.
+def chosen_points(study: Study, *, only: str = "*", part: str = "1/1") -> list[Point]:
+    """Some of a study's points.
 
     Args:
         study: of :func:`load_study`.
@@ -274,7 +274,7 @@ def missing(study: Study, *, only: str = "*", part: str = "1/1") -> list[Point]:
     if not chosen:
         names = ", ".join(point.name for point in points(study))
         raise ConfigError(f"no point of the study is called {only!r}; there are {names}")
-    return [point for point in chosen[int(index) - 1 :: int(count)] if not _is_done(point)]
+    return chosen[int(index) - 1 :: int(count)]
 
 
 def _is_done(point: Point) -> bool:
@@ -283,9 +283,10 @@ def _is_done(point: Point) -> bool:
 
 def run_study(study: Study, *, only: str, part: str, report: Callable[[str], None]) -> int:
     """Run what is missing; the number of points that were run."""
-    todo, started, done = missing(study, only=only, part=part), time.monotonic(), 0
+    every = chosen_points(study, only=only, part=part)
+    todo, started, done = [point for point in every if not _is_done(point)], time.monotonic(), 0
     for number, point in enumerate(todo, 1):
-        report(f"{number}/{len(todo)} {point.name}")
+        report(f"{len(every) - len(todo) + number}/{len(every)} {point.name}")
         record = _run_alone(point, study, report)
         if record is None:
             continue
