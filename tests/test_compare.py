@@ -73,7 +73,7 @@ def test_it_compares_goes_on_and_takes_more(words, tmp_path, monkeypatch):
 
     result = run(*words, *more[:1], "self-prediction,kla,dejavu:trained", *more[2:])
     assert result.exit_code == 0, result.output + repr(result.exception)
-    assert "2/2 dejavu" in result.output
+    assert "7/7 dejavu" in result.output
     assert "| dejavu:trained | 0.75 |" in (tmp_path / "c" / "table.md").read_text()
     assert "holds a comparison with another task" in fails(*words, *more, "--context-length", 8)
     assert "'kla' with other settings or steps" in fails(*words, *more, "--set", "kla.expert_size=2")
