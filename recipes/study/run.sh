@@ -4,7 +4,7 @@
 #   recipes/study/run.sh quick        the same on embedded data and small models, minutes: what CI runs
 #   recipes/study/run.sh              all parts, on the data beside the repository (../shared/data)
 #   recipes/study/run.sh PART ...     some of them: untrained stories relu glue e2e trained pretraining instruct
-#   WHOLE=1 recipes/study/run.sh trained   on the whole test text and more questions: minutes on a GPU, hours without
+#   WHOLE=1 recipes/study/run.sh trained   at more sparsities, on the whole test text: minutes on a GPU, hours without
 #
 # Run it again after an interruption: points that are there are not run again. Reports are out/study/PART/report.html;
 # the points, tables and figures' numbers are copied to results/study/PART.
@@ -49,14 +49,16 @@ beginning() { # file, -c bytes or -n lines: a file with its first ones
 
 FREE=self-prediction,teal,cats,kla,prune-wanda,prune-flap,wina,countdown,dejavu,cmoe,svd,prune-taylor,moefication,prune-magnitude,wanda
 HARNESS=lambada_openai:limit=200,mmlu:limit=2:num_fewshot=5
-if [ -n "${WHOLE:-}" ]; then HARNESS=lambada_openai,mmlu:limit=10:num_fewshot=5; fi
+if [ -n "${WHOLE:-}" ]; then HARNESS=lambada_openai:limit=300,mmlu:limit=2:num_fewshot=5; fi
 
 untrained() { # what needs no training, on the real language model: 33 thousand tokens of WikiText-2's validation text
   smollm2
-  part smollm2-untrained --model "$SMOLLM2" --task lm --context-length 512 --set task.stride=511 \
+  set -- smollm2-untrained --model "$SMOLLM2" --task lm --context-length 512 --set task.stride=511 \
     --data $DATA/text/wikitext2/train_part.txt --eval-data "$(beginning $DATA/text/wikitext2/validation.txt -c 127883)" \
-    --methods $FREE,two-bits=self-prediction,teal-attention=teal --set two-bits.bits=2 --set teal-attention.attention=true \
-    --sparsities 0.5,0.7,0.3 --decode-tokens 0
+    --set two-bits.bits=2 --set teal-attention.attention=true --decode-tokens 0
+  part "$@" --methods $FREE,two-bits=self-prediction,teal-attention=teal --sparsities 0.5
+  part "$@" --methods self-prediction,teal,cats,kla,prune-wanda,wina,countdown,cmoe --sparsities 0.7,0.3
+  part "$@" --methods two-bits=self-prediction --sparsities 0.3
 }
 
 decode() { # the same models' speed; nothing else should run. Quality is that of a few tokens only
@@ -112,7 +114,7 @@ e2e() { # a model trained from scratch; BLEU and ROUGE-L of 100 meaning represen
     --methods self-prediction,lte,kla,dejavu:trained,moefication,prune-wanda:trained,teal --sparsities 0.8,0.5 --decode-tokens 0
 }
 
-trained() { # the real language model, 253,952 tokens; ours at more sparsities than the others
+trained() { # the real language model, 253,952 tokens; on the whole test text at more sparsities, ours at most
   smollm2
   local text
   text=${WHOLE:+$DATA/text/wikitext2/test.txt}
@@ -120,9 +122,8 @@ trained() { # the real language model, 253,952 tokens; ours at more sparsities t
   set -- smollm2-trained --model "$SMOLLM2" --task lm --context-length 512 --set task.stride=511 --set training.bf16=true \
     --data $DATA/text/wikitext2/train_part.txt --eval-data "$text" \
     --steps 124 --batch-size 4 --learning-rate 1e-4 --decode-tokens 0 --tasks $HARNESS --include-path recipes/tasks
-  part "$@" --methods self-prediction,self-prediction:untrained,teal --sparsities 0.7
-  part "$@" --methods self-prediction,self-prediction:untrained,teal,lte-paper,dejavu:trained --sparsities 0.5${WHOLE:+,0.7}
-  part "$@" --methods self-prediction --sparsities 0.8,0.9
+  part "$@" --methods self-prediction,self-prediction:untrained,teal,lte-paper,dejavu:trained --sparsities "0.5${WHOLE:+,0.7}"
+  [ -z "${WHOLE:-}" ] || part "$@" --methods self-prediction --sparsities 0.8,0.9
 }
 
 pretraining() { # continued on mixed text, then several tasks without any tuning to them

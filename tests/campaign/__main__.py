@@ -23,6 +23,7 @@ PARTS = {
         ["kills", "--kills", "20", "--processes", "2"],
         ["kills", "--kills", "10", "--signal", "TERM"],
         ["kills", "--kills", "10", "--signal", "INT"],
+        ["kills", "--kills", "8", "--of", "compare"],
     ),
     "full_disk": (["full_disk"],),
 }

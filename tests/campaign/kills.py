@@ -1,6 +1,7 @@
-"""Runs that are killed at random and resumed end bit-equal to the one that was not.
+"""Runs that are killed at random and resumed end bit-equal to the one that was not, comparisons with the same table.
 
 python -m tests.campaign.kills [--kills 100] [--processes 1] [--signal KILL|TERM|INT] [--json FILE]    # 15 s a kill
+python -m tests.campaign.kills --of compare --kills 8                                                  # 30 s a kill
 """
 
 from __future__ import annotations
@@ -57,16 +58,46 @@ def command(root: Path, out: Path, processes: int, *more: str) -> list[str]:
     return [*start, *words, *more]
 
 
+def comparison(root: Path, out: Path) -> list[str]:
+    """``lte compare``, which the same line goes on with."""
+    words = [
+        "compare",
+        "--model",
+        str(root / "dense"),
+        "--task",
+        "lm",
+        "--data",
+        str(root / "text.txt"),
+        "--out",
+        str(out),
+    ]
+    words += ["--methods", "lte,kla,teal,moefication,dejavu,prune-wanda", "--sparsities", "0.5", "--steps", "40"]
+    words += ["--set", "lte.expert_size=8", "--set", "moefication.expert_size=8", "--set", "dejavu.rank=8"]
+    words += ["--context-length", "16", "--batch-size", "4", "--limit", "60", "--decode-tokens", "0"]
+    return [sys.executable, "-m", "lte_start", *words]
+
+
+def ended_as(whole: Path, killed: Path, of: str) -> bool:
+    """Whether a run that was killed left what the whole one did."""
+    if of == "compare":
+        tables = [folder / "table.md" for folder in (whole, killed)]
+        left = [path for path in killed.rglob("*") if path.name.endswith((".partial", ".new"))]
+        return tables[1].is_file() and tables[0].read_text() == tables[1].read_text() and not left
+    wanted, file = load_file(whole / "model.safetensors"), killed / "model.safetensors"
+    return file.is_file() and all(torch.equal(value, wanted[key]) for key, value in load_file(file).items())
+
+
 def chain(
-    root: Path, name: str, kills: int, processes: int, number: int, chance: random.Random
+    root: Path, name: str, kills: int, given: argparse.Namespace, number: int, chance: random.Random
 ) -> tuple[int, list[str]]:
     """Kill a run so many times, or until it is done; kills made, and what went wrong."""
     out, made, wrong = root / name, 0, list[str]()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     while True:
         resume = ["--resume"] if (out / "recipe.yaml").is_file() else []
+        of_train = command(root, out, given.processes, *resume)
         process = subprocess.Popen(
-            command(root, out, processes, *resume),
+            of_train if given.of == "train" else comparison(root, out),
             env=environment,
             stderr=subprocess.PIPE,
             text=True,
@@ -76,8 +107,8 @@ def chain(
         )
         if made < kills:
             # Some before the first step, most in the middle of training.
-            begun, patience = time.monotonic(), chance.uniform(2, 6)
-            log = out / "training_log.jsonl"
+            begun, patience = time.monotonic(), chance.uniform(2, 6) if given.of == "train" else chance.uniform(6, 60)
+            log = out / ("training_log.jsonl" if given.of == "train" else "study.yaml")
             while process.poll() is None and not log.is_file() and time.monotonic() - begun < 60:
                 time.sleep(0.05)
             if process.poll() is None:
@@ -100,6 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--of", choices=["train", "compare"], default="train")
     parser.add_argument("--signal", choices=["KILL", "TERM", "INT"], default="KILL")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
@@ -109,28 +141,26 @@ def main() -> None:
     model.save_pretrained(root / "dense")
     train_tokenizer([TEXT], 280).save_pretrained(root / "dense")
     (root / "text.txt").write_text(TEXT * 400)
-    chain(root, "whole", 0, given.processes, signal.SIGKILL, chance)
-    wanted = load_file(root / "whole" / "model.safetensors")
+    chain(root, "whole", 0, given, signal.SIGKILL, chance)
     counts, wrong = Counter[str](), list[str]()
     while counts["kills"] < given.kills:
         name = f"chain-{counts['chains']}"
         left = min(chance.randint(1, 4), given.kills - counts["kills"])
         number = getattr(signal, f"SIG{given.signal}")
-        made, found = chain(root, name, left, given.processes, number, chance)
+        made, found = chain(root, name, left, given, number, chance)
         counts["kills"] += made
         counts["chains"] += 1
         wrong += found
-        file = root / name / "model.safetensors"
-        same = file.is_file() and all(torch.equal(value, wanted[key]) for key, value in load_file(file).items())
+        same = ended_as(root / "whole", root / name, given.of)
         counts["bit-equal" if same else "different"] += 1
         if not same:
-            wrong.append(f"{name}: other weights than the run that was not killed")
+            wrong.append(f"{name}: another result than of the run that was not killed")
         print(dict(counts), wrong[-1:] if not same else "", flush=True)
         shutil.rmtree(root / name, ignore_errors=True)
         if not made:
             break
     if given.json:
-        about = {"signal": given.signal, "processes": given.processes}
+        about = {"of": given.of, "signal": given.signal, "processes": given.processes}
         given.json.write_text(json.dumps({**about, "counts": dict(counts), "wrong": wrong}, indent=2) + "\n")
     shutil.rmtree(root)
 
