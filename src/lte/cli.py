@@ -99,7 +99,8 @@ def methods(json_file: JsonFile = None) -> None:
     from lte.config import METHODS
 
     columns = ("what decides", "sparsity", "neurons", "trained", "FFNs", "kernels")
-    table = Table(Column("method", no_wrap=True), *columns, box=None)
+    folded = (Column(name, overflow="fold") for name in columns)
+    table = Table(Column("method", no_wrap=True), *folded, box=None)
     rows = []
     for name, (settings, method) in sorted(METHODS.items()):
         unit = settings.model_fields["expert_size"].default
@@ -120,7 +121,8 @@ def tasks(json_file: JsonFile = None) -> None:
     """List what models are trained and measured on."""
     from lte.tasks import PRESETS
 
-    table = Table(Column("task", no_wrap=True), "what", "metric", "settings", box=None)
+    folded = (Column(name, overflow="fold") for name in ("what", "metric", "settings"))
+    table = Table(Column("task", no_wrap=True), *folded, box=None)
     rows = [
         ["lm", "text, prompt -> target, or chats", "perplexity, rougeL, bleu", ""],
         ["classify", "a text, or two", "accuracy, f1, matthews, pearson, spearman", ""],
