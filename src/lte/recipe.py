@@ -79,6 +79,15 @@ class Recipe(pydantic.BaseModel):
             raise ConfigError(f"target_sparsity={target} and sparsity.sparsity={values['sparsity']}: give one")
         return method_config(name, values)
 
+    def dense_activation(self) -> str | None:
+        """The activation a dense run puts into the model, if any; it takes no other sparsity setting."""
+        if self.sparsity not in ({}, {"activation": None}, {"activation": "relu"}):
+            raise ConfigError(
+                f"a dense run takes of the 'sparsity' section at most activation: relu, not {self.sparsity}; "
+                "use `lte train`, or leave it out"
+            )
+        return self.sparsity.get("activation")
+
     @pydantic.field_validator("preset")
     @classmethod
     def _known(cls, name: str) -> str:

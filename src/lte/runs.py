@@ -188,11 +188,7 @@ def finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -
     Arguments and result are those of :func:`train`; ``training`` takes fields of ``TrainingArguments``, ``sparsity``
     at most ``activation: relu``, which puts a ReLU into the dense model: what MoEfication and SparseInfer start from.
     """
-    if recipe.sparsity not in ({}, {"activation": None}, {"activation": "relu"}):
-        raise ConfigError(
-            f"a dense run takes of the 'sparsity' section at most activation: relu, not {recipe.sparsity}; "
-            "use `lte train`, or leave it out"
-        )
+    activation = recipe.dense_activation()
     out = Path(recipe.out)
     args = recipe.arguments(TrainingArguments, output_dir=str(out / "checkpoints"), warmup_steps=0.06, **RUN_DEFAULTS)
     if (done := _finished(out, recipe, resume=resume, overwrite=overwrite)) is not None:
@@ -201,7 +197,7 @@ def finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -
     tokenizer, task, rows = _read_inputs(recipe)
     checkpoint = last_complete_checkpoint(args.output_dir) if resume else None
     model = _load_dense(recipe, task, tokenizer)
-    if activation := recipe.sparsity.get("activation"):
+    if activation is not None:
         replace_activation(model, activation)
     claim_folder(out, recipe, overwrite=overwrite)
     trainer = Trainer(
