@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -305,6 +306,90 @@ def test_a_dense_model_is_tuned_to_a_relu_and_methods_start_from_it(folder, tmp_
     assert run("sparsify", "--model", tmp_path / "relu", *flags, *more).exit_code == 0
 
 
+@pytest.fixture(scope="module", params=["train", "finetune"])
+def interrupted(request, folder, tmp_path_factory) -> tuple[list[object], Path]:
+    """The command of a run, and what it left after two steps of four."""
+    out = tmp_path_factory.mktemp("interrupted") / "out"
+    words = [request.param, "--model", folder / "dense", "--task", "lm", "--data", folder / "text.txt"]
+    words += ["--context-length", 16, "--set", "training.max_steps=4", "--set", "training.save_steps=2"]
+    words += ["--target-sparsity", 0.3] if request.param == "train" else []
+    assert run(*words, "--out", out).exit_code in (0, 3)  # so few steps may end elsewhere
+    (out / "lte_run.json").unlink()
+    shutil.rmtree(out / "checkpoints" / "checkpoint-4")
+    return words, out
+
+
+NOT_GONE_ON_FROM = [
+    *(
+        (name, content)
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+        for content in (None, b"", b"junk")
+    ),
+    *(("config.json", content) for content in (None, b"{", b"[]")),
+    ("model.safetensors", b"junk"),
+]
+
+
+@pytest.mark.parametrize(("name", "content"), NOT_GONE_ON_FROM)
+def test_a_checkpoint_that_lacks_something_is_not_gone_on_from(interrupted, tmp_path, name, content):
+    words, left = interrupted
+    out = tmp_path / "out"
+    shutil.copytree(left, out)
+    file = out / "checkpoints" / "checkpoint-2" / name
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    before = sorted((str(path), path.stat().st_size) for path in out.rglob("*"))
+    said = fails(*words, "--out", out, "--resume")
+    assert "checkpoint-2" in said
+    assert sorted((str(path), path.stat().st_size) for path in out.rglob("*")) == before
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_record_that_cannot_be_read_is_named_before_anything_is_done(interrupted, tmp_path, content):
+    words, left = interrupted
+    out = tmp_path / "out"
+    shutil.copytree(left, out)
+    (out / "lte_run.json").write_text(content)
+    assert "lte_run.json" in fails(*words, "--out", out, "--resume")
+
+
+def test_calibration_that_cannot_write_its_record_changes_nothing(folder, tmp_path):
+    flags = ("--data", folder / "text.txt", "--context-length", 16)
+    out = tmp_path / "out"
+    sparse = ("sparsify", "--model", folder / "dense", "--task", "lm", *flags, "--target-sparsity", 0.4, "--out", out)
+    assert run(*sparse).exit_code == 0
+    (out / "lte_run.json").write_text("[]")
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    assert "lte_run.json" in fails("calibrate", out, *flags, "--target-sparsity", 0.3)
+    assert "lte_run.json" in fails("inspect", out)
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    (out / "lte_run.json").unlink()
+    with (out / "run.lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert "is being written to" in fails("calibrate", out, *flags, "--target-sparsity", 0.3)
+
+
+def test_quantising_leaves_what_is_beside_its_folder(folder, tmp_path):
+    for name in ("m.partial", "x.partial"):
+        shutil.copytree(folder / "dense", tmp_path / name)
+    assert run("quantize", folder / "dense", "--weights", "int8", "--out", tmp_path / "m").exit_code == 0
+    assert run("quantize", tmp_path / "x.partial", "--weights", "int8", "--out", tmp_path / "x").exit_code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "m.partial", "x", "x.partial"]
+    assert (tmp_path / "x.partial" / "model.safetensors").is_file()
+    assert (tmp_path / "m").stat().st_mode & 0o777 == (tmp_path / "m.partial").stat().st_mode & 0o777
+
+
+@pytest.mark.parametrize("setting", ["report_to=wandbb", "train_sampling_strategy=x"])
+def test_settings_that_are_refused_late_lose_nothing(folder, tmp_path, setting):
+    flags = ("--model", folder / "dense", "--task", "lm", "--data", folder / "text.txt", "--context-length", 16)
+    words = ("train", *flags, "--target-sparsity", 0.3, "--set", "training.max_steps=1", "--out", tmp_path / "out")
+    assert run(*words).exit_code in (0, 3)
+    before = sorted(str(path) for path in tmp_path.rglob("*"))
+    assert "training" in fails(*words, "--overwrite", "--set", f"training.{setting}")
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == before
+
+
 def test_init(folder, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "model_type": "gpt_neox"}))
     words = (
@@ -528,11 +613,11 @@ def test_error_is_one_line_and_exit_code_2(folder, tmp_path):
     ids=lambda value: type(value).__name__,
 )
 def test_whatever_goes_wrong_is_one_line(error, code, said, monkeypatch, capsys):
-    def fail():
+    def fail(path):
         raise error
 
-    monkeypatch.setattr("lte.cli.app", fail)
-    monkeypatch.setattr("sys.argv", ["lte", "methods"])
+    monkeypatch.setattr("lte.inspect.inspect_checkpoint", fail)  # inside of a command, through typer
+    monkeypatch.setattr("sys.argv", ["lte", "inspect", "x"])
     with pytest.raises(SystemExit) as left:
         lte_start.main()
     assert left.value.code == code
@@ -543,12 +628,47 @@ def test_whatever_goes_wrong_is_one_line(error, code, said, monkeypatch, capsys)
     assert found, printed.err
     if found.groups():
         log = Path(found[1]).read_text()
-        assert log.startswith("lte methods\n")
+        assert log.startswith("lte inspect x\n")
         assert "Traceback" in log
         Path(found[1]).unlink()
-        monkeypatch.setattr("sys.argv", ["lte", "methods", "--debug"])
+        monkeypatch.setattr("sys.argv", ["lte", "inspect", "x", "--debug"])
         with pytest.raises(type(error)):
             lte_start.main()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("inspect", "x", "--nope"), "error: No such option: --nope; see lte inspect --help\n"),
+        (("nosuch",), "error: No such command 'nosuch'; see lte --help\n"),
+        (("generate", "x"), "error: Missing option '--prompt'; see lte generate --help\n"),
+    ],
+)
+def test_mistakes_on_the_line_are_one_line(words, said, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["lte", *words])
+    with pytest.raises(SystemExit) as left:
+        lte_start.main()
+    assert left.value.code == 2
+    assert capsys.readouterr().err == said
+
+
+def test_a_traceback_that_cannot_be_written_is_one_line(monkeypatch, capsys):
+    def fail(path):
+        raise RuntimeError("\udcff")
+
+    monkeypatch.setattr("lte.inspect.inspect_checkpoint", fail)
+    monkeypatch.setattr("sys.argv", ["lte", "inspect", "\udcff"])
+
+    def no_room(**_):
+        raise PermissionError(13, "Permission denied")
+
+    for writable in (True, False):
+        if not writable:
+            monkeypatch.setattr("tempfile.mkstemp", no_room)
+        with pytest.raises(SystemExit) as left:
+            lte_start.main()
+        assert left.value.code == 1
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_an_interrupt_while_modules_are_imported_is_one_line():

@@ -62,8 +62,28 @@ def test_corpus_is_split_by_file_and_follows_the_seed(tmp_path, monkeypatch):
     assert texts[0]["validation"][:2000] not in texts[0]["train"]
 
 
-def test_a_folder_of_somebody_else_is_not_overwritten(tmp_path):
-    (tmp_path / "mine.txt").write_text("keep")
+@pytest.mark.parametrize("theirs", ["mine.txt", "data/train.txt"])
+def test_a_folder_of_somebody_else_is_not_overwritten(tmp_path, theirs):
+    file = tmp_path / theirs
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("keep")
     with pytest.raises(ConfigError, match="was not made by the quickstart"):
         quickstart.quickstart(tmp_path, overwrite=True, seed=0, console=Console())
-    assert (tmp_path / "mine.txt").exists()
+    assert file.read_text() == "keep"
+
+
+def test_what_is_overwritten_stays_until_the_new_one_is_complete(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    quickstart._claim(out, False)
+    quickstart.unlock_folder(out)
+    (out / quickstart.RESULT).write_text("the first")
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("no text")
+
+    monkeypatch.setattr(quickstart, "write_corpus", fail)
+    for _ in range(2):  # the second finds what the first left
+        with pytest.raises(RuntimeError, match="no text"):
+            quickstart.quickstart(out, overwrite=True, seed=0, console=Console())
+        quickstart.unlock_folder(out)
+        assert (tmp_path / "out.replaced" / quickstart.RESULT).read_text() == "the first"

@@ -374,8 +374,18 @@ def main() -> None:
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")
+    command = typer.main.get_command(app)
     try:
-        app()
+        # Not as typer does it, which answers mistakes in a box of several lines and Ctrl-C without a word.
+        with command.make_context("lte", sys.argv[1:]) as context:
+            command.invoke(context)
+    except typer.Exit as ended:
+        sys.exit(ended.exit_code)
+    except typer.Abort:
+        sys.exit(1)
+    except BrokenPipeError:  # of `lte methods | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except LTEError as error:
         if debug:
             raise
@@ -387,6 +397,8 @@ def main() -> None:
             _fail(2, FULL_DISK + (f": {error.filename}" if error.filename else ""))
         _fail(2, f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
     except Exception as error:
+        if hasattr(error, "format_message"):  # one of typer's own
+            _fail_usage(error)
         if debug:
             raise
         if is_full_disk(error):
@@ -405,25 +417,42 @@ FULL_DISK = (
 
 
 def _fail(code: int, message: str) -> NoReturn:
-    typer.echo("error: " + " ".join(message.split()), err=True)
+    line = "error: " + " ".join(message.split())
+    typer.echo(line.encode("utf-8", "backslashreplace").decode(), err=True)
     sys.exit(code)
+
+
+def _fail_usage(error: Any) -> NoReturn:
+    """A mistake in the line itself; where there is nothing on it, the help."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        sys.exit(2)
+    context = getattr(error, "ctx", None)
+    see = "" if context is None else f"; see {context.command_path} --help"
+    _fail(2, error.format_message().rstrip(".") + see)
 
 
 def _leave_traceback(error: BaseException) -> str:
     """The path of a file with the traceback and the command."""
-    handle, path = tempfile.mkstemp(prefix="lte-error-", suffix=".log")
-    with os.fdopen(handle, "w") as file:
-        file.write(command_line() + "\n\n" + "".join(traceback.format_exception(error)))
+    try:
+        handle, path = tempfile.mkstemp(prefix="lte-error-", suffix=".log")
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(command_line() + "\n\n" + "".join(traceback.format_exception(error)))
+    except OSError as other:
+        return f"no file ({other})"
     return path
 
 
 def _resumable(out: str) -> AbstractContextManager[None]:
+    from lte.training import last_complete_checkpoint
+
     def how(stopped: Terminated | None) -> str:
         if stopped is None:
             return f"the same command with --resume goes on from the last checkpoint in {out}"
-        if stopped.checkpoint is None:
+        checkpoint = stopped.checkpoint or last_complete_checkpoint(Path(out) / "checkpoints")
+        if checkpoint is None:
             return "nothing was trained yet: run the same command again"
-        return f"a checkpoint is in {stopped.checkpoint}: the same command with --resume goes on from it"
+        return f"a checkpoint is in {checkpoint}: the same command with --resume goes on from it"
 
     return stoppable(how)
 

@@ -6,10 +6,13 @@ import errno
 import os
 import platform
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
+
+from lte.errors import ConfigError
 
 try:
     import fcntl
@@ -39,6 +42,30 @@ def nothing_left(folder: Path, *, new: bool | None = None) -> Iterator[None]:
             unlock_folder(folder)
             shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+@contextmanager
+def made_beside(out: Path) -> Iterator[Path]:
+    """A new folder of a name nobody has; where all goes well it becomes ``out``, which must be empty or not there.
+
+    Raises:
+        ConfigError: another run filled ``out`` meanwhile.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=f"{out.name}.", suffix=".partial", dir=out.parent))
+    with nothing_left(made, new=True):
+        yield made
+        made.chmod(0o777 & ~_umask())
+        if out.is_dir() and any(out.iterdir()):
+            raise ConfigError(f"out={str(out)!r} was filled by another run meanwhile; give another")
+        if out.is_dir():
+            out.rmdir()
+        made.rename(out)
+
+
+def _umask() -> int:
+    os.umask(mask := os.umask(0))
+    return mask
 
 
 def is_full_disk(error: BaseException | None) -> bool:

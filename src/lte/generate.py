@@ -12,12 +12,15 @@ from lte.hub import default_device, load, load_tokenizer
 from lte.inference import prepare_for_inference
 from lte.tasks import model_positions
 
+COLDEST = 1e-3
+"""Below it, logits divided by the temperature are no numbers any more."""
+
 
 def generate_text(path: str, prompt: str, *, max_new_tokens: int = 100, temperature: float = 0.0, seed: int = 0) -> str:
     """Load a sparse model and continue ``prompt``; the prompt is part of the answer."""
     check_seed(seed)
-    if not 0 <= temperature < math.inf:
-        raise ConfigError(f"temperature={temperature} must be a number that is not negative")
+    if not (temperature == 0 or COLDEST <= temperature < math.inf):
+        raise ConfigError(f"temperature={temperature} must be 0, for the likeliest token, or from {COLDEST} up")
     model = load(path)
     if not model.can_generate():
         raise ConfigError(f"{path} is a {type(model).__name__}, which does not generate text")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from lte.accounting import GFLOP, model_cost, parameter_counts
 from lte.errors import CheckpointError
 from lte.hub import is_sparse_config, load, read_config
 from lte.nn import sparse_ffns
-from lte.runs import RUN_FILE
+from lte.run_folder import read_run
 
 
 def inspect_checkpoint(path: str) -> dict[str, Any]:
@@ -68,8 +67,5 @@ def inspect_checkpoint(path: str) -> dict[str, Any]:
 
 
 def _recorded_sparsity(path: str) -> list[float] | None:
-    file = Path(path) / RUN_FILE
-    if not file.is_file():
-        return None
-    recorded: list[float] | None = json.loads(file.read_text()).get("sparsity_per_layer")
+    recorded: list[float] | None = read_run(Path(path)).get("sparsity_per_layer")
     return recorded

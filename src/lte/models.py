@@ -18,6 +18,9 @@ from lte.tasks import load_rows
 
 EOS = "<|endoftext|>"
 
+MOST_ENTRIES = 2**22
+"""Of a tokenizer; the library that trains it takes memory for all beforehand."""
+
 
 def create(
     config: dict[str, Any] | Path, data: str, out: Path, *, vocab_size: int = 4096, seed: int = 0
@@ -33,6 +36,8 @@ def create(
         seed: of the weights.
     """
     check_seed(seed)
+    if not 0 < vocab_size <= MOST_ENTRIES:
+        raise ConfigError(f"vocab_size={vocab_size} must be from 1 to {MOST_ENTRIES}")
     values = dict(config) if isinstance(config, dict) else _read_config(config)
     if "model_type" not in values:
         raise ConfigError("the model config has no 'model_type', for instance llama")
@@ -81,11 +86,11 @@ def _texts(data: str) -> Iterator[str]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"no model config file {str(path)!r}")
     try:
         values: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"no model config file {str(path)!r}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping: keys with values")

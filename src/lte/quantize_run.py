@@ -15,10 +15,10 @@ from lte.accounting import model_cost
 from lte.activations import every_nth, sample_batches
 from lte.errors import ConfigError
 from lte.evaluate import versions
-from lte.files import write_whole
+from lte.files import made_beside, write_whole
 from lte.hub import default_device, is_sparse_config, load, load_dense, load_tokenizer, read_config
 from lte.quantization import quantize, read_on_average
-from lte.runs import RUN_FILE
+from lte.run_folder import RUN_FILE
 from lte.tasks import Task
 from lte.thresholds import DIAL_TOKENS
 from lte.tuning import LEARNING_RATE, STEP_TOKENS, batches_per_step, check_steps, tune_quantized
@@ -99,16 +99,11 @@ def quantize_checkpoint(
         "seconds": time.perf_counter() - started,
         **versions(),
     }
-    unfinished = out.with_name(out.name + ".partial")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    for name in ("recipe.yaml", RUN_FILE):
-        if sparse and (Path(path) / name).is_file():
-            shutil.copy(Path(path) / name, unfinished / name)
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    write_whole(unfinished / "lte_quantize.json", json.dumps(summary, indent=2) + "\n")
-    if out.is_dir():
-        out.rmdir()
-    unfinished.rename(out)
+    with made_beside(out) as unfinished:
+        for name in ("recipe.yaml", RUN_FILE):
+            if sparse and (Path(path) / name).is_file():
+                shutil.copy(Path(path) / name, unfinished / name)
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        write_whole(unfinished / "lte_quantize.json", json.dumps(summary, indent=2) + "\n")
     return summary

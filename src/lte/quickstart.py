@@ -19,6 +19,7 @@ from transformers import GenerationConfig
 from lte.bench.decode import decode_tokens_per_second
 from lte.errors import ConfigError, DataError, check_seed
 from lte.evaluate import evaluate, load_for_evaluation
+from lte.files import lock_folder, unlock_folder, write_whole
 from lte.generate import continue_text
 from lte.inference import prepare_for_inference
 from lte.models import EOS, create
@@ -90,7 +91,10 @@ def quickstart(out: Path, *, overwrite: bool, seed: int, console: Console) -> di
     train(Recipe(model=str(out / "pretrained"), out=str(out / "sparse"), training={**optimiser, **target}, **common))
     result = _compare(out, str(data["validation"]), task, seed, console)
     result["seconds"] = round(time.perf_counter() - started, 1)
-    (out / "quickstart.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_whole(out / RESULT, json.dumps(result, indent=2) + "\n")
+    if (_replaced(out) / MARK).is_file():
+        shutil.rmtree(_replaced(out))
+    unlock_folder(out)
     console.print(
         f"{result['seconds']:.0f} s. Model: {out / 'sparse'}; figure: {out / 'quickstart.png'}; "
         f"numbers: {out / 'quickstart.json'}. Next: lte generate {out / 'sparse'} --prompt 'import '"
@@ -124,13 +128,40 @@ def write_corpus(folder: Path, *, seed: int) -> dict[str, Path]:
     return written
 
 
+MARK = "made-by-lte-quickstart"
+"""A file of the folder, empty: everything beside it is ours."""
+
+RESULT = "quickstart.json"
+
+
 def _claim(out: Path, overwrite: bool) -> None:
+    """Make the folder; what was there, of an earlier quickstart, stays beside it until this one is complete."""
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
             raise ConfigError(f"out folder {str(out)!r} is not empty; use --overwrite or another --out")
-        if not (out / "data" / "train.txt").is_file():
-            raise ConfigError(f"out folder {str(out)!r} was not made by the quickstart; empty it yourself")
-        shutil.rmtree(out)
+        kept = _replaced(out)
+        for folder in (out, kept) if kept.exists() else (out,):
+            if not (folder / MARK).is_file():
+                raise ConfigError(f"folder {str(folder)!r} was not made by the quickstart; empty it yourself")
+        _keep(out)
+        unlock_folder(out)
+        if kept.is_dir() and not (out / RESULT).is_file():
+            shutil.rmtree(out)  # it was to replace what is kept, and came to no end
+        else:
+            shutil.rmtree(kept, ignore_errors=True)
+            out.rename(kept)
+    out.mkdir(parents=True, exist_ok=True)
+    _keep(out)
+    (out / MARK).touch()
+
+
+def _keep(out: Path) -> None:
+    if owner := lock_folder(out):
+        raise ConfigError(f"out folder {str(out)!r} is being written to by {owner}; wait for it, or use another --out")
+
+
+def _replaced(out: Path) -> Path:
+    return out.with_name(f"{out.name}.replaced")
 
 
 def _compare(out: Path, data: str, config: TaskConfig, seed: int, console: Console) -> dict[str, Any]:

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import wraps
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -23,11 +18,23 @@ from lte.config import MethodConfig, OperatingPoint, method_of
 from lte.errors import ConfigError
 from lte.evaluate import check_direction, load_for_evaluation, versions
 from lte.families import replace_activation
-from lte.files import LOCK, lock_folder, nothing_left, unlock_folder, write_whole
+from lte.files import unlock_folder, write_whole
 from lte.hub import default_device, is_sparse_config, load, load_dense, load_tokenizer, read_config, save_thresholds
 from lte.memory import peak_memory
 from lte.nn import SparsityMeter, observe_routing, sparse_ffns
-from lte.recipe import Recipe, dump_recipe, load_recipe
+from lte.recipe import Recipe, load_recipe
+from lte.run_folder import (
+    RUN_FILE,
+    building,
+    check_folder,
+    claim_folder,
+    finished,
+    forget_replaced,
+    keep_folder,
+    lets_go,
+    nothing_left_of,
+    read_run,
+)
 from lte.sparsify import sparsify
 from lte.tasks import PRESETS, Task, build_task
 from lte.thresholds import DIAL_TOKENS, calibrate, find_thresholds
@@ -38,17 +45,13 @@ from lte.training import (
     LTETrainingArguments,
     StepProgress,
     StopAtSignal,
+    check_checkpoint,
     correct_loss_scaling,
     last_complete_checkpoint,
     optimizer_for,
     refuse_idle_losses,
     restore_finished,
 )
-
-logger = logging.getLogger(__name__)
-
-RUN_FILE = "lte_run.json"
-"""Written beside the weights when a run is complete: recipe, versions, time, last known sparsity."""
 
 RUN_DEFAULTS: dict[str, Any] = {
     "save_steps": 0.2,
@@ -62,20 +65,7 @@ RUN_DEFAULTS: dict[str, Any] = {
 """Where a run of ours differs from the defaults of transformers; a recipe's ``training`` section wins."""
 
 
-def _lets_go(run: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """However a run ends, others may write to its folder then."""
-
-    @wraps(run)
-    def wrapped(recipe: Recipe, **options: Any) -> dict[str, Any]:
-        try:
-            return run(recipe, **options)
-        finally:
-            unlock_folder(Path(recipe.out))
-
-    return wrapped
-
-
-@_lets_go
+@lets_go
 def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
     """Make a dense model sparse and train it; ``recipe.out`` then holds the sparse model.
 
@@ -94,7 +84,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> d
     out = Path(recipe.out)
     args = recipe.arguments(LTETrainingArguments, output_dir=str(out / "checkpoints"), **RUN_DEFAULTS)
     _check_losses(method, args)
-    if (done := _finished(out, recipe, resume=resume, overwrite=overwrite)) is not None:
+    if (done := finished(out, recipe, resume=resume, overwrite=overwrite)) is not None:
         return done
     check_folder(out, recipe, resume=resume, overwrite=overwrite)
     parts: dict[str, float] = {}
@@ -103,6 +93,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> d
     # A teacher with a head nobody trained would teach noise.
     teacher = _load_dense(recipe, task, tokenizer, new_head=False) if args.distill else None
     checkpoint = last_complete_checkpoint(args.output_dir) if resume else None
+    if checkpoint is not None:
+        check_checkpoint(checkpoint)
     if checkpoint is not None:
         model = load(checkpoint, dtype=_dtype(recipe))
     else:
@@ -113,15 +105,16 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> d
             seen = sample_batches(rows, task.collator(tokenizer), method_of(method).calibration_tokens)
         sparsify(model, method, calibration=seen, timings=parts)
     claim_folder(out, recipe, overwrite=overwrite)
-    trainer = LTETrainer(
-        model=model,
-        args=args,
-        teacher=teacher,
-        train_dataset=rows,
-        data_collator=task.collator(tokenizer),
-        processing_class=tokenizer,
-        callbacks=[JsonLinesLog(out / "training_log.jsonl"), StopAtSignal()],
-    )
+    with building(out, new=not resume):
+        trainer = LTETrainer(
+            model=model,
+            args=args,
+            teacher=teacher,
+            train_dataset=rows,
+            data_collator=task.collator(tokenizer),
+            processing_class=tokenizer,
+            callbacks=[JsonLinesLog(out / "training_log.jsonl"), StopAtSignal()],
+        )
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     summary = _summary(recipe, trainer.state.global_step, started, parts | trainer.seconds_of)
@@ -144,7 +137,7 @@ def check_recipe(recipe: Recipe, command: str) -> None:
             _check_losses(recipe.method(), args)
 
 
-@_lets_go
+@lets_go
 def make_sparse(recipe: Recipe, *, overwrite: bool = False) -> dict[str, Any]:
     """Make a dense model sparse without training it: grouping, fitted routers, thresholds for the target.
 
@@ -175,13 +168,13 @@ def make_sparse(recipe: Recipe, *, overwrite: bool = False) -> dict[str, Any]:
         reached = _sparsity_on(model, batches[:1])
     parts["thresholds"] = time.perf_counter() - searched
     claim_folder(out, recipe, overwrite=overwrite)
-    with _nothing_left(out):
+    with nothing_left_of(out):
         summary = _save(model, tokenizer, out, _summary(recipe, 0, started, parts) | reached)
-    _forget_replaced(out)
+    forget_replaced(out)
     return summary
 
 
-@_lets_go
+@lets_go
 def finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
     """Fine-tune (or, after :func:`lte.models.create`, pre-train) a dense model: the baseline, on the same data.
 
@@ -191,29 +184,32 @@ def finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -
     activation = recipe.dense_activation()
     out = Path(recipe.out)
     args = recipe.arguments(TrainingArguments, output_dir=str(out / "checkpoints"), warmup_steps=0.06, **RUN_DEFAULTS)
-    if (done := _finished(out, recipe, resume=resume, overwrite=overwrite)) is not None:
+    if (done := finished(out, recipe, resume=resume, overwrite=overwrite)) is not None:
         return done
     check_folder(out, recipe, resume=resume, overwrite=overwrite)
     tokenizer, task, rows = _read_inputs(recipe)
     checkpoint = last_complete_checkpoint(args.output_dir) if resume else None
+    if checkpoint is not None:
+        check_checkpoint(checkpoint)
     model = _load_dense(recipe, task, tokenizer)
     if activation is not None:
         replace_activation(model, activation)
     claim_folder(out, recipe, overwrite=overwrite)
-    trainer = Trainer(
-        model=model,
-        args=args,
-        train_dataset=rows,
-        data_collator=task.collator(tokenizer),
-        processing_class=tokenizer,
-        callbacks=[
-            JsonLinesLog(out / "training_log.jsonl"),
-            StepProgress("dense training"),
-            FiniteGradients(),
-            StopAtSignal(),
-        ],
-        optimizer_cls_and_kwargs=optimizer_for(args, model),
-    )
+    with building(out, new=not resume):
+        trainer = Trainer(
+            model=model,
+            args=args,
+            train_dataset=rows,
+            data_collator=task.collator(tokenizer),
+            processing_class=tokenizer,
+            callbacks=[
+                JsonLinesLog(out / "training_log.jsonl"),
+                StepProgress("dense training"),
+                FiniteGradients(),
+                StopAtSignal(),
+            ],
+            optimizer_cls_and_kwargs=optimizer_for(args, model),
+        )
     correct_loss_scaling(trainer)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
@@ -251,22 +247,27 @@ def calibrate_checkpoint(
     """
     if not path.is_dir():
         raise ConfigError(f"{str(path)!r} is not a folder; download a model from a hub first, then calibrate it")
-    model, tokenizer = load_for_evaluation(str(path), task, dense=False)
-    batches = sample_batches(task.prepare(data, tokenizer), task.collator(tokenizer), tokens)
-    points = []
-    for index, sparsity in enumerate(sparsities):
+    record = read_run(path)
+    keep_folder(path)
+    try:
+        model, tokenizer = load_for_evaluation(str(path), task, dense=False)
+        batches = sample_batches(task.prepare(data, tokenizer), task.collator(tokenizer), tokens)
+        points = []
+        for index, sparsity in enumerate(sparsities):
 
-        def report(done: int, total: int, index: int = index) -> None:
-            if progress is not None:
-                progress(index * total + done, len(sparsities) * total)
+            def report(done: int, total: int, index: int = index) -> None:
+                if progress is not None:
+                    progress(index * total + done, len(sparsities) * total)
 
-        points.append(calibrate(model, batches, sparsity, per_layer=per_layer, progress=report))
-    save_thresholds(path, model)
-    write_whole(path / "config.json", model.config.to_json_string())
-    if (path / RUN_FILE).is_file():
-        record = json.loads((path / RUN_FILE).read_text()) | _point_sparsity(points[-1])
-        write_whole(path / RUN_FILE, json.dumps(record, indent=2) + "\n")
-    return points
+            points.append(calibrate(model, batches, sparsity, per_layer=per_layer, progress=report))
+        save_thresholds(path, model)
+        write_whole(path / "config.json", model.config.to_json_string())
+        if record:
+            record |= _point_sparsity(points[-1])
+            write_whole(path / RUN_FILE, json.dumps(record, indent=2) + "\n")
+        return points
+    finally:
+        unlock_folder(path)
 
 
 def trained_task(model: str, name: str | None) -> dict[str, Any]:
@@ -284,99 +285,6 @@ def trained_task(model: str, name: str | None) -> dict[str, Any]:
         if name in PRESETS and PRESETS[name].kind == settings["name"]:
             return {**settings, **PRESETS[name].expand()}
     return {"name": name or "lm"}
-
-
-def check_folder(out: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
-    """ConfigError if a run into ``out`` would lose or mix results."""
-    written = out / "recipe.yaml"
-    for key in ("model", "data"):
-        source = Path(getattr(recipe, key))
-        touched = (out.resolve(), replaced(out))
-        if source.exists() and any(source.resolve().is_relative_to(folder) for folder in touched):
-            raise ConfigError(
-                f"out={str(out)!r} holds {key}={str(source)!r}, which the run reads; choose another --out"
-            )
-    if out.is_file():
-        raise ConfigError(f"out={str(out)!r} is a file; give a folder")
-    if not out.is_dir() or not any(out.iterdir()):
-        return
-    if (out / LOCK).is_file() and PartialState().is_main_process:
-        _lock(out)
-    if overwrite and not written.is_file():
-        raise ConfigError(f"out folder {str(out)!r} was not made by lte and is not overwritten; empty it yourself")
-    if not overwrite and not resume:
-        raise ConfigError(f"out folder {str(out)!r} is not empty; use --resume, --overwrite or another --out")
-    if resume and not written.is_file():
-        raise ConfigError(f"out folder {str(out)!r} holds no run of lte to resume; choose another --out")
-    if resume:
-        _check_same_recipe(load_recipe(written, {}, []), recipe, written)
-
-
-def claim_folder(out: Path, recipe: Recipe, *, overwrite: bool) -> None:
-    """Make ``out``, after :func:`check_folder`, and leave the recipe in it; of several processes the first does it.
-
-    What was in a folder that is overwritten stays beside it until the new run is complete, see :func:`replaced`.
-
-    Raises:
-        ConfigError: another run writes to it.
-    """
-    processes = PartialState()
-    processes.wait_for_everyone()  # nobody looks at the folder any more
-    if processes.is_main_process:
-        if overwrite and out.is_dir():
-            _lock(out)
-            _set_aside(out)
-        new = not out.is_dir()
-        out.mkdir(parents=True, exist_ok=True)
-        _lock(out)
-        if (out / RUN_FILE).is_file():
-            raise ConfigError(f"out folder {str(out)!r} was filled by another run meanwhile; use another --out")
-        with _nothing_left(out) if new else nullcontext():
-            write_whole(out / "recipe.yaml", dump_recipe(recipe))
-    processes.wait_for_everyone()
-
-
-@contextmanager
-def _nothing_left(out: Path) -> Iterator[None]:
-    """Where what is made in a folder that was not there comes to no end, the folder is as it was before."""
-    try:
-        with nothing_left(out, new=True):
-            yield
-    except BaseException:
-        if replaced(out).is_dir():
-            replaced(out).rename(out)
-        raise
-
-
-def replaced(out: Path) -> Path:
-    """Where what a run overwrites is until that is complete."""
-    out = out.resolve()
-    return out.with_name(f"{out.name}.replaced")
-
-
-def _forget_replaced(out: Path) -> None:
-    if (replaced(out) / "recipe.yaml").is_file():
-        shutil.rmtree(replaced(out), ignore_errors=True)
-
-
-def _lock(out: Path) -> None:
-    if owner := lock_folder(out):
-        raise ConfigError(
-            f"out folder {str(out)!r} is being written to by {owner}; wait for that run, stop it, or use another --out"
-        )
-
-
-def _set_aside(out: Path) -> None:
-    kept = replaced(out)
-    unlock_folder(out)
-    if kept.exists() and not (kept / "recipe.yaml").is_file():
-        raise ConfigError(f"{str(kept)!r} is in the way of what --overwrite keeps there, and is none of lte's; move it")
-    if kept.is_dir() and (kept / RUN_FILE).is_file() and not (out / RUN_FILE).is_file():
-        shutil.rmtree(out)  # a run that was to replace it, and never came to its end
-    else:
-        shutil.rmtree(kept, ignore_errors=True)
-        out.rename(kept)
-        logger.info("what was in %s is in %s until the new run is complete", out, kept)
 
 
 def _read_inputs(recipe: Recipe) -> tuple[Any, Task, Any]:
@@ -408,29 +316,6 @@ def _load_dense(recipe: Recipe, task: Task, tokenizer: Any, *, new_head: bool | 
     kwargs = task.model_kwargs(recipe.data, tokenizer)
     new_head = task.config.name == "classify" if new_head is None else new_head
     return load_dense(recipe.model, task.auto_class, new_head=new_head, dtype=_dtype(recipe), **kwargs)
-
-
-def _finished(out: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
-    """The summary of a complete run in ``out``, if one is to be resumed."""
-    if resume and overwrite:
-        raise ConfigError("--resume and --overwrite contradict each other; give one")
-    file = out / RUN_FILE
-    if not resume or not file.is_file():
-        return None
-    _check_same_recipe(load_recipe(out / "recipe.yaml", {}, []), recipe, out / "recipe.yaml")
-    logger.warning("%s holds a complete run already; nothing to resume", out)
-    summary: dict[str, Any] = json.loads(file.read_text())
-    return summary
-
-
-def _check_same_recipe(old: Recipe, new: Recipe, file: Path) -> None:
-    before, after = old.model_dump(), new.model_dump()
-    changed = [key for key in before if before[key] != after[key] and key != "out"]
-    if changed:
-        raise ConfigError(
-            f"cannot resume with other settings: {', '.join(changed)} differ from {file}; "
-            "resume with that file as the recipe, or start again with --overwrite"
-        )
 
 
 def _summary(recipe: Recipe, steps: int, started: float, parts: dict[str, float]) -> dict[str, Any]:
@@ -489,7 +374,7 @@ def _final_sparsity(history: list[dict[str, Any]]) -> dict[str, Any]:
 def _save_trained(trainer: Trainer, tokenizer: Any, out: Path, summary: dict[str, Any]) -> dict[str, Any]:
     if trainer.is_world_process_zero():
         _save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, out, summary)
-        _forget_replaced(out)
+        forget_replaced(out)
     return summary
 
 

@@ -28,7 +28,8 @@ from lte.evaluate import evaluate, load_for_evaluation
 from lte.files import lock, unlock, write_whole
 from lte.hub import default_device, device_name, load, load_dense, load_tokenizer
 from lte.recipe import Recipe, parse_recipe, put, read_yaml
-from lte.runs import RUN_FILE, check_recipe, finetune, make_sparse, train
+from lte.run_folder import RUN_FILE
+from lte.runs import check_recipe, finetune, make_sparse, train
 from lte.tasks import Task, TaskConfig, build_task
 from lte.thresholds import DIAL_TOKENS, find_thresholds, set_thresholds, thresholds_of
 

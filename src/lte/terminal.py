@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 console = Console(soft_wrap=True)
 
+LONGEST_NAME = 220
+"""Bytes of a file's name; file systems take 255, and a file that is being written has a longer one."""
+
 
 def command_line() -> str:
     """The command as it was typed, for the record in a result."""
@@ -35,6 +38,8 @@ def check_json_target(path: Path | None) -> Path | None:
         return None
     if path.is_dir():
         raise ConfigError(f"--json {str(path)!r} is a folder; name a file")
+    if len(os.fsencode(path.name)) > LONGEST_NAME:
+        raise ConfigError(f"--json {path.name[:20]!r}... has a name too long for a file")
     if path.exists() and not _is_result(path):
         raise ConfigError(
             f"--json {str(path)!r} is there, and is no result of lte: it is not overwritten; name another"
@@ -74,8 +79,8 @@ def stoppable(how: Callable[[Terminated | None], str]) -> Iterator[None]:
 
 def _is_result(path: Path) -> bool:
     try:
-        found = json.loads(path.read_text())
-    except (ValueError, OSError):
+        found = json.loads(path.read_text()) if path.is_file() else None
+    except (ValueError, OSError, RecursionError):
         return False
     return isinstance(found, dict) and str(found.get("command", "")).split(" ")[0] == "lte"
 

@@ -38,6 +38,7 @@ FLOORS = [
     "bench",
     "generate",
     "recipe",
+    "run_folder",
     "runs",
     "quantize_run",
     "study",

@@ -149,7 +149,7 @@ def test_what_takes_the_slow_path_at_inference_says_why_once(caplog, monkeypatch
         assert "its up_proj has hooks (accelerate puts them there under device_map, and tools" in caplog.text
         caplog.clear()
         lte.prepare_for_inference(model)
-        assert "the FFN of layer 1 will not run through the kernels: its up_proj has hooks" in caplog.text
+        assert "the FFNs of layers 1 will not run through the kernels: its up_proj has hooks" in caplog.text
         handle.remove()
         caplog.clear()
         lte.prepare_for_inference(model)

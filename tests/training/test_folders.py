@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from lte import runs
+from lte import run_folder, runs
 from lte.errors import ConfigError, LTEError
 from lte.files import LOCK, lock_folder, unlock_folder, write_whole
 from lte.models import create
@@ -69,7 +69,7 @@ def test_settings_that_are_wrong_leave_everything_as_it_is(recipe, tmp_path):
 def test_a_folder_that_another_run_writes_to_is_refused(recipe, tmp_path, how):
     runs.finetune(recipe())
     out = tmp_path / "out"
-    (out / runs.RUN_FILE).unlink()  # as if it were running
+    (out / run_folder.RUN_FILE).unlink()  # as if it were running
     before = json.dumps(sorted(path.name for path in out.iterdir()))
     with (
         held_elsewhere(out / LOCK) as owner,
@@ -131,7 +131,7 @@ def test_a_run_killed_after_its_last_step_takes_no_other(recipe, tmp_path, monke
     runs.finetune(recipe(save_steps=1))
     out = tmp_path / "out"
     before = (out / "model.safetensors").read_bytes()
-    (out / runs.RUN_FILE).unlink()
+    (out / run_folder.RUN_FILE).unlink()
     (out / "model.safetensors").unlink()
     assert runs.finetune(recipe(save_steps=1), resume=True)["steps"] == 2
     assert (out / "model.safetensors").read_bytes() == before

@@ -20,7 +20,8 @@ from lte.hub import load_dense
 from lte.models import create
 from lte.nn import sparse_ffns
 from lte.recipe import Recipe, load_recipe
-from lte.runs import RUN_FILE, check_recipe, finetune, make_sparse, train
+from lte.run_folder import RUN_FILE
+from lte.runs import check_recipe, finetune, make_sparse, train
 from lte.training import optimizer_for
 from tests.training.common import sparse_model, trainer
 

@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from lte.errors import CheckpointError
-from lte.training import last_complete_checkpoint
-from lte.training.callbacks import check_format
+from lte.training import check_checkpoint, last_complete_checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,12 +57,16 @@ def test_killed_run_resumes_to_the_same_weights(tmp_path, uninterrupted, kill_at
 
 
 def test_a_checkpoint_cut_short_is_passed_over(tmp_path, caplog):
-    for step, state in ((2, "{}"), (10, "{}"), (12, '{"global_step": 1')):
+    states = {2: '{"global_step": 2}', 10: '{"global_step": 10}', 11: "{}", 12: '{"global_step": 1', 13: "[]", 14: None}
+    for step, state in {**states, 15: '{"global_step": 14}'}.items():
         (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    (tmp_path / "checkpoint-14").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-16").mkdir()
+    (tmp_path / "checkpoint-16" / "trainer_state.json").write_bytes(b"\xff")
     assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
-    assert "checkpoint-14 is incomplete" in caplog.text
+    for step in range(11, 17):
+        assert f"checkpoint-{step} is incomplete" in caplog.text
     assert last_complete_checkpoint(tmp_path / "nowhere") is None
 
 
@@ -71,7 +74,4 @@ def test_a_checkpoint_of_another_format_is_not_gone_on_from(tmp_path):
     entry = {"quant_method": "lte", "format_version": 1, "lte_version": "0.0.9"}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": entry}))
     with pytest.raises(CheckpointError, match="is of format 1, and this version of lte goes on from 2; end that"):
-        check_format(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    check_format(tmp_path)
-    check_format(tmp_path / "none")
+        check_checkpoint(tmp_path)

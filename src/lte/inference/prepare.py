@@ -65,17 +65,21 @@ def prepare_for_inference(
     restore(model)
     model.eval()
     ffns = sparse_ffns(model)
-    for ffn in ffns:
-        if reason := ffn.obstacle(next(iter(model.parameters())).device.type):
-            logger.warning("the FFN of layer %d will not run through the kernels: %s", ffn.layer_index, reason)
-            break
+    device = next(iter(model.parameters())).device.type
+    hindered = {ffn.layer_index: reason for ffn in ffns if (reason := ffn.obstacle(device))}
+    if hindered:
+        logger.warning(
+            "the FFNs of layers %s will not run through the kernels: %s",
+            ", ".join(map(str, hindered)),
+            "; ".join(dict.fromkeys(hindered.values())),
+        )
     backend = _backend(model, impl)
     if backend == "reference":
         _set_path(ffns, Forced("reference"))
         return model
     if any(isinstance(module, QuantizedWeight) for module in model.modules()):
         if backend == "cpu":
-            _speed_up_cpu(model, ffns, 0, fuse_decode)
+            _speed_up_cpu(model, ffns, 0, fuse_decode, hindered)
         return model
     for ffn in ffns:
         ffn.pack(streaming_copy)
@@ -94,7 +98,7 @@ def prepare_for_inference(
         picks_neurons = isinstance(ffn.router, CopyRouter) and ffn.n_experts == ffn.weights().d_ff
         ffn.masks_prompts = mask_prompts or not picks_neurons
     if backend == "cpu":
-        _speed_up_cpu(model, ffns, linear_tokens, fuse_decode)
+        _speed_up_cpu(model, ffns, linear_tokens, fuse_decode, hindered)
     return model
 
 
@@ -111,7 +115,9 @@ def restore(model: nn.Module) -> None:
     model.__dict__.pop("lte_crossover", None)
 
 
-def _speed_up_cpu(model: Any, ffns: list[SparseFFN], linear_tokens: int, fuse_decode: bool) -> None:
+def _speed_up_cpu(
+    model: Any, ffns: list[SparseFFN], linear_tokens: int, fuse_decode: bool, hindered: dict[int, str]
+) -> None:
     inside = {id(module) for ffn in ffns for module in ffn.modules()}
     linears = pack_linears(model, inside)
     if fuse_decode:
@@ -121,7 +127,10 @@ def _speed_up_cpu(model: Any, ffns: list[SparseFFN], linear_tokens: int, fuse_de
             logger.info("decode runs module by module: %s", reason)
         else:
             model.forward = step
-            logger.info("decode runs as one fused step per token")
+            if hindered:  # hooks may go
+                logger.info("decode runs module by module as long as that is so")
+            else:
+                logger.info("decode runs as one fused step per token")
     if linear_tokens:
         for module in linears:
             FastLinear.adopt(module, linear_tokens)

@@ -223,7 +223,7 @@ class SparseFFN(nn.Module):
 
     def obstacle(self, device_type: str) -> str:
         """Why a forward at inference is the masked dense form, no faster than a dense one; empty where it is not."""
-        if torch.is_autocast_enabled(device_type):
+        if device_type != "meta" and torch.is_autocast_enabled(device_type):
             return "autocast is on; convert the model to the dtype instead"
         for role, name in self.roles.items():
             if role in PROJECTIONS and not is_plain(part := self._part(role)):

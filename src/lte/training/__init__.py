@@ -5,6 +5,7 @@ from lte.training.callbacks import (
     FiniteGradients,
     JsonLinesLog,
     StepProgress,
+    check_checkpoint,
     last_complete_checkpoint,
     restore_finished,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "StepProgress",
     "StopAtSignal",
     "Terminated",
+    "check_checkpoint",
     "check_optimizer",
     "check_ranges",
     "correct_loss_scaling",

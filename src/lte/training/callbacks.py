@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from tqdm.auto import tqdm
@@ -123,15 +125,40 @@ def restore_finished(trainer: Trainer, checkpoint: str | bool | None, total: int
     return True
 
 
-def check_format(checkpoint: str | Path) -> None:
-    """CheckpointError where another version of this package saved it: transformers would start from what it has."""
-    file = Path(checkpoint) / "config.json"
-    entry = json.loads(file.read_text()).get("quantization_config") if file.is_file() else None
+def check_checkpoint(checkpoint: str | Path) -> None:
+    """CheckpointError where a run cannot go on from it as if it had not been interrupted.
+
+    Transformers would begin with a new optimizer where that is gone, and with the thresholds it has where another
+    version of this package saved the model.
+    """
+    folder = Path(checkpoint)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        entry = config.get("quantization_config")
+        weights = list(folder.glob("*.safetensors"))
+        for file in weights:
+            with safe_open(file, framework="pt") as opened:
+                opened.keys()
+    except (OSError, ValueError, RecursionError, AttributeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} cannot be gone on from: {error}; {AWAY}") from error
     if isinstance(entry, dict) and entry.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{checkpoint} is of format {entry.get('format_version')}, and this version of lte goes on from "
+            f"{folder} is of format {entry.get('format_version')}, and this version of lte goes on from "
             f"{FORMAT_VERSION}; end that run with lte {entry.get('lte_version', 'as it was')}, or begin anew"
         )
+    if any(next(folder.glob(pattern), None) for pattern in SHARDED):  # FSDP and DeepSpeed look themselves
+        return
+    for pattern in NEEDED:
+        files = list(folder.glob(pattern))
+        broken = [file.name for file in files if not zipfile.is_zipfile(file)]
+        if not files or broken:
+            said = f"{broken[0]} cannot be read" if broken else f"it has no {pattern.replace('*', '')}"
+            raise CheckpointError(f"{folder} cannot be gone on from: {said}; {AWAY}")
+
+
+NEEDED = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")
+SHARDED = ("optimizer_*", "global_step*", "pytorch_model_fsdp*")
+AWAY = "take it away and --resume goes on from the one before, or begin anew with --overwrite"
 
 
 def last_complete_checkpoint(folder: str | Path) -> Path | None:
@@ -143,9 +170,10 @@ def last_complete_checkpoint(folder: str | Path) -> Path | None:
     )
     for path in found:
         try:
-            json.loads((path / "trainer_state.json").read_text())
-        except (OSError, json.JSONDecodeError):
-            logger.warning("%s is incomplete and is passed over", path)
-        else:
+            state = json.loads((path / "trainer_state.json").read_text())
+        except (OSError, ValueError, RecursionError):
+            state = None
+        if isinstance(state, dict) and state.get("global_step") == int(path.name.removeprefix("checkpoint-")):
             return path
+        logger.warning("%s is incomplete and is passed over", path)
     return None

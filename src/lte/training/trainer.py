@@ -31,7 +31,13 @@ from lte.thresholds import (
     thresholds_of,
 )
 from lte.training.arguments import STAGE_LENGTHS, LTETrainingArguments, refuse_idle_losses, refuse_reentrant
-from lte.training.callbacks import StepProgress, check_format, gradient_norm, last_complete_checkpoint, restore_finished
+from lte.training.callbacks import (
+    StepProgress,
+    check_checkpoint,
+    gradient_norm,
+    last_complete_checkpoint,
+    restore_finished,
+)
 from lte.training.losses import RoutingTotals, total_routing
 from lte.training.precision import optimizer_for
 from lte.training.reading import PROBE_LENGTH, PROBE_TOKENS, Probe, StepReading, first_tokens
@@ -155,7 +161,7 @@ class LTETrainer(Trainer):
                 raise CheckpointError(f"no complete checkpoint in {self.args.output_dir} to resume from")
             resume_from_checkpoint = str(last)
         if resume_from_checkpoint:
-            check_format(resume_from_checkpoint)
+            check_checkpoint(resume_from_checkpoint)
         started = time.perf_counter()
         if restore_finished(self, resume_from_checkpoint, self.plan.total):
             self.begin()
