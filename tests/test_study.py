@@ -7,7 +7,7 @@ import yaml
 from typer.testing import CliRunner
 
 from lte.cli import app
-from lte.errors import ConfigError
+from lte.errors import ConfigError, DataError
 from lte.report.figures import tradeoff_figure
 from lte.report.studies import read_rows
 from lte.study import chosen_points, load_study, points
@@ -63,6 +63,12 @@ def test_parts_share_a_study(tmp_path):
     [
         ({"evaluate": {"limit": 3}}, "evaluate.data is missing"),
         ({"evaluate": {"data": "d", "limt": 3}}, "did you mean 'limit'"),
+        ({"evaluate": {"data": "d", "batch_size": "x"}}, "evaluate.batch_size='x' must be a whole number from 1"),
+        (
+            {"evaluate": {"data": "d", "decode_tokens": 10**9}},
+            "evaluate.decode_tokens=1000000000 must be a whole number",
+        ),
+        ({"series": {"a": {**SERIES["a, sparse"], "dial": [2.0]}}}, "dial"),
         ({"series": {"a": {"set": {"training.etaa": 1}}}}, "did you mean 'eta'"),
         ({"series": {"a b": SERIES["dense"], "a,b": SERIES["dense"]}}, "two points are called 'a-b-seed=0'"),
         ({"series": {"a": {**SERIES["dense"], "dial": [0.5]}}}, "'a' is dense and has no dial"),
@@ -93,6 +99,19 @@ def test_bad_studies(tmp_path):
         load_study(tmp_path / "none.yaml")
     with pytest.raises(ConfigError, match="unknown key 'modle'"):
         load_study(write(tmp_path, base={"model": "m", "data": "d", "task": "lm", "modle": 1}))
+
+
+def test_evaluation_data_are_looked_for_before_anything_is_trained(tmp_path, folder):  # noqa: F811
+    flags = ("--task", "lm", "--data", folder / "text.txt", "--context-length", 16, "--methods", "kla")
+    words = ["compare", "--model", folder / "dense", *flags, "--sparsities", 0.5, "--steps", 1, "--decode-tokens", 0]
+    words = [str(word) for word in (*words, "--out", tmp_path / "out")]
+    result = CliRunner().invoke(app, [*words, "--eval-data", str(tmp_path / "no.txt")])
+    assert isinstance(result.exception, DataError)
+    assert not (tmp_path / "out").exists()
+    assert CliRunner().invoke(app, [*words, "--eval-data", str(folder / "text.txt")]).exit_code == 0
+    study = write(tmp_path, base={"model": str(folder / "dense"), "data": str(folder / "text.txt"), "task": "lm"})
+    assert isinstance(CliRunner().invoke(app, ["sweep", str(study)]).exception, DataError)
+    assert not (tmp_path / "work").exists()
 
 
 def test_a_sweep_runs_what_is_missing_and_the_rows_average_over_seeds(tmp_path, folder):  # noqa: F811

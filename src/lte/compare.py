@@ -20,7 +20,7 @@ from lte.hub import read_config
 from lte.recipe import parse_setting, read_yaml
 from lte.report.comparison import write_report
 from lte.sparsify import install_sparse_ffns
-from lte.study import DENSE, Study, parse_study, points, run_study
+from lte.study import DENSE, Study, check_data, parse_study, points, run_study
 from lte.tasks.sources import load_rows
 
 STUDY_FILE = "study.yaml"
@@ -221,6 +221,7 @@ def compare(
         raise ConfigError(f"{out} is not empty, and holds no comparison; use another --out")
     if prepare is not None:
         prepare()
+    check_data(loaded)
     write_whole(file, yaml.safe_dump(study, sort_keys=False))
     try:
         run_study(loaded, only="*", part="1/1", report=report)

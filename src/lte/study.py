@@ -58,7 +58,7 @@ class Series(pydantic.BaseModel):
     keep: bool = False
     set: dict[str, Any] = {}
     grid: dict[str, list[Any]] = {}
-    dial: list[float] = []
+    dial: list[Annotated[float, pydantic.Field(gt=0, lt=1)]] = []
 
 
 class Study(pydantic.BaseModel):
@@ -141,6 +141,10 @@ def parse_study(values: dict[str, Any], name: str) -> Study:
     study = validate_model(Study, values, name)
     if "data" not in study.evaluate:
         raise ConfigError(f"{name}: evaluate.data is missing; name the evaluation data")
+    for key, least, most in (("batch_size", 1, 2**16), ("decode_tokens", 0, 2**14)):
+        number = study.evaluate.get(key, least)
+        if type(number) is not int or not least <= number <= most:
+            raise ConfigError(f"{name}: evaluate.{key}={number!r} must be a whole number from {least} to {most}")
     if wanted := _harness_tasks(study):
         _task_set([task.name for task in wanted], study)
     names = set()
@@ -154,6 +158,15 @@ def parse_study(values: dict[str, Any], name: str) -> Study:
             check_recipe(point.recipe, point.command)
         _scored_task(point, study)
     return study
+
+
+def check_data(study: Study) -> None:
+    """LTEError where what models will be evaluated on cannot be read as the task wants it: before any is trained."""
+    every = list(points(study))
+    if all(map(_is_done, every)):
+        return
+    tokenizer = load_tokenizer(study.base.get("model", every[0].recipe.model))
+    build_task(_scored_task(every[0], study)).prepare(study.evaluate["data"], tokenizer)
 
 
 def points(study: Study) -> Iterator[Point]:

@@ -40,7 +40,9 @@ def sweep(
     from lte import study as module
 
     with _going_on():
-        done = module.run_study(module.load_study(study), only=only, part=part, report=console.print)
+        loaded = module.load_study(study)
+        module.check_data(loaded)
+        done = module.run_study(loaded, only=only, part=part, report=console.print)
     console.print(f"{done} points run" if done else "nothing to run: every point has its result")
 
 
