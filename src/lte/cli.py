@@ -314,8 +314,6 @@ def init(
     """Make a new dense model with random weights and a tokenizer, to be pre-trained with `lte finetune`."""
     from lte.models import create
 
-    if out.is_dir() and any(out.iterdir()):
-        raise ConfigError(f"out folder {str(out)!r} is not empty; choose another --out")
     model, tokenizer = create(config, data, out, vocab_size=vocab_size, seed=seed)
     console.print(f"[bold]{out}[/]: {model.num_parameters():,} parameters, {len(tokenizer)} tokens")
 

@@ -35,6 +35,8 @@ def create(
         vocab_size: entries of the tokenizer.
         seed: of the weights.
     """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"out={str(out)!r} is a file, or a folder that is not empty; choose another")
     check_seed(seed)
     if not 0 < vocab_size <= MOST_ENTRIES:
         raise ConfigError(f"vocab_size={vocab_size} must be from 1 to {MOST_ENTRIES}")

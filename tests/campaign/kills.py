@@ -27,6 +27,8 @@ from tests import models
 
 TEXT = "A small text, of some words and few lines, that is read again and again.\n"
 STEPS = 400
+PATIENCE = 600
+"""Seconds after which a run hangs."""
 
 
 def command(root: Path, out: Path, processes: int, *more: str) -> list[str]:
@@ -116,12 +118,22 @@ def chain(
             if process.poll() is None:
                 os.killpg(process.pid, number)
                 made += 1
-        said = process.communicate()[1]
+        try:
+            said = process.communicate(timeout=PATIENCE)[1]
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            wrong.append(f"{name}: went on for {PATIENCE} s")
+            return made, wrong
         if "Traceback" in said and number != signal.SIGKILL:
             wrong.append(f"{name}: a traceback: {said[-300:]}")
         if process.returncode == 0:
             return made, wrong
-        if made >= kills and process.returncode not in (-number, 128 + number, 130, 143):
+        if given.of == "train" and number == signal.SIGTERM and given.processes == 1 and process.returncode > 0:
+            last = said.strip().splitlines()[-1:]
+            if process.returncode != 143 or not last or "stopped by SIGTERM" not in last[0]:
+                wrong.append(f"{name}: SIGTERM ended with {process.returncode}: {last}")
+        if process.returncode not in (-number, 128 + number, 130, 143) and (given.processes == 1 or made >= kills):
             wrong.append(f"{name}: ended with {process.returncode}: {said[-300:]}")
             return made, wrong
 

@@ -7,7 +7,7 @@ import torch
 
 import lte
 from lte.nn import SparsityMeter, observe_routing, set_mode, sparse_ffns
-from lte.ops import sparse_ffn_reference
+from lte.ops import cpu, sparse_ffn_reference
 from tests import models
 
 NAMES = ["llama", "llama-bias-relu", "phi3", "opt", "gpt2", "gpt_neox", "bert"]
@@ -163,3 +163,33 @@ def test_what_takes_the_slow_path_at_inference_says_why_once(caplog, monkeypatch
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         model(**inputs)
     assert not caplog.records  # a model that is being trained is looked at like this
+
+
+@pytest.mark.parametrize("kind", ["lte", "self-prediction", "int4", "prepared"])
+def test_a_model_on_the_meta_device_is_one_of_shapes(kind):
+    model = models.build("llama")
+    if kind in ("self-prediction", "int4"):
+        lte.sparsify(model, lte.SelfPredictionConfig(group=32), calibration=[models.inputs(2, 8)])
+    else:
+        lte.sparsify(model, lte.LTEConfig(expert_size=8, grouping="random", router_init="random"))
+    if kind == "int4":
+        lte.quantize(model, bits=4)
+    model.eval().to("meta")
+    if kind == "prepared":
+        lte.prepare_for_inference(model)
+    ids = torch.zeros(2, 3, dtype=torch.long, device="meta")
+    with torch.no_grad():
+        assert model(input_ids=ids).logits.shape == (2, 3, models.VOCAB)
+
+
+def test_preparing_does_not_report_success_where_something_hinders_it(caplog):
+    caplog.set_level("INFO", logger="lte")
+    model = lte.sparsify(models.build("llama"), lte.LTEConfig(expert_size=8, grouping="random", router_init="random"))
+    handles = [ffn.up_proj.register_forward_hook(lambda *_: None) for ffn in sparse_ffns(model)]
+    lte.prepare_for_inference(model)
+    assert "the FFNs of layers 0, 1 will not run through the kernels" in caplog.text
+    assert "one fused step" not in caplog.text
+    for handle in handles:
+        handle.remove()
+    lte.prepare_for_inference(model)
+    assert cpu.unavailable() or "decode runs as one fused step per token" in caplog.text

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.test_cli import folder  # noqa: F401 - a fixture
 from tests.training.common import rows, sparse_model, trainer
 
 ROOT = Path(__file__).parents[2]
@@ -30,3 +31,23 @@ def test_two_processes_equal_one(tmp_path):
     alone = run.model.state_dict()
     for name, value in together.items():
         torch.testing.assert_close(value, alone[name], atol=2e-4, rtol=2e-3, msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_overwrite_a_folder_once(tmp_path, folder):  # noqa: F811
+    out = tmp_path / "out"
+    words = ["finetune", "--model", folder / "dense", "--task", "lm", "--data", folder / "text.txt", "--out", out]
+    words += ["--context-length", "16", "--set", "training.max_steps=2", "--set", "training.save_strategy=no"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    alone = [sys.executable, "-m", "lte_start", *map(str, words)]
+    assert subprocess.run(alone, env=environment, capture_output=True, check=False).returncode == 0
+    (out / "of the first run").touch()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lte_start"]
+    done = subprocess.run(
+        [*command, *map(str, words), "--overwrite"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (out / "model.safetensors").is_file()
+    assert not (out / "of the first run").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert len((out / "training_log.jsonl").read_text().splitlines()) == 3  # two steps and the end, once

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -78,7 +79,10 @@ def model_config(name: str | None, folder: str | None = None) -> Any:
     if name is not None and split_path(name):
         return read_config(name)
     if name is not None and Path(name).is_file():
-        return AutoConfig.from_pretrained(name)
+        try:
+            return AutoConfig.from_pretrained(name)
+        except (ValueError, TypeError, OSError, RecursionError, StrictDataclassError) as error:
+            raise ConfigError(f"{name} is no model config: {' '.join(str(error).split())}") from error
     raise ConfigError(f"shape {name!r} is unknown; choose one of {', '.join(SHAPES)}, or give --model DIR")
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Annotated
 
 import pydantic
-import torch
 from torch import Tensor, nn
 
 from lte.config import MethodConfig, register_method
 from lte.errors import ConfigError
 from lte.methods.unlearned import UnlearnedMethod
 from lte.nn import LookingRouter, Router, RouterCost, Routing, SparseFFN
+from lte.nn.router import uncast
 
 
 class SparseInferConfig(MethodConfig):
@@ -37,7 +37,7 @@ class SignRouter(LookingRouter):
 
     def forward(self, x: Tensor) -> Routing:
         """Decide for inputs of shape [..., D]."""
-        with torch.autocast(device_type=x.device.type, enabled=False):
+        with uncast(x):
             signs_FD = self.ffn.weights().input_matrix.detach().float().sign()
             return self.decide(x.detach().float().sign() @ signs_FD.T / x.shape[-1] ** 0.5)
 

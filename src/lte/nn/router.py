@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,6 +48,11 @@ def read_thresholds(state: Tensor) -> tuple[float, float | None, float]:
     if not 0 <= share <= 1:
         raise CheckpointError(f"fine_share={share} of a router must lie between 0 and 1")
     return threshold, None if math.isnan(fine) else fine, share
+
+
+def uncast(x: Tensor) -> AbstractContextManager[Any]:
+    """Without autocast, which the meta device does not know."""
+    return nullcontext() if x.is_meta else torch.autocast(device_type=x.device.type, enabled=False)
 
 
 class Router(nn.Module):
@@ -196,7 +202,7 @@ class ThresholdRouter(Router):
 
     def forward(self, x: Tensor) -> Routing:
         """Route inputs of shape [..., D]."""
-        with torch.autocast(device_type=x.device.type, enabled=False):
+        with uncast(x):
             return self.decide(self.logits(x))
 
     def extra_repr(self) -> str:
@@ -293,7 +299,7 @@ class FixedShareRouter(LookingRouter):
 
     def forward(self, x: Tensor) -> Routing:
         """Decide for inputs of shape [..., D]."""
-        with torch.autocast(device_type=x.device.type, enabled=False):
+        with uncast(x):
             scores = expert_scores(self.scores(x).float(), self.n_experts)
             banks = scores.detach().unflatten(-1, (-1, self.bank))
             mask = largest(banks, self.k).flatten(-2)
@@ -389,7 +395,7 @@ class TopKSoftmaxRouter(ThresholdRouter):
 
     def forward(self, x: Tensor) -> Routing:
         """Route inputs of shape [..., D]."""
-        with torch.autocast(device_type=x.device.type, enabled=False):
+        with uncast(x):
             logits = self.logits(x)
             if self.training and self.noise:
                 logits = logits + self.noise * torch.randn_like(logits)
@@ -436,7 +442,7 @@ class ScoreRouter(LookingRouter):
 
     def forward(self, x: Tensor) -> Routing:
         """Decide for inputs of shape [..., D]."""
-        with torch.autocast(device_type=x.device.type, enabled=False):
+        with uncast(x):
             scores = expert_scores(self.scores(x).float(), self.n_experts)
             return self.decide_by(scores)
 

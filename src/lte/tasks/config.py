@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field
@@ -51,7 +51,7 @@ class TaskConfig(pydantic.BaseModel):
 
     name: Literal["lm", "classify"]
     context_length: int = Field(512, ge=2)
-    stride: int | None = Field(None, ge=1)
+    stride: Annotated[int, Field(strict=True, ge=1)] | None = None
     prompt_column: str | None = None
     input_column: str | None = None
     keep_prompt: Literal["start", "end"] = "end"
@@ -61,7 +61,7 @@ class TaskConfig(pydantic.BaseModel):
     label_column: str = "label"
     messages_column: str | None = None
     split: str | None = None
-    limit: int | None = Field(None, ge=1)
+    limit: Annotated[int, Field(strict=True, ge=1)] | None = None
     max_new_tokens: int = Field(100, ge=1)
     metric: Literal["accuracy", "f1", "matthews", "pearson", "spearman", "rougeL", "bleu"] | None = None
 
