@@ -1,4 +1,4 @@
-"""The whole campaign: bad inputs, damaged checkpoints, kills, a disk that fills up; an hour or so.
+"""The whole campaign: bad inputs, damaged checkpoints, kills, two runs into one folder, a full disk; an hour or so.
 
 python -m tests.campaign [--json FILE]    # as root on Linux, which can mount a small disk
 """
@@ -25,6 +25,7 @@ PARTS = {
         ["kills", "--kills", "10", "--signal", "INT"],
         ["kills", "--kills", "8", "--of", "compare"],
     ),
+    "two_runs": (["two_runs"],),
     "full_disk": (["full_disk"],),
 }
 
