@@ -349,8 +349,8 @@ def bench_gpu(
 
 def _set_threads(threads: int | None) -> None:
     if threads is not None:
-        if threads < 1:
-            raise ConfigError(f"threads={threads} is out of range; it is at least 1")
+        if not 1 <= threads <= 4096:
+            raise ConfigError(f"threads={threads} is out of range; it is from 1 to 4096")
         import torch
 
         torch.set_num_threads(threads)

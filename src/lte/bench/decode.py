@@ -47,6 +47,7 @@ from lte.planes import picks_neurons, planes_of, set_bits_per_token, weights_con
 from lte.sparsify import sparsify
 
 PROMPT_TOKENS = 16
+MOST_TOKENS = 4096  # of a turn
 
 
 @dataclass
@@ -112,8 +113,10 @@ def bench_decode(
     device = device or torch.device("cpu")
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
-    if batch < 1 or new_tokens < 2 or rounds < 1:
-        raise ConfigError(f"batch={batch}, new_tokens={new_tokens}, rounds={rounds}: at least 1, 2 and 1")
+    if batch < 1 or not 2 <= new_tokens <= MOST_TOKENS or rounds < 1:
+        raise ConfigError(
+            f"batch={batch}, new_tokens={new_tokens}, rounds={rounds}: at least 1, 2 and 1, no more than {MOST_TOKENS}"
+        )
     if model_folder is None and method is not None and method.sparsity_is != "threshold":
         raise ConfigError(
             f"method={method.method!r} cannot be timed on random weights, which no threshold brings to a sparsity; "

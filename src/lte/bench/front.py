@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from lte.accounting import model_cost
 from lte.activations import every_nth, sample_batches
 from lte.bench import llama_cpp
-from lte.bench.decode import PROMPT_TOKENS, generate_seconds
+from lte.bench.decode import MOST_TOKENS, PROMPT_TOKENS, generate_seconds
 from lte.bench.rows import Row
 from lte.errors import ConfigError, LTEError
 from lte.evaluate import versions
@@ -102,6 +102,8 @@ def bench_front(
         new_tokens, rounds: of the timing, all engines taking turns.
         progress: told what is being done.
     """
+    if not 2 <= new_tokens <= MOST_TOKENS or rounds < 1:
+        raise ConfigError(f"new_tokens={new_tokens}, rounds={rounds}: at least 2 and 1, at most {MOST_TOKENS} tokens")
     tokenizer = load_tokenizer(path)
     batches = sample_batches(task.prepare(data, tokenizer), task.collator(tokenizer), tokens + steps * STEP_TOKENS)
     rounding = every_nth(batches, tokens)

@@ -27,6 +27,9 @@ from lte.methods import LTEConfig
 from lte.nn import SparsityMeter, observe_routing, sparse_ffns
 from lte.ops import SMALL_BATCH
 
+LONGEST = 2**17
+"""Tokens of a prompt."""
+
 
 @dataclass
 class Engine:
@@ -79,6 +82,8 @@ def bench_prefill(
         raise ConfigError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     if not tokens or min(tokens) < 2 or rounds < 1:
         raise ConfigError(f"tokens={list(tokens)}, rounds={rounds}: at least 2 and 1")
+    if max(tokens) > LONGEST:
+        raise ConfigError(f"tokens={list(tokens)}: at most {LONGEST}")
     check_sparsities(sparsities)
     config = model_config(config_name)
     progress("building the model")
