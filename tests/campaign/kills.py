@@ -31,23 +31,18 @@ PATIENCE = 600
 """Seconds after which a run hangs."""
 
 
+def start_and_end(root: Path, out: Path) -> list[str]:
+    """Flags of model, data and result."""
+    return ["--model", str(root / "dense"), "--task", "lm", "--data", str(root / "text.txt"), "--out", str(out)]
+
+
 def command(root: Path, out: Path, processes: int, *more: str) -> list[str]:
     """``lte train`` in as many processes."""
     start = [sys.executable, "-m", "lte_start"]
     if processes > 1:
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         start += ["-m", "lte_start"]
-    words = [
-        "train",
-        "--model",
-        str(root / "dense"),
-        "--task",
-        "lm",
-        "--data",
-        str(root / "text.txt"),
-        "--out",
-        str(out),
-    ]
+    words = ["train", *start_and_end(root, out)]
     words += ["--context-length", "16", "--batch-size", "4", "--target-sparsity", "0.4"]
     words += [
         "--set",
@@ -62,17 +57,7 @@ def command(root: Path, out: Path, processes: int, *more: str) -> list[str]:
 
 def comparison(root: Path, out: Path) -> list[str]:
     """``lte compare``, which the same line goes on with."""
-    words = [
-        "compare",
-        "--model",
-        str(root / "dense"),
-        "--task",
-        "lm",
-        "--data",
-        str(root / "text.txt"),
-        "--out",
-        str(out),
-    ]
+    words = ["compare", *start_and_end(root, out)]
     words += ["--methods", "lte,kla,teal,moefication,dejavu,prune-wanda", "--sparsities", "0.5", "--steps", "40"]
     words += ["--set", "lte.expert_size=8", "--set", "moefication.expert_size=8", "--set", "dejavu.rank=8"]
     words += ["--context-length", "16", "--batch-size", "4", "--limit", "60", "--decode-tokens", "0"]
