@@ -28,7 +28,7 @@ import lte_start
 from lte.models import train_tokenizer
 from tests import models
 
-SECONDS = 20
+SECONDS = 60
 """After which a command counts as hanging."""
 
 NUMBERS = ["nan", "inf", "-1", "0", "1e400", "x", "", "[]", "{}", "null", "true"]

@@ -60,7 +60,8 @@ def comparison(root: Path, out: Path) -> list[str]:
     words = ["compare", *start_and_end(root, out)]
     words += ["--methods", "lte,kla,teal,moefication,dejavu,prune-wanda", "--sparsities", "0.5", "--steps", "40"]
     words += ["--set", "lte.expert_size=8", "--set", "moefication.expert_size=8", "--set", "dejavu.rank=8"]
-    words += ["--context-length", "16", "--batch-size", "4", "--limit", "60", "--decode-tokens", "0"]
+    words += ["--context-length", "16", "--batch-size", "4", "--decode-tokens", "0"]
+    words += ["--eval-data", str(root / "text.txt"), "--set", "task.limit=60"]
     return [sys.executable, "-m", "lte_start", *words]
 
 
@@ -115,9 +116,8 @@ def chain(
         if process.returncode == 0:
             return made, wrong
         if given.of == "train" and number == signal.SIGTERM and given.processes == 1 and process.returncode > 0:
-            last = said.strip().splitlines()[-1:]
-            if process.returncode != 143 or not last or "stopped by SIGTERM" not in last[0]:
-                wrong.append(f"{name}: SIGTERM ended with {process.returncode}: {last}")
+            if process.returncode != 143 or said.count("stopped by SIGTERM; ") != 1:
+                wrong.append(f"{name}: SIGTERM ended with {process.returncode}: {said[-300:]}")
         if process.returncode not in (-number, 128 + number, 130, 143) and (given.processes == 1 or made >= kills):
             wrong.append(f"{name}: ended with {process.returncode}: {said[-300:]}")
             return made, wrong
