@@ -115,9 +115,10 @@ def chain(
             wrong.append(f"{name}: a traceback: {said[-300:]}")
         if process.returncode == 0:
             return made, wrong
-        if given.of == "train" and number == signal.SIGTERM and given.processes == 1 and process.returncode > 0:
-            if process.returncode != 143 or said.count("stopped by SIGTERM; ") != 1:
-                wrong.append(f"{name}: SIGTERM ended with {process.returncode}: {said[-300:]}")
+        told = process.returncode == 143 and said.count("stopped by SIGTERM; ") == 1
+        alone = given.of == "train" and number == signal.SIGTERM and given.processes == 1
+        if alone and process.returncode > 0 and not told:
+            wrong.append(f"{name}: SIGTERM ended with {process.returncode}: {said[-300:]}")
         if process.returncode not in (-number, 128 + number, 130, 143) and (given.processes == 1 or made >= kills):
             wrong.append(f"{name}: ended with {process.returncode}: {said[-300:]}")
             return made, wrong
