@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import json
 import threading
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, pipeline
 
 import lte
+from lte.inference.prepare import restore
 from tests import models
 from tests.tasks.tiny import byte_tokenizer
 
@@ -142,7 +145,30 @@ def test_a_pipeline(model):
     tokenizer = byte_tokenizer()
     model.resize_token_embeddings(len(tokenizer))
     made = pipeline("text-generation", model=model, tokenizer=tokenizer)("abc", max_new_tokens=5, do_sample=False)
-    assert made[0]["generated_text"].startswith("abc")
+    ids = tokenizer("abc", return_tensors="pt")
+    wanted = restore_plain(model).generate(**ids, max_new_tokens=5, do_sample=False)
+    assert made[0]["generated_text"] == tokenizer.decode(wanted[0], skip_special_tokens=True)
+
+
+def restore_plain(model):
+    """The same model as nobody prepared it."""
+    plain = copy.deepcopy(model)
+    restore(plain)
+    return plain
+
+
+def test_a_quantised_cache_is_used_or_its_package_asked_for(model):
+    settings = {"cache_implementation": "quantized", "max_new_tokens": 4, "do_sample": False}
+    if importlib.util.find_spec("optimum") is None and importlib.util.find_spec("hqq") is None:
+        with pytest.raises(ImportError, match="quanto"):
+            model.generate(IDS, **settings)
+    else:
+        assert torch.equal(model.generate(IDS, **settings), restore_plain(model).generate(IDS, **settings))
+
+
+def test_other_engines_are_told_that_the_format_is_ours(model, tmp_path):
+    model.save_pretrained(tmp_path)  # vLLM and llama.cpp's converter refuse a quant_method they do not know
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["quant_method"] == "lte"
 
 
 def test_training_goes_on_after_it_was_prepared(model):
