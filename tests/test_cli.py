@@ -561,9 +561,16 @@ def test_seeds_that_no_generator_takes(tmp_path, command, seed):
     assert (out / "kept").exists()
 
 
-def test_seeds_of_the_library():
+def test_seeds_of_the_library(tmp_path):
     with pytest.raises(ConfigError, match="seed=-1 must be from 0 to 4294967295"):
-        create(CONFIG, "text.txt", Path("out"), seed=-1)
+        create(CONFIG, "text.txt", tmp_path / "out", seed=-1)
+
+
+def test_a_new_model_is_not_made_where_a_file_is(folder, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    words = ("init", "--config", folder / "dense" / "config.json", "--data", folder / "text.txt", "--vocab-size", 300)
+    assert "is a file" in fails(*words, "--out", tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_init_from_a_real_config(folder, tmp_path):
