@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import random
-import shutil
 import sysconfig
 import time
 from pathlib import Path
@@ -19,13 +18,14 @@ from transformers import GenerationConfig
 from lte.bench.decode import decode_tokens_per_second
 from lte.errors import ConfigError, DataError, check_seed
 from lte.evaluate import evaluate, load_for_evaluation
-from lte.files import lock_folder, unlock_folder, write_whole
+from lte.files import unlock_folder, write_whole
 from lte.generate import continue_text
 from lte.inference import prepare_for_inference
 from lte.models import EOS, create
 from lte.nn import SparsityMeter, observe_routing
 from lte.recipe import Recipe
 from lte.report.figures import sparsity_figure
+from lte.run_folder import forget_replaced, keep_folder, set_aside
 from lte.runs import finetune, train
 from lte.tasks import TaskConfig, build_task
 from lte.thresholds import thresholds_of
@@ -92,12 +92,11 @@ def quickstart(out: Path, *, overwrite: bool, seed: int, console: Console) -> di
     result = _compare(out, str(data["validation"]), task, seed, console)
     result["seconds"] = round(time.perf_counter() - started, 1)
     write_whole(out / RESULT, json.dumps(result, indent=2) + "\n")
-    if (_replaced(out) / MARK).is_file():
-        shutil.rmtree(_replaced(out))
+    forget_replaced(out, mark=MARK)
     unlock_folder(out)
     console.print(
         f"{result['seconds']:.0f} s. Model: {out / 'sparse'}; figure: {out / 'quickstart.png'}; "
-        f"numbers: {out / 'quickstart.json'}. Next: lte generate {out / 'sparse'} --prompt 'import '"
+        f"numbers: {out / RESULT}. Next: lte generate {out / 'sparse'} --prompt 'import '"
     )
     return result
 
@@ -139,29 +138,13 @@ def _claim(out: Path, overwrite: bool) -> None:
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
             raise ConfigError(f"out folder {str(out)!r} is not empty; use --overwrite or another --out")
-        kept = _replaced(out)
-        for folder in (out, kept) if kept.exists() else (out,):
-            if not (folder / MARK).is_file():
-                raise ConfigError(f"folder {str(folder)!r} was not made by the quickstart; empty it yourself")
-        _keep(out)
-        unlock_folder(out)
-        if kept.is_dir() and not (out / RESULT).is_file():
-            shutil.rmtree(out)  # it was to replace what is kept, and came to no end
-        else:
-            shutil.rmtree(kept, ignore_errors=True)
-            out.rename(kept)
+        if not (out / MARK).is_file():
+            raise ConfigError(f"folder {str(out)!r} was not made by the quickstart; empty it yourself")
+        keep_folder(out)
+        set_aside(out, mark=MARK, record=RESULT)
     out.mkdir(parents=True, exist_ok=True)
-    _keep(out)
+    keep_folder(out)
     (out / MARK).touch()
-
-
-def _keep(out: Path) -> None:
-    if owner := lock_folder(out):
-        raise ConfigError(f"out folder {str(out)!r} is being written to by {owner}; wait for it, or use another --out")
-
-
-def _replaced(out: Path) -> Path:
-    return out.with_name(f"{out.name}.replaced")
 
 
 def _compare(out: Path, data: str, config: TaskConfig, seed: int, console: Console) -> dict[str, Any]:

@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 RUN_FILE = "lte_run.json"
 """Written beside the weights when a run is complete: recipe, versions, time, last known sparsity."""
 
+MARK = "recipe.yaml"
+"""In the folder of every run, from its beginning."""
+
 
 def read_run(out: Path) -> dict[str, Any]:
     """The record of a complete run; empty where there is none.
@@ -62,7 +65,7 @@ def finished(out: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> dic
     file = out / RUN_FILE
     if not resume or not file.is_file():
         return None
-    _check_same_recipe(load_recipe(out / "recipe.yaml", {}, []), recipe, out / "recipe.yaml")
+    _check_same_recipe(load_recipe(out / MARK, {}, []), recipe, out / MARK)
     logger.warning("%s holds a complete run already; nothing to resume", out)
     return read_run(out)
 
@@ -79,7 +82,7 @@ def _check_same_recipe(old: Recipe, new: Recipe, file: Path) -> None:
 
 def check_folder(out: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
     """ConfigError if a run into ``out`` would lose or mix results."""
-    written = out / "recipe.yaml"
+    written = out / MARK
     for key in ("model", "data"):
         source = Path(getattr(recipe, key))
         touched = (out.resolve(), replaced(out))
@@ -116,14 +119,14 @@ def claim_folder(out: Path, recipe: Recipe, *, overwrite: bool) -> None:
     if processes.is_main_process:
         if overwrite and out.is_dir():
             keep_folder(out)
-            _set_aside(out)
+            set_aside(out)
         new = not out.is_dir()
         out.mkdir(parents=True, exist_ok=True)
         keep_folder(out)
         if (out / RUN_FILE).is_file():
             raise ConfigError(f"out folder {str(out)!r} was filled by another run meanwhile; use another --out")
         with nothing_left_of(out) if new else nullcontext():
-            write_whole(out / "recipe.yaml", dump_recipe(recipe))
+            write_whole(out / MARK, dump_recipe(recipe))
     processes.wait_for_everyone()
 
 
@@ -167,9 +170,9 @@ def replaced(out: Path) -> Path:
     return out.with_name(f"{out.name}.replaced")
 
 
-def forget_replaced(out: Path) -> None:
+def forget_replaced(out: Path, *, mark: str = MARK) -> None:
     """The new run is complete: what it replaces goes."""
-    if (replaced(out) / "recipe.yaml").is_file():
+    if (replaced(out) / mark).is_file():
         shutil.rmtree(replaced(out), ignore_errors=True)
 
 
@@ -181,12 +184,19 @@ def keep_folder(out: Path) -> None:
         )
 
 
-def _set_aside(out: Path) -> None:
+def set_aside(out: Path, *, mark: str = MARK, record: str = RUN_FILE) -> None:
+    """Keep what is in a folder, see :func:`replaced`.
+
+    Args:
+        out: a folder that is this process's.
+        mark: a file of every folder of the kind; what has none is not ours to replace.
+        record: a file of those that are complete.
+    """
     kept = replaced(out)
     unlock_folder(out)
-    if kept.exists() and not (kept / "recipe.yaml").is_file():
+    if kept.exists() and not (kept / mark).is_file():
         raise ConfigError(f"{str(kept)!r} is in the way of what --overwrite keeps there, and is none of lte's; move it")
-    if kept.is_dir() and (kept / RUN_FILE).is_file() and not (out / RUN_FILE).is_file():
+    if kept.is_dir() and (kept / record).is_file() and not (out / record).is_file():
         shutil.rmtree(out)  # a run that was to replace it, and never came to its end
     else:
         shutil.rmtree(kept, ignore_errors=True)

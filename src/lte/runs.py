@@ -92,9 +92,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> d
     tokenizer, task, rows = _read_inputs(recipe)
     # A teacher with a head nobody trained would teach noise.
     teacher = _load_dense(recipe, task, tokenizer, new_head=False) if args.distill else None
-    checkpoint = last_complete_checkpoint(args.output_dir) if resume else None
-    if checkpoint is not None:
-        check_checkpoint(checkpoint)
+    checkpoint = _to_go_on_from(args.output_dir) if resume else None
     if checkpoint is not None:
         model = load(checkpoint, dtype=_dtype(recipe))
     else:
@@ -188,9 +186,7 @@ def finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -
         return done
     check_folder(out, recipe, resume=resume, overwrite=overwrite)
     tokenizer, task, rows = _read_inputs(recipe)
-    checkpoint = last_complete_checkpoint(args.output_dir) if resume else None
-    if checkpoint is not None:
-        check_checkpoint(checkpoint)
+    checkpoint = _to_go_on_from(args.output_dir) if resume else None
     model = _load_dense(recipe, task, tokenizer)
     if activation is not None:
         replace_activation(model, activation)
@@ -296,6 +292,14 @@ def _read_inputs(recipe: Recipe) -> tuple[Any, Task, Any]:
     task = build_task(recipe.task, model_config)
     check_direction(model_config, task)
     return tokenizer, task, task.prepare(recipe.data, tokenizer)
+
+
+def _to_go_on_from(folder: str) -> Path | None:
+    """The last complete checkpoint; CheckpointError where a run cannot go on from it as it was."""
+    checkpoint = last_complete_checkpoint(folder)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint)
+    return checkpoint
 
 
 def _dtype(recipe: Recipe) -> Any:

@@ -83,9 +83,9 @@ def chain(
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     while True:
         resume = ["--resume"] if (out / "recipe.yaml").is_file() else []
-        of_train = command(root, out, given.processes, *resume)
+        words = comparison(root, out) if given.of == "compare" else command(root, out, given.processes, *resume)
         process = subprocess.Popen(
-            of_train if given.of == "train" else comparison(root, out),
+            words,
             env=environment,
             stderr=subprocess.PIPE,
             text=True,

@@ -90,14 +90,16 @@ def main() -> None:
 LOADS = """
 import sys, json, lte, transformers
 from pathlib import Path
+from lte.thresholds import thresholds_of
 out = Path(sys.argv[1])
 config = json.loads((out / "config.json").read_text())
-(lte.load if "quantization_config" in config else transformers.AutoModelForCausalLM.from_pretrained)(out)
+model = (lte.load if "quantization_config" in config else transformers.AutoModelForCausalLM.from_pretrained)(out)
 points = config.get("quantization_config", {}).get("operating_points", [])
-if points:
-    from lte.thresholds import thresholds_of
-    held = thresholds_of(lte.load(out))
-    lte.load(out).set_sparsity(points[-1]["sparsity"])
+if points:  # the thresholds beside the weights are those of a point: of one run, not half of each
+    held = thresholds_of(model)
+    model.set_sparsity(points[-1]["sparsity"])
+    moved = max(abs(then - now) for then, now in zip(held, thresholds_of(model), strict=True))
+    assert moved < 1e-9, moved  # a point has it as a logit
 """
 
 

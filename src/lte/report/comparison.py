@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lte.report.figures import tradeoff_figure
-from lte.report.studies import METRICS, Row, Spread, loss_of, markdown_table, read_records, rows_of
+from lte.report.studies import METRICS, Row, Spread, harness_of, loss_of, markdown_table, read_records, rows_of
 
 AXES = {"sparsity": "FFN sparsity (%)", "gflops": "GFLOPs per token", "megabytes": "MB read per token"}
 """What quality is drawn over, and how it is called."""
@@ -62,9 +62,12 @@ def write_report(out: Path) -> Path:
     rows = rows_of(records)
     with (out / "points.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        more = list(dict.fromkeys(name for record in records for name in _more(record)))
-        writer.writerow([*COLUMNS, *more])
-        writer.writerows([*_csv_row(record), *(_more(record).get(name) for name in more)] for record in records)
+        others = [_more(record) for record in records]
+        names = list(dict.fromkeys(name for each in others for name in each))
+        writer.writerow([*COLUMNS, *names])
+        writer.writerows(
+            [*_csv_row(record), *map(each.get, names)] for record, each in zip(records, others, strict=True)
+        )
     head, body = points_table(rows)
     less = fewest_table(rows)
     (out / "table.md").write_text(
@@ -101,8 +104,7 @@ def _csv_row(record: dict[str, Any]) -> list[Any]:
 
 def _more(record: dict[str, Any]) -> dict[str, Any]:
     """Other metrics of the task, and tasks of lm-evaluation-harness."""
-    tasks = {f"{name} {task['metric']}": task["value"] for name, task in record.get("tasks", {}).items()}
-    return {**{key: value for key, value in record["extras"].items() if key in METRICS}, **tasks}
+    return {key: value for key, value in record["extras"].items() if key in METRICS} | harness_of(record)
 
 
 def points_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:

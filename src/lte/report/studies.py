@@ -154,10 +154,7 @@ def _row(series: str, setting: str, records: list[dict[str, Any]]) -> Row:
         decode_ms=_spread(records, _decode_ms),
         decode_gain=_spread(records, _decode_gain),
         path=records[0].get("decode", {}).get("path", "-"),
-        tasks={
-            f"{name} {task['metric']}": Spread.of([record["tasks"][name]["value"] for record in records])
-            for name, task in records[0].get("tasks", {}).items()
-        },
+        tasks={name: Spread.of([harness_of(record)[name] for record in records]) for name in harness_of(records[0])},
         others={
             METRICS[key]: Spread.of([record["extras"][key] for record in records])
             for key in records[0]["extras"]
@@ -165,6 +162,11 @@ def _row(series: str, setting: str, records: list[dict[str, Any]]) -> Row:
         },
         kernel=_kernel(records[0]),
     )
+
+
+def harness_of(record: dict[str, Any]) -> dict[str, float]:
+    """Tasks of lm-evaluation-harness, by name and metric."""
+    return {f"{name} {task['metric']}": task["value"] for name, task in record.get("tasks", {}).items()}
 
 
 def _kernel(record: dict[str, Any]) -> str:
