@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import lte
-from lte.errors import CheckpointError, LTEError
+from lte.errors import CheckpointError, ConfigError, LTEError
 from lte.hub import SparseModelLoader
 from lte.nn import set_mode, sparse_ffns
 from tests import models
@@ -352,3 +352,10 @@ def test_push_to_hub_reaches_the_hub(saved, monkeypatch):
     with pytest.raises(ConnectionError, match="no network in tests"):
         saved[0].push_to_hub("someone/sparse")
     assert asked == ["someone/sparse"]
+
+
+def test_a_dense_model_in_parts_is_not_made_sparse():
+    model = models.build("llama")
+    model._tp_size = 2
+    with pytest.raises(ConfigError, match=r"the model lies in 2 parts \(tensor parallelism\)"):
+        lte.sparsify(model, lte.LTEConfig(expert_size=8))

@@ -66,7 +66,16 @@ def test_missing_recipe_file(tmp_path):
         ("training.per_device_train_batch_size=0", "training.per_device_train_batch_size=0 must be at least 1"),
         ("training.gradient_accumulation_steps=0", "training.gradient_accumulation_steps=0 must be at least 1"),
         ("training.learning_rate=-1", "training.learning_rate=-1.0 must not be negative"),
-        ("training.eval_strategy=steps", "training"),
+        ("training.eval_strategy=steps", "training.eval_strategy is not used; run `lte evaluate`"),
+        ("training.eval_delay=3", "training.eval_delay is not used; run `lte evaluate`"),
+        ("training.resume_from_checkpoint=x", "training.resume_from_checkpoint is not used; give --resume"),
+        ("training.optim_args=x", "training.optim_args='x' is not of the form name=value,name=value"),
+        ("training.optim=lomo", "training.optim=lomo: You need to install `lomo_optim`"),
+        ("training.torch_compile_mode=x", "training.torch_compile_mode=x must be one of default, "),
+        ("training.gradient_checkpointing_kwargs=x", "_kwargs='x' is not a mapping; give {name: value}"),
+        ("training.label_names=x", r"training.label_names='x' is not a list; give \[name, name\]"),
+        ("training.deepspeed=x", "training: No package metadata was found for The 'deepspeed"),
+        ("training.use_liger_kernel=true", "use_liger_kernel=True would put dense FFNs where the sparse ones are"),
         ("training.num_train_epochs=3", "give stage1_epochs and stage2_epochs"),
     ],
 )
@@ -74,6 +83,19 @@ def test_bad_training_values(tmp_path, setting, message):
     recipe = load_recipe(None, {**FLAGS, "preset": "paper", "training.eta": 1.0}, [setting])
     with pytest.raises(ConfigError, match=message):
         recipe.arguments(lte.LTETrainingArguments, output_dir=str(tmp_path))
+
+
+def test_a_dense_run_says_that_liger_is_missing(tmp_path):
+    recipe = load_recipe(None, FLAGS, ["training.use_liger_kernel=true"])
+    with pytest.raises(ConfigError, match="needs the package liger-kernel; install it or leave it out"):
+        recipe.arguments(TrainingArguments, output_dir=str(tmp_path))
+
+
+def test_settings_for_the_optimizer_and_the_compiler_that_are_right(tmp_path):
+    settings = ["optim=adamw_torch", "optim_args=weight_decay=0.1,foreach=False", "torch_compile_mode=reduce-overhead"]
+    recipe = load_recipe(None, {**FLAGS, "training.eta": 1.0}, [f"training.{setting}" for setting in settings])
+    args = recipe.arguments(lte.LTETrainingArguments, output_dir=str(tmp_path))
+    assert (args.optim_args, args.torch_compile_mode) == ("weight_decay=0.1,foreach=False", "reduce-overhead")
 
 
 def test_lte_settings_are_unknown_to_a_dense_run(tmp_path):

@@ -7,13 +7,15 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
 import torch
 import yaml
-from transformers import TrainingArguments, get_scheduler
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.utils import is_liger_kernel_available
 
 from lte.config import MethodConfig, method_config, method_of, sparsity_is, validate_model
 from lte.errors import LAST_SEED, ConfigError
@@ -120,7 +122,7 @@ class Recipe(pydantic.BaseModel):
             self._check_dtype(args)
         except ConfigError:
             raise
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, ImportError) as error:
             raise ConfigError(f"training: {error}") from error
         return args
 
@@ -221,6 +223,10 @@ def _typed(value: Any, key: str, kind: str) -> Any:
     """
     if "Strategy" in kind and value is False:
         return "no"
+    if key.endswith("_kwargs") and not isinstance(value, dict | None):
+        raise ConfigError(f"{key}={value!r} is not a mapping; give {{name: value}}")
+    if kind.removesuffix(" | None") == "list[str]" and not isinstance(value, list | None):
+        raise ConfigError(f"{key}={value!r} is not a list; give [name, name]")
     words = set(re.findall(r"\w+", kind)) - {"class"}
     optional = bool(words & {"None", "NoneType"})
     words -= {"None", "NoneType"}
@@ -247,11 +253,31 @@ def _typed(value: Any, key: str, kind: str) -> Any:
     return int(number) if whole else number
 
 
+_EVALUATE = "run `lte evaluate` on the result"
+UNUSED = {
+    **dict.fromkeys(("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "metric_for_best_model"), _EVALUATE),
+    "resume_from_checkpoint": "give --resume",
+}
+"""Settings of transformers that a run takes no notice of -> what does what they would."""
+
+
 def _check_arguments(args: Any) -> None:
     """What transformers would only stumble over once the run has begun."""
     check_ranges(args)
-    if str(args.eval_strategy.value) != "no":
-        raise ConfigError("training.eval_strategy is not used; run `lte evaluate` on the result")
+    for name, instead in UNUSED.items():
+        if getattr(args, name) not in (None, 0, "no"):
+            raise ConfigError(f"training.{name} is not used; {instead}")
+    if args.optim_args and not re.fullmatch(r"[^=,]+=[^=,]*(,[^=,]+=[^=,]*)*", args.optim_args):
+        raise ConfigError(f"training.optim_args={args.optim_args!r} is not of the form name=value,name=value")
+    try:
+        with suppress(ValueError):  # of those that need the model
+            Trainer.get_optimizer_cls_and_kwargs(args)
+    except ImportError as error:
+        raise ConfigError(f"training.optim={args.optim.value}: {error}") from None
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        raise ConfigError("training.use_liger_kernel=True needs the package liger-kernel; install it or leave it out")
+    if args.torch_compile_mode not in (None, *(modes := torch._inductor.list_mode_options())):
+        raise ConfigError(f"training.torch_compile_mode={args.torch_compile_mode} must be one of {', '.join(modes)}")
     schedules = {getattr(args, "stage1_scheduler", None), args.lr_scheduler_type} - {None}
     for name in schedules:
         get_scheduler(

@@ -51,11 +51,16 @@ def sparsify(
 
     Raises:
         UnsupportedModelError: unknown family or activation.
-        ConfigError: the expert size does not divide d_ff, the model is sparse already, or calibration data is
-            needed and missing.
+        ConfigError: the expert size does not divide d_ff, the model is sparse already or loaded with tensor
+            parallelism, or calibration data is needed and missing.
     """
     if sparse_ffns(model):
         raise ConfigError("the model is sparse already; load the dense checkpoint to start again")
+    if (getattr(model, "tp_size", None) or 1) > 1:
+        raise ConfigError(
+            f"the model lies in {model.tp_size} parts (tensor parallelism): masks of the whole FFN would meet parts of "
+            "it; load it whole, or with device_map"
+        )
     get_grouping(config.grouping)
     needed = method_of(config).needs_calibration
     batches = list(calibration or ()) if needed else []

@@ -160,6 +160,14 @@ def cases(at: dict[str, str]) -> Iterator[tuple[str, list[str]]]:
         for name in names:
             for value in NUMBERS:
                 yield f"{command} training.{name}={value}", [*good[command], "--set", f"training.{name}={value}"]
+    for setting in (
+        *("optim_args=x", "torch_compile_backend=x", "torch_compile_mode=x", "deepspeed=x", "fsdp=x", "eval_delay=3"),
+        *("gradient_checkpointing_kwargs=x", "lr_scheduler_kwargs=x", "label_names=x", "resume_from_checkpoint=x"),
+        *("accelerator_config=x", "parallelism_config=x", "report_to=x", "log_level=x", "tf32=true", "debug=x"),
+        *("load_best_model_at_end=true", "metric_for_best_model=x", "use_liger_kernel=true", "ddp_backend=x"),
+    ):
+        for command in ("train", "finetune"):
+            yield f"{command} training.{setting}", [*good[command], "--set", f"training.{setting}"]
     for name in ("expert_size", "threshold", "grouping", "router_init", "router_init_score", "method", "no_such"):
         for value in NUMBERS:
             for command in ("train", "sparsify"):

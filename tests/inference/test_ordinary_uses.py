@@ -158,7 +158,8 @@ def restore_plain(model):
 
 
 def test_a_quantised_cache_is_used_or_its_package_asked_for(model):
-    settings = {"cache_implementation": "quantized", "max_new_tokens": 4, "do_sample": False}
+    cache = {"backend": "quanto", "nbits": 4, "q_group_size": 8}
+    settings = {"cache_implementation": "quantized", "cache_config": cache, "max_new_tokens": 4, "do_sample": False}
     if importlib.util.find_spec("optimum") is None and importlib.util.find_spec("hqq") is None:
         with pytest.raises(ImportError, match="quanto"):
             model.generate(IDS, **settings)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lte
-from lte.nn import SparsityMeter, observe_routing, set_mode, sparse_ffns
+from lte.nn import SparsityMeter, observe_routing, set_mode, sparse_ffns, unsaid
 from lte.ops import cpu, sparse_ffn_reference
 from tests import models
 
@@ -157,12 +157,26 @@ def test_what_takes_the_slow_path_at_inference_says_why_once(caplog, monkeypatch
             model(**inputs)
         assert "layer 0 runs masked and dense, no faster than the dense model: autocast is on" in caplog.text
     caplog.clear()
+    model = lte.sparsify(models.build("llama"), lte.LTEConfig(expert_size=8, grouping="random", router_init="random"))
     model.train()
     model(**inputs)
     model.eval()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad():
+        with unsaid():
+            model(**inputs)
+        assert not caplog.records  # a model that is being trained is looked at like this
+        for _ in range(2):
+            model(**inputs)
+        if cpu.unavailable():
+            assert not caplog.records
+        else:
+            assert len(caplog.records) == 1
+            assert "layer 0 runs masked and dense" in caplog.text
+            assert "trained in this process; lte.prepare_for_inference(model)" in caplog.text
+        caplog.clear()
+        lte.prepare_for_inference(model)
         model(**inputs)
-    assert not caplog.records  # a model that is being trained is looked at like this
+        assert not caplog.records
 
 
 @pytest.mark.parametrize("kind", ["lte", "self-prediction", "int4", "prepared"])

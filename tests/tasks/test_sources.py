@@ -122,6 +122,7 @@ def test_saved_datasets(tmp_path):
         ("a.json", "[]", "a.json: there are no rows in it"),
         ("a.csv", "a,b\n", "a.csv: there are no rows in it"),
         ("a.xls", "x", "a.xls: unsupported extension '.xls'; supported: .txt, .jsonl, .json, .csv, .parquet"),
+        ("a.jsonl", '{"a": 1}\n{"a": ' + "[" * 50_000 + "]" * 50_000 + "}\n", "a.jsonl: line 2 is nested too deep"),
         ("a.jsonl", '{"a": 1}\n{"a": 2\n', "a.jsonl: line 2 is not valid JSON ("),
         ("a.jsonl", '{"a": 1}\n\n7\n', "a.jsonl: line 3 is not a JSON object; write one"),
         ("a.json", '[{"a": 1', "a.json: cannot be read as json: "),

@@ -61,7 +61,7 @@ _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 
 @contextmanager
 def unsaid() -> Iterator[None]:
-    """Inside, nothing is said of FFNs that run masked and dense: it is this package that watches their projections."""
+    """Inside, nothing is said of FFNs that run masked and dense: it is this package that trains or watches them."""
     before = _quiet.set(True)
     try:
         yield
@@ -69,10 +69,7 @@ def unsaid() -> Iterator[None]:
         _quiet.reset(before)
 
 
-def _say_once(reason: str, layer: int) -> None:
-    if reason not in _said and not _quiet.get():
-        _said.add(reason)
-        logger.warning("the FFN of layer %d runs masked and dense, no faster than the dense model: %s", layer, reason)
+TRAINED_HERE = "it was trained in this process; lte.prepare_for_inference(model) lays its weights out for the kernels"
 
 
 class Mode(StrEnum):
@@ -151,8 +148,10 @@ class SparseFFN(nn.Module):
             if not self.masks_prompts and self.observer is None and x.ndim > 2 and x.shape[-2] > SMALL_BATCH:
                 return self.project_down(self.hidden(x))
             impl, max_density = self.choose_path(x.numel() // x.shape[-1])
-            if impl != "reference" and (not self.keep_layout or is_packed(self.weights())):
-                return self._operate(x, impl, max_density)
+            if impl != "reference":
+                if not self.keep_layout or is_packed(self.weights()):
+                    return self._operate(x, impl, max_density)
+                self._say_once(TRAINED_HERE)
         elif self.training and torch.is_grad_enabled():
             self.keep_layout = True
         hidden = self.hidden(x if self.mode == Mode.DENSE else self.router.inputs(x))
@@ -217,9 +216,18 @@ class SparseFFN(nn.Module):
         if self.mode != Mode.HARD or torch.is_grad_enabled() or self.training:
             return False
         reason = self.obstacle(x.device.type)
-        if reason and not self.keep_layout and not torch.compiler.is_compiling():
-            _say_once(reason, self.layer_index)
+        if reason:
+            self._say_once(reason)
         return not reason
+
+    def _say_once(self, reason: str) -> None:
+        if not torch.compiler.is_compiling() and reason not in _said and not _quiet.get():
+            _said.add(reason)
+            logger.warning(
+                "the FFN of layer %d runs masked and dense, no faster than the dense model: %s",
+                self.layer_index,
+                reason,
+            )
 
     def obstacle(self, device_type: str) -> str:
         """Why a forward at inference is the masked dense form, no faster than a dense one; empty where it is not."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import TypeAlias
@@ -93,13 +94,27 @@ def _load_file(path: Path, limit: int | None) -> Dataset:
         raise DataError(f"{path}: the file is empty")
     if kind == "text":
         return _load_text([path], str(path), limit)
+    if kind == "json":
+        _refuse_deep_json(path)
     with _error_logs_off():
         try:
             builder = datasets.load_dataset_builder(kind, data_files=str(path))
             builder.download_and_prepare()
-        except (DatasetsError, OSError, ValueError) as error:
+        except (DatasetsError, OSError, ValueError, RecursionError) as error:
             raise DataError(f"{path}: {_why_unreadable(path, error)}") from error
     return _as_dataset(builder, None, str(path))
+
+
+def _refuse_deep_json(path: Path) -> None:
+    """DataError for values in values in values, thousands deep, over which the library's parser brings Python down."""
+    with path.open("rb") as handle:
+        for number, line in enumerate(handle, 1):
+            if line.count(b"[") + line.count(b"{") > sys.getrecursionlimit() // 2:
+                try:
+                    with suppress(ValueError):  # of several lines, or said by the library
+                        json.loads(line)
+                except RecursionError:
+                    raise DataError(f"{path}: line {number} is nested too deep; mend or remove it") from None
 
 
 def _load_folder(folder: Path, split: str | None, limit: int | None) -> Dataset:
@@ -119,7 +134,7 @@ def _load_folder(folder: Path, split: str | None, limit: int | None) -> Dataset:
         try:
             builder = datasets.load_dataset_builder(str(folder))
             builder.download_and_prepare()
-        except (DatasetsError, OSError, ValueError) as error:
+        except (DatasetsError, OSError, ValueError, RecursionError) as error:
             raise DataError(f"{folder}: no readable data files: {_reason(error)}") from error
     return _as_dataset(builder, split, str(folder))
 

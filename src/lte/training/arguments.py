@@ -79,6 +79,12 @@ class LTETrainingArguments(TrainingArguments):
             )
         _require(self.stages in (1, 2), "stages", self.stages, "must be 1, or 2 for the published training")
         check_ranges(self)
+        _require(
+            not self.use_liger_kernel,
+            "use_liger_kernel",
+            True,
+            "would put dense FFNs where the sparse ones are; leave it out",
+        )
         for name in ("target_warmup", "eta_warmup", "anneal", "distill", "lambda_start", "lambda_full"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "is a share, in [0, 1]")
         _require(

@@ -19,7 +19,7 @@ from transformers.trainer_utils import TrainOutput
 from lte.activations import sample_batches
 from lte.config import OperatingPoint, method_of
 from lte.errors import CheckpointError, ConfigError, NonFiniteLossError
-from lte.nn import Mode, Routing, ThresholdRouter, observe_routing, set_mode, sparse_ffns
+from lte.nn import Mode, Routing, ThresholdRouter, observe_routing, set_mode, sparse_ffns, unsaid
 from lte.thresholds import (
     DIAL_TOKENS,
     MISSED,
@@ -136,6 +136,7 @@ class LTETrainer(Trainer):
         assert self._plan is not None
         return self._plan
 
+    @unsaid()
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Run the training, or what is left of it.
 
@@ -174,6 +175,11 @@ class LTETrainer(Trainer):
             self._land(self.tracker)
             self.seconds_of["landing"] = time.perf_counter() - started - self.seconds_of["training"]
         return output
+
+    @unsaid()
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """That of transformers; nothing is said of a model's speed while it is being trained."""
+        return super().evaluation_loop(*args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW (or what ``args.optim`` says) with the routers in a group of their own."""
