@@ -80,6 +80,17 @@ class FixedShareConfig(MethodConfig):
     sparsity: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.5
 
 
+class LayerwiseConfig(MethodConfig):
+    """Settings of methods whose papers take thresholds layer by layer.
+
+    Attributes:
+        per_layer: bring every layer to the sparsity, by a threshold of its own, as published, instead of all of them
+            together by one threshold. For models that are not trained under the method.
+    """
+
+    per_layer: bool = False
+
+
 ConfigT = TypeVar("ConfigT", bound=MethodConfig)
 
 

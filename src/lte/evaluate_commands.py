@@ -135,7 +135,9 @@ def calibrate(
         str, typer.Option(help="One sparsity, or several with commas: the model is left at the last.")
     ],
     task: TrainedTask = None,
-    per_layer: Annotated[bool, typer.Option("--per-layer", help="The same sparsity in every layer.")] = False,
+    per_layer: Annotated[
+        bool | None, typer.Option("--per-layer/--one-threshold", help="The same sparsity in every layer, or in all.")
+    ] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of the data to use; default 16384.")] = None,
     context_length: ContextLength = None,
     prompt_column: PromptColumn = None,

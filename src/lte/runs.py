@@ -222,7 +222,7 @@ def calibrate_checkpoint(
     task: Task,
     sparsities: Sequence[float],
     *,
-    per_layer: bool = False,
+    per_layer: bool | None = None,
     tokens: int = DIAL_TOKENS,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[OperatingPoint]:
@@ -234,7 +234,7 @@ def calibrate_checkpoint(
         data: the text.
         task: how to read it.
         sparsities: every one becomes an operating point; the model is left at the last.
-        per_layer: the same sparsity in every layer, instead of one threshold for all.
+        per_layer: the same sparsity in every layer, instead of one threshold for all; None as the method is set to.
         tokens: how much of the text is used.
         progress: called with moves of thresholds made and the most that will be.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lte.activations import body_of, device_inputs, every_nth, token_count, without_cache
-from lte.config import OperatingPoint, SparsityConfig
+from lte.config import LayerwiseConfig, OperatingPoint, SparsityConfig
 from lte.errors import CalibrationError, ConfigError
 from lte.margins import Margins
 from lte.nn import Mode, observe_routing, set_mode, sparse_ffns
@@ -115,7 +115,7 @@ def calibrate(
     batches: Iterable[Mapping[str, Tensor]],
     sparsity: float,
     *,
-    per_layer: bool = False,
+    per_layer: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> OperatingPoint:
     """Move the thresholds so that the model reaches a sparsity on a text, and keep them as an operating point.
@@ -139,7 +139,7 @@ def calibrate(
         found = find_thresholds(model, batches, sparsity, per_layer=per_layer, progress=progress)
         nearest = max(_reached(found), key=lambda reached: abs(reached - sparsity))
         if abs(nearest - sparsity) > MISSED:
-            where = f"layer {found.sparsity_per_layer.index(nearest)}" if per_layer else "the model"
+            where = f"layer {found.sparsity_per_layer.index(nearest)}" if found.per_layer else "the model"
             raise CalibrationError(
                 f"sparsity {sparsity} cannot be reached by moving thresholds: {where} stayed at {nearest:.3f}, as too "
                 "many scores are equal there (a ReLU does that, and a separability loss). Ask for that sparsity, or "
@@ -171,7 +171,7 @@ def find_thresholds(
     batches: Iterable[Mapping[str, Tensor]],
     sparsity: float,
     *,
-    per_layer: bool = False,
+    per_layer: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> OperatingPoint:
     """Move the thresholds as near to a sparsity as they go, in at most two passes over the tokens.
@@ -184,7 +184,7 @@ def find_thresholds(
         model: a sparse model with threshold routers; it is left in hard mode, at the new thresholds.
         batches: model inputs.
         sparsity: S, in (0, 1), over all layers and tokens.
-        per_layer: reach S in every layer, instead of with one threshold for all.
+        per_layer: reach S in every layer, instead of with one threshold for all; None for what the method is set to.
         progress: called with batches run and the most that will be.
 
     Returns:
@@ -193,6 +193,9 @@ def find_thresholds(
     if not 0 < sparsity < 1:
         raise ConfigError(f"target sparsity {sparsity} must lie between 0 and 1")
     _check_dial(model)
+    if per_layer is None:
+        method = model.config.quantization_config.method
+        per_layer = isinstance(method, LayerwiseConfig) and method.per_layer
     kept = list(batches)
     few = every_nth(kept, max(token_count(kept) // 8, FEW_TOKENS))
     small = len(few) == len(kept)

@@ -8,13 +8,13 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
-from lte.config import MethodConfig, register_method
+from lte.config import LayerwiseConfig, register_method
 from lte.methods.scores import ScoreMethod
 from lte.nn import HalfForm, Router, RouterCost, ScoreRouter, SparseFFN
 from lte.ops import ACTIVATIONS, fast_linear
 
 
-class CATSConfig(MethodConfig):
+class CATSConfig(LayerwiseConfig):
     """Single neurons, picked by ``|act(gate x)|``; of a plain FFN, by all it computes before the down projection.
 
     Attributes:

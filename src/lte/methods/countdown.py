@@ -8,14 +8,14 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
-from lte.config import MethodConfig, register_method
+from lte.config import LayerwiseConfig, register_method
 from lte.errors import ConfigError
 from lte.methods.scores import ScoreMethod
 from lte.nn import HalfForm, Router, RouterCost, ScoreRouter, SparseFFN
 from lte.ops import fast_linear
 
 
-class CountdownConfig(MethodConfig):
+class CountdownConfig(LayerwiseConfig):
     """Single neurons of gated FFNs, by what multiplies their rows of the down projection.
 
     Attributes:

@@ -7,14 +7,14 @@ from typing import Annotated
 import pydantic
 from torch import Tensor, nn
 
-from lte.config import MethodConfig, register_method
+from lte.config import LayerwiseConfig, register_method
 from lte.errors import ConfigError
 from lte.methods.unlearned import UnlearnedMethod
 from lte.nn import LookingRouter, Router, RouterCost, Routing, SparseFFN
 from lte.nn.router import uncast
 
 
-class SparseInferConfig(MethodConfig):
+class SparseInferConfig(LayerwiseConfig):
     """Single neurons of FFNs with a ReLU, by how many of the products under it are positive. Nothing is fitted."""
 
     method = "sparseinfer"

@@ -17,7 +17,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
 from lte.activations import sample_batches
-from lte.config import OperatingPoint, method_of
+from lte.config import LayerwiseConfig, OperatingPoint, method_of
 from lte.errors import CheckpointError, ConfigError, NonFiniteLossError
 from lte.nn import Mode, Routing, ThresholdRouter, observe_routing, set_mode, sparse_ffns, unsaid
 from lte.thresholds import (
@@ -117,7 +117,10 @@ class LTETrainer(Trainer):
         target = self.args.target_sparsity
         if target is not None and not all(ffn.router.uses_threshold for ffn in sparse_ffns(self.model)):
             raise ConfigError("target_sparsity needs routers with a threshold; a top-k router takes its own sparsity")
-        learns = method_of(self.model.config.quantization_config.method).learns
+        method = self.model.config.quantization_config.method
+        if isinstance(method, LayerwiseConfig) and method.per_layer:
+            raise ConfigError("per_layer=true is for models that are not trained under the method; leave it out")
+        learns = method_of(method).learns
         if not learns:
             refuse_idle_losses(self.args)
         self.tracker = None if target is None else SparsityTracker(target)
