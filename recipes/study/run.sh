@@ -2,8 +2,9 @@
 # The study of docs/study.md: every method on one task after the other, by `lte compare`.
 #
 #   recipes/study/run.sh quick        the same on embedded data and small models, minutes: what CI runs
-#   recipes/study/run.sh              all parts, on the data beside the repository (../shared/data)
-#   recipes/study/run.sh PART ...     some of them: untrained stories relu glue e2e trained pretraining instruct
+#   recipes/study/run.sh              the study, on the data beside the repository (../shared/data): some six hours
+#   recipes/study/run.sh PART ...     some of it: untrained stories relu glue e2e trained decode; or, beside it,
+#                                     pretraining instruct
 #   WHOLE=1 recipes/study/run.sh trained   at more sparsities, on the whole test text: minutes on a GPU, hours without
 #
 # Run it again after an interruption: points that are there are not run again. Reports are out/study/PART/report.html;
@@ -48,17 +49,15 @@ beginning() { # file, -c bytes or -n lines: a file with its first ones
 }
 
 FREE=self-prediction,teal,cats,kla,prune-wanda,prune-flap,wina,countdown,dejavu,cmoe,svd,prune-taylor,moefication,prune-magnitude,wanda
-HARNESS=lambada_openai:limit=200,mmlu:limit=2:num_fewshot=5
+HARNESS=lambada_openai:limit=200,mmlu:limit=1:num_fewshot=5
 if [ -n "${WHOLE:-}" ]; then HARNESS=lambada_openai:limit=300,mmlu:limit=2:num_fewshot=5; fi
 
 untrained() { # what needs no training, on the real language model: 33 thousand tokens of WikiText-2's validation text
   smollm2
-  set -- smollm2-untrained --model "$SMOLLM2" --task lm --context-length 512 --set task.stride=511 \
+  part smollm2-untrained --model "$SMOLLM2" --task lm --context-length 512 --set task.stride=511 --decode-tokens 0 \
     --data $DATA/text/wikitext2/train_part.txt --eval-data "$(beginning $DATA/text/wikitext2/validation.txt -c 127883)" \
-    --set two-bits.bits=2 --set teal-attention.attention=true --decode-tokens 0
-  part "$@" --methods $FREE,two-bits=self-prediction,teal-attention=teal --sparsities 0.5
-  part "$@" --methods self-prediction,teal,cats,kla,prune-wanda,wina,countdown,cmoe --sparsities 0.7,0.3
-  part "$@" --methods two-bits=self-prediction --sparsities 0.3
+    --set two-bits.bits=2 --set teal-attention.attention=true --set cats-published.per_layer=true \
+    --methods $FREE,two-bits=self-prediction,teal-attention=teal,cats-published=cats --sparsities 0.5,0.7,0.3
 }
 
 decode() { # the same models' speed; nothing else should run. Quality is that of a few tokens only
@@ -159,5 +158,5 @@ quick() { # every command above in small, with nothing but what is installed; ab
     --data "$OUT/data/some.txt" --eval-data "$OUT/data/short.txt" --methods self-prediction,prune-flap --sparsities 0.5 --decode-tokens 4
 }
 
-if [ $# -eq 0 ]; then set -- untrained stories relu glue e2e trained pretraining instruct decode; fi
+if [ $# -eq 0 ]; then set -- untrained stories relu glue e2e trained decode; fi
 for name in "$@"; do "$name"; done
