@@ -92,6 +92,11 @@ def test_without_steps_and_evaluation_data(words, folder, tmp_path):  # noqa: F8
     dense = json.loads((out / "points" / "dense-seed=0.json").read_text())
     assert dense["sparsity"] == 0
     assert (folder / "dense").is_dir()
+    (tmp_path / "others.jsonl").write_text((tmp_path / "rows.jsonl").read_text())
+    for data in (tmp_path / "others.jsonl", "nowhere.jsonl"):
+        other = (*words[:5], "--data", data, "--context-length", 16, "--out", out)
+        message = fails(*other, "--methods", "cats,kla", "--sparsities", "0.5")
+        assert f"{out} holds a comparison on {tmp_path / 'rows.jsonl'}, not {data}; use another --out" in message
     (tmp_path / "few.jsonl").write_text('{"text": "one"}\n')
     few = (*words[:5], "--data", tmp_path / "few.jsonl", "--out", tmp_path / "x")
     assert "too few to hold some out" in fails(*few, "--methods", "cats", "--sparsities", "0.5")
@@ -110,6 +115,16 @@ def test_without_steps_and_evaluation_data(words, folder, tmp_path):  # noqa: F8
         (("--methods", "kla", "--sparsities", "0.5", "--steps", 2, "--dense-steps", 2), "must be fewer than steps=2"),
         (("--methods", "kla", "--sparsities", "0.5", "--set", "kla.size=2"), "unknown key 'size'"),
         (("--methods", "kla", "--sparsities", "0.5", "--set", "training.etaa=2"), "did you mean 'eta'"),
+        (("--methods", "kla", "--sparsities", "0.5,0.50"), "sparsities: one is given twice in 0.5, 0.5"),
+        (
+            ("--methods", "kla", "--sparsities", "0.5", "--set", "teal.attention=true"),
+            "is of no method of this comparison",
+        ),
+        (("--methods", "dejavu:untrained", "--sparsities", "0.5", "--set", "dejavu.no=7"), "unknown key 'no'"),
+        (
+            ("--methods", "kla", "--sparsities", "0.5", "--data", "nowhere.jsonl"),
+            "nowhere.jsonl: no such file or folder",
+        ),
     ],
 )
 def test_a_mistake_is_found_before_anything_is_written(words, tmp_path, more, message):
@@ -235,6 +250,32 @@ def test_one_method_with_two_settings(words, tmp_path):
     assert "a name must not be empty, 'dense', 'dense-first' or have dots" in fails(
         *words, "--methods", "dense=kla", "--sparsities", "0.5"
     )
+
+
+def test_a_setting_of_a_method_is_of_all_its_entries_but_for_those_that_have_their_own(tmp_path):
+    study = design(
+        {"model": "m"},
+        methods=["svd", "svd:trained", "small=svd"],
+        sparsities=[0.5],
+        steps=1,
+        seeds=1,
+        eval_data="text.txt",
+        out=tmp_path,
+        settings=[("small", "rank", 2), ("svd", "rank", 4)],
+    )
+    ranks = {name: series["set"].get("sparsity.rank") for name, series in study["series"].items()}
+    assert ranks == {"dense": None, "svd": 4, "svd:trained": 4, "small": 2}
+
+
+def test_patterns_of_wanda_are_no_numbers_of_base_60(words, tmp_path):
+    result = run(
+        *words, "--methods", "wanda", "--sparsities", "0.5", "--set", "wanda.pattern=2:4", "--decode-tokens", 0
+    )
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    (file,) = (tmp_path / "c" / "points").glob("wanda*.json")
+    point = json.loads(file.read_text())
+    assert point["training"]["recipe"]["sparsity"]["pattern"] == "2:4"
+    assert point["sparsity"] == pytest.approx(0.5, abs=1e-6)
 
 
 def test_tasks_of_the_harness_stand_beside(words, tmp_path):

@@ -51,13 +51,17 @@ beginning() { # file, -c bytes or -n lines: a file with its first ones
 FREE=self-prediction,teal,cats,kla,prune-wanda,prune-flap,wina,countdown,dejavu,cmoe,svd,prune-taylor,moefication,prune-magnitude,wanda
 HARNESS=lambada_openai:limit=200,mmlu:limit=1:num_fewshot=5
 if [ -n "${WHOLE:-}" ]; then HARNESS=lambada_openai:limit=300,mmlu:limit=2:num_fewshot=5; fi
+TASKS=lambada_openai:limit=200,mmlu:limit=2:num_fewshot=5
 
 untrained() { # what needs no training, on the real language model: 33 thousand tokens of WikiText-2's validation text
   smollm2
-  part smollm2-untrained --model "$SMOLLM2" --task lm --context-length 512 --set task.stride=511 --decode-tokens 0 \
-    --data $DATA/text/wikitext2/train_part.txt --eval-data "$(beginning $DATA/text/wikitext2/validation.txt -c 127883)" \
+  set -- smollm2-untrained --model "$SMOLLM2" --task lm --context-length 512 --set task.stride=511 --decode-tokens 0 \
+    --data $DATA/text/wikitext2/train_part.txt --eval-data "$(beginning $DATA/text/wikitext2/validation.txt -c 127883)"
+  part "$@" --methods $FREE,two-bits=self-prediction,teal-attention=teal,cats-published=cats,cmoe-published=cmoe \
     --set two-bits.bits=2 --set teal-attention.attention=true --set cats-published.per_layer=true \
-    --methods $FREE,two-bits=self-prediction,teal-attention=teal,cats-published=cats --sparsities 0.5,0.7,0.3
+    --set cmoe-published.expert_size=96 --set cmoe-published.active=10 --sparsities 0.5,0.7,0.3
+  part "$@" --methods wanda-2-4=wanda,wanda-4-8=wanda --set wanda-2-4.pattern=2:4 --set wanda-4-8.pattern=4:8 --sparsities 0.5
+  part "$@" --methods self-prediction --sparsities 0.8
 }
 
 decode() { # the same models' speed; nothing else should run. Quality is that of a few tokens only
@@ -81,7 +85,7 @@ relu() { # methods made for a ReLU, from a model tuned to one: MoEfication's own
   part stories-relu --model "$start" --task lm --context-length 256 --batch-size 4 --steps 100 --learning-rate 3e-4 \
     --data $text --eval-data "$(beginning $DATA/text/tinystories/validation.txt -c 100000)" --sparsities 0.5,0.8 \
     --decode-tokens 0 --set known.router=oracle \
-    --methods kla,relufication,sparseinfer,self-prediction:untrained,known=moefication:untrained,moefication:untrained,moefication,dejavu,dejavu:trained
+    --methods kla,relufication,sparseinfer,svd,self-prediction:untrained,known=moefication:untrained,moefication:untrained,moefication,dejavu,dejavu:trained
 }
 
 glue() { # MiniLM; SST-2 at four sparsities, the others at one; half of the steps are the dense model's, for all
@@ -131,7 +135,7 @@ pretraining() { # continued on mixed text, then several tasks without any tuning
   [ -f "$OUT/data/mixed.jsonl" ] || $PYTHON recipes/study/mixed.py $DATA > "$OUT/data/mixed.jsonl"
   part smollm2-pretraining --model "$SMOLLM2" --task lm --context-length 512 --set task.stride=511 --set training.bf16=true \
     --data "$OUT/data/mixed.jsonl" --eval-data "$(beginning $DATA/text/wikitext2/test.txt -c 60000)" \
-    --steps 62 --batch-size 4 --learning-rate 5e-5 --decode-tokens 0 --tasks $HARNESS --include-path recipes/tasks \
+    --steps 62 --batch-size 4 --learning-rate 5e-5 --decode-tokens 0 --tasks $TASKS --include-path recipes/tasks \
     --methods self-prediction --sparsities 0.5
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -93,19 +94,27 @@ def design(
         eval_data: what all are evaluated on.
         out: folder of results and models.
         dense_steps: of the steps, the first so many with the dense model, once for it and every method that trains.
-        settings: (method, key, value), of one method's.
+        settings: (name, key, value): of the entry, or of all entries of the method, that is called so.
         decode_tokens: generated to be timed at every point, beside the dense model; 0 times nothing.
         tasks: of lm-evaluation-harness, ``NAME``, or ``NAME:limit=200:num_fewshot=5``.
         include_path: folder of more task files.
 
     Raises:
-        ConfigError: an unknown method, one named twice, no method or sparsity, or a sparsity outside (0, 1).
+        ConfigError: an unknown method, one named twice, no method or sparsity, a sparsity outside (0, 1) or given
+            twice, or a setting of a method that does not take part.
     """
     entries = [Entry.parse(name, steps) for name in methods]
     if not entries or not sparsities:
         raise ConfigError("give at least one of --methods and one of --sparsities")
     if wrong := next((value for value in sparsities if not 0 < value < 1), None):
         raise ConfigError(f"sparsity {wrong} must lie between 0 and 1")
+    if len(set(sparsities)) < len(sparsities):
+        raise ConfigError(f"sparsities: one is given twice in {', '.join(map(str, sparsities))}")
+    known = {name for entry in entries for name in (entry.name, entry.method)}
+    if idle := next((each for each in settings if each[0] not in known), None):
+        raise ConfigError(
+            f"{idle[0]}.{idle[1]}={idle[2]} is of no method of this comparison; they are {', '.join(sorted(known))}"
+        )
     if len({entry.name for entry in entries}) < len(entries):
         raise ConfigError(f"methods: one is named twice in {', '.join(methods)}")
     if steps < 0 or seeds < 1:
@@ -128,7 +137,12 @@ def design(
     else:
         series["dense"] = {"command": "dense", "grid": {"seed": [0]}}
     for entry in entries:
-        own = {f"sparsity.{key}": value for method, key, value in settings if method == entry.name}
+        own = {
+            f"sparsity.{key}": value
+            for of in (entry.method, entry.name)  # what has an entry's own name wins
+            for name, key, value in settings
+            if name == of
+        }
         if not entry.trained:
             own = {"model": tuned, **own}
         elif METHODS[entry.method][1].preset == "paper":
@@ -172,9 +186,13 @@ def hold_out(data: str, split: str | None, out: Path) -> None:
     """Divide rows into two files in ``out``: training, and every tenth row for evaluation; once.
 
     Raises:
-        ConfigError: there are too few rows.
+        ConfigError: there are too few rows, or the files are of other data.
     """
     kept, held = held_out(out)
+    source, about = held.with_name("source.json"), {"data": data, "split": split}
+    if source.is_file() and json.loads(source.read_text()) != about:
+        before = json.loads(source.read_text())["data"]
+        raise ConfigError(f"{out} holds a comparison on {before}, not {data}; use another --out")
     if held.is_file():
         return
     rows = load_rows(data, split)
@@ -183,6 +201,7 @@ def hold_out(data: str, split: str | None, out: Path) -> None:
             f"{data} has {len(rows)} rows, too few to hold some out for evaluation; give --eval-data FILE"
         )
     held.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(source, json.dumps(about) + "\n")
     tenth = [i for i in range(len(rows)) if i % HELD_OUT == 0]
     rest = [i for i in range(len(rows)) if i % HELD_OUT]
     for file, chosen in ((kept, rest), (held, tenth)):

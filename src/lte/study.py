@@ -31,6 +31,7 @@ from lte.recipe import Recipe, parse_recipe, put, read_yaml
 from lte.run_folder import RUN_FILE
 from lte.runs import check_recipe, finetune, make_sparse, train
 from lte.tasks import Task, TaskConfig, build_task
+from lte.tasks.sources import load_rows
 from lte.thresholds import DIAL_TOKENS, find_thresholds, set_thresholds, thresholds_of
 
 DENSE = ("finetune", "dense")
@@ -161,10 +162,12 @@ def parse_study(values: dict[str, Any], name: str) -> Study:
 
 
 def check_data(study: Study) -> None:
-    """LTEError where what models will be evaluated on cannot be read as the task wants it: before any is trained."""
-    every = list(points(study))
-    if all(map(_is_done, every)):
+    """LTEError where what models are to see cannot be read as the task wants it: before any is trained."""
+    every = [point for point in points(study) if not _is_done(point)]
+    if not every:
         return
+    for data, split in {(point.recipe.data, point.recipe.task.split) for point in every}:
+        load_rows(data, split, limit=1)
     tokenizer = load_tokenizer(study.base.get("model", every[0].recipe.model))
     build_task(_scored_task(every[0], study)).prepare(study.evaluate["data"], tokenizer)
 

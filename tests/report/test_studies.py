@@ -71,6 +71,58 @@ def test_fewest_flops_lie_on_the_line_between_points():
     assert fewest(larger, dense, 0.05, "gflops") is None
 
 
+def test_what_decides_is_paid_from_the_first_neuron_left_out():
+    """From 8 + 3 at no loss to 6 at a loss of 0.2: half way it takes 8.5, more than the dense model."""
+    dense = costed("dense", 2.0, 8.0)
+    mine = [replace(costed("copy", 2.2, 6.0), deciding={"gflops": 3.0, "megabytes": 10.0})]
+    assert fewest(mine, dense, 0.1, "gflops") is None
+    assert fewest(mine, dense, 0.16, "gflops") == pytest.approx(7.0)
+    assert fewest(mine, dense, 0.1, "megabytes") == pytest.approx(75.0)
+    assert fewest(mine, dense, 0.5, "gflops") == pytest.approx(6.0)
+
+
+def test_records_say_what_deciding_takes_and_what_kernels_do_with_it(tmp_path):
+    record = {
+        "settings": {"seed": 0},
+        "metric": "perplexity",
+        "value": 9.0,
+        "sparsity": 0.5,
+        "sparsity_per_layer": [0.5],
+        "extras": {"loss": 2.2},
+        "gflops_per_token": {"dense": 4.0, "sparse": 3.0, "router": 1.0},
+        "bytes_per_token": {"dense": 4e6, "sparse": 3e6, "router": 2e6},
+    }
+    asked = {
+        "cats": ("cats", {}),
+        "dejavu": ("dejavu", {"rank": 8}),
+        "known": ("moefication", {"method": "moefication", "router": "oracle"}),
+        "guessed": ("moefication", {}),
+        "direct": ("countdown", {"direct": True}),
+        "gone": ("a-plug-in", {"size": 3}),
+    }
+    for series, (method, settings) in asked.items():
+        of = {"series": series, "method": method, "training": {"recipe": {"sparsity": settings}}}
+        (tmp_path / f"{series}.json").write_text(json.dumps({**record, **of}))
+    rows = {row.series: row for row in read_rows(tmp_path)}
+    assert rows["cats"].deciding == {}  # the gate is computed once
+    assert rows["dejavu"].deciding == {"gflops": 1.0, "megabytes": 2.0}
+    kernels = {series: row.kernel for series, row in rows.items()}
+    assert kernels == {
+        "cats": "go on from there, if the FFN is gated",
+        "dejavu": "run its mask",
+        "known": "none, an oracle",
+        "guessed": "run its mask",
+        "direct": "none, an oracle",
+        "gone": "-",
+    }
+
+
+def test_a_missed_target_is_marked():
+    near, far = replace(row(52, 9.0, 1.0), target=0.5), replace(row(50, 9.0, 1.0), target=0.2)
+    _, body = points_table([near, far])
+    assert sorted(line[1] for line in body) == ["0.2*", "0.5"]
+
+
 def test_a_task_that_only_some_points_have_keeps_its_column():
     one = row(50, 9.0, 1.0)
     head, body = points_table([one, replace(one, series="other", tasks={"mmlu acc": spread(0.25)})])

@@ -15,21 +15,20 @@ from lte.methods.unlearned import UnlearnedMethod
 from lte.nn import ROUTER_DTYPE, FixedShareRouter, Router, RouterCost, SparseFFN, largest
 from lte.ops import ACTIVATIONS
 
-ACTIVE = 0.1
-"""Share of a token's neurons, the largest, that count as active."""
-
 
 class CMoEConfig(FixedShareConfig):
     """Experts of neurons that are active together, as many for every token, some of them for all.
 
     Attributes:
         shared: share of the experts that run which always do: those of the neurons that are active most often.
+        active: neurons that count as active at every token, the largest; None for a tenth of all. The paper's is 10.
     """
 
     method = "cmoe"
 
     grouping: str = "none"
     shared: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.5
+    active: Annotated[int, pydantic.Field(ge=1)] | None = None
 
 
 class RepresentativeRouter(FixedShareRouter):
@@ -89,7 +88,9 @@ class CMoE(UnlearnedMethod[CMoEConfig]):
         for ffn, seen in zip(ffns, activations, strict=True):
             assert isinstance(ffn.router, RepresentativeRouter)
             size, router = self.config.expert_size, ffn.router
-            active_FT = torch.cat([_most_active(hidden_tF) for _, (_, hidden_tF) in seen.chunks()]).T.float()
+            d_ff = ffn.weights().d_ff
+            active = min(self.config.active or round(0.1 * d_ff), d_ff)
+            active_FT = torch.cat([largest(hidden_tF.abs(), active) for _, (_, hidden_tF) in seen.chunks()]).T.float()
             often = active_FT.sum(1).argsort(descending=True, stable=True)
             shared, others = often[: router.n_shared * size], often[router.n_shared * size :].sort().values
             labels = balanced_kmeans(active_FT[others], size, seed=self.config.seed + ffn.layer_index, name="activity")
@@ -99,8 +100,3 @@ class CMoE(UnlearnedMethod[CMoEConfig]):
             ffn.weights().permute_(torch.cat([shared, others[members_ES].flatten()]).cpu())
             first = torch.arange(len(members_ES), device=away_ES.device) * size + len(shared)
             router.representatives.copy_(first + away_ES.argmin(1))
-
-
-def _most_active(hidden_tF: Tensor) -> Tensor:
-    """[t, F] bool."""
-    return largest(hidden_tF.abs(), max(1, round(ACTIVE * hidden_tF.shape[1])))

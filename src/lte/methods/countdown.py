@@ -84,8 +84,12 @@ class Countdown(ScoreMethod[CountdownConfig]):
 
     trains = False
     decides = "the up projection"
-    kernels = "go on from there"
     families = "gated"
+
+    @property
+    def kernels(self) -> str:  # type: ignore[override]
+        """See :class:`Method`."""
+        return "none, an oracle" if self.config.direct else "go on from there"
 
     @property
     def learns(self) -> bool:

@@ -54,6 +54,11 @@ class MoEfication(UnlearnedMethod[MoEficationConfig]):
     decides = "a predictor of experts' sums"
 
     @property
+    def kernels(self) -> str:  # type: ignore[override]
+        """See :class:`Method`."""
+        return "none, an oracle" if self.config.router == "oracle" else super().kernels
+
+    @property
     def needs_calibration(self) -> str | None:
         """See :class:`Method`."""
         of_router = "router='mlp'" if self.config.router == "mlp" else None

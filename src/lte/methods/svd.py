@@ -90,7 +90,7 @@ class SVDRouter(ScoreRouter):
 
 @register_method(SVDConfig)
 class SVD(ScoreMethod[SVDConfig]):
-    """The published training-free form, its inputs whitened."""
+    """Truncation-aware SVDs as of arXiv 2603.14110, of the up matrix too, for any activation: docs/methods.md."""
 
     trains = False
     decides = "gate and up of low rank"

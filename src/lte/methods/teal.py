@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -289,6 +290,8 @@ def _sparse_blocks(model: nn.Module) -> Iterator[tuple[nn.Module, SparseFFN]]:
 
 
 def _quantile(values: Tensor, share: float) -> Tensor:
-    every = values.float().flatten()
-    every = every[:: -(-len(every) // SAMPLED)]
+    every, step = values.float().flatten(), -(-values.numel() // SAMPLED)
+    while math.gcd(step, values.shape[-1]) > 1:  # or some columns would never be seen
+        step += 1
+    every = every[::step]
     return every.kthvalue(max(1, min(len(every), round(share * len(every))))).values

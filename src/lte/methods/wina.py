@@ -1,4 +1,7 @@
-"""WINA: as TEAL, with every input weighed by the norm of what it is multiplied with (Chen et al., 2025)."""
+"""WINA: as TEAL, with every input weighed by the norm of what it is multiplied with (Chen et al., 2025).
+
+Without the paper's rotation, which makes columns orthogonal, and with the same share in every matrix: docs/methods.md.
+"""
 
 from __future__ import annotations
 

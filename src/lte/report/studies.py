@@ -68,6 +68,7 @@ class Row:
         tasks: of lm-evaluation-harness: name and metric -> value.
         others: the task's other metrics: name -> value.
         kernel: what kernels do with the method, in words.
+        deciding: GFLOPs and MB that deciding takes where nothing is left out yet.
     """
 
     series: str
@@ -89,6 +90,7 @@ class Row:
     tasks: dict[str, Spread] = field(default_factory=dict)
     others: dict[str, Spread] = field(default_factory=dict)
     kernel: str = "-"
+    deciding: dict[str, float] = field(default_factory=dict)
 
     @property
     def qualities(self) -> dict[str, Spread]:
@@ -161,6 +163,7 @@ def _row(series: str, setting: str, records: list[dict[str, Any]]) -> Row:
             if key in METRICS
         },
         kernel=_kernel(records[0]),
+        deciding=_deciding(records[0]),
     )
 
 
@@ -171,7 +174,18 @@ def harness_of(record: dict[str, Any]) -> dict[str, float]:
 
 def _kernel(record: dict[str, Any]) -> str:
     known = METHODS.get(record.get("method", ""))  # a plug-in may not be there any more
-    return "-" if known is None else known[1].kernels
+    if known is None:
+        return "-"
+    settings, method = known
+    given = record.get("training", {}).get("recipe", {}).get("sparsity", {})
+    return method(settings(**{key: value for key, value in given.items() if key in settings.model_fields})).kernels
+
+
+def _deciding(record: dict[str, Any]) -> dict[str, float]:
+    if record.get("method") in HALF:  # by a part of the FFN, which has then been computed
+        return {}
+    sizes = {"gflops": ("gflops_per_token", 1.0), "megabytes": ("bytes_per_token", 1e6)}
+    return {cost: record[key].get("router", 0.0) / unit for cost, (key, unit) in sizes.items() if key in record}
 
 
 def _decode_ms(record: dict[str, Any]) -> float:
