@@ -98,25 +98,21 @@ def methods(json_file: JsonFile = None) -> None:
     """List what can make a model sparse."""
     from lte.config import METHODS
 
+    keys = ("method", "decides", "trained", "ffns", "kernels", "sparsity", "neurons")
     rows = []
     for name, (settings, method) in sorted(METHODS.items()):
-        unit = settings.model_fields["expert_size"].default
         trained = "yes" if method.trains else "may be" if method.trainable else "no"
-        rows.append([name, method.decides, trained, method.families, method(settings()).kernels])
-        rows[-1] += [settings.sparsity_is, str(unit)]
-    names = ["method", "what decides", "trained", "FFNs", "kernels", "sparsity", "neurons"]
-    if console.width < 105:  # words would be broken
-        names = names[:5]
-    table = Table(Column("method", no_wrap=True), *(Column(name, overflow="fold") for name in names[1:]), box=None)
+        rows.append([name, method.decides, trained, method.families, method(settings()).kernels, settings.sparsity_is])
+        rows[-1].append(str(settings.model_fields["expert_size"].default))
+    shown = keys[: 5 if console.width < 105 else 7]  # or words would be broken
+    table = Table(Column("method", no_wrap=True), *(Column(key, overflow="fold") for key in shown[1:]), box=None)
     for row in rows:
-        table.add_row(*row[: len(names)])
+        table.add_row(*row[: len(shown)])
     console.print(table)
     console.print(
-        "trained: whether the model is, as published. sparsity: what gives it; neurons: switched together by default "
-        "(both in terminals of 105 columns, and with --json). Settings: --set sparsity.method=NAME, --set "
-        "sparsity.KEY=VALUE."
+        "trained: whether the model is, as published; sparsity: what gives it; neurons: switched together by default "
+        "(both where there is room, and with --json). Settings: --set sparsity.method=NAME, --set sparsity.KEY=VALUE."
     )
-    keys = ("method", "decides", "trained", "ffns", "kernels", "sparsity", "neurons")
     write_json(json_file, {"methods": [dict(zip(keys, row, strict=True)) for row in rows]})
 
 
