@@ -190,9 +190,9 @@ def hold_out(data: str, split: str | None, out: Path) -> None:
     """
     kept, held = held_out(out)
     source, about = held.with_name("source.json"), {"data": data, "split": split}
-    if source.is_file() and json.loads(source.read_text()) != about:
-        before = json.loads(source.read_text())["data"]
-        raise ConfigError(f"{out} holds a comparison on {before}, not {data}; use another --out")
+    before = json.loads(source.read_text()) if source.is_file() else about
+    if before != about:
+        raise ConfigError(f"{out} holds a comparison on {before['data']}, not {data}; use another --out")
     if held.is_file():
         return
     rows = load_rows(data, split)

@@ -10,6 +10,17 @@ from lte.report.studies import Row, Spread, interpolated, read_rows
 LOSS = "loss (nats)"
 
 
+RECORD = {
+    "settings": {"seed": 0},
+    "metric": "perplexity",
+    "value": 9.0,
+    "sparsity": 0.5,
+    "sparsity_per_layer": [0.5],
+    "extras": {"loss": 2.2},
+}
+"""Of a point, but for what it is of and what it costs."""
+
+
 def row(sparsity, value, loss, metric="perplexity"):
     one = {"series": "paper", "setting": "", "seeds": 1, "metric": metric, "layers": []}
     return Row(**one, sparsity=Spread(sparsity, 0), value=Spread(value, 0), loss=Spread(loss, 0))
@@ -33,16 +44,8 @@ def test_outside_the_runs_nothing():
 
 def test_bytes_read_are_those_at_16_bits(tmp_path):
     """Of 100 bytes 60 are FFNs in float32: 30 at 16 bits, half of which are left out, and the router reads 3."""
-    record = {
-        "series": "copy",
-        "settings": {"seed": 0},
-        "metric": "perplexity",
-        "value": 9.0,
-        "sparsity": 0.5,
-        "sparsity_per_layer": [0.5],
-        "extras": {"loss": 2.2},
-        "bytes_per_token": {"dense": 100, "sparse": 100 - 30 + 3, "router": 3},
-    }
+    sizes = {"dense": 100, "sparse": 100 - 30 + 3, "router": 3}
+    record = {**RECORD, "series": "copy", "bytes_per_token": sizes}
     (tmp_path / "one.json").write_text(json.dumps(record))
     assert read_rows(tmp_path)[0].read == pytest.approx(50 + 10)
     del record["bytes_per_token"]
@@ -83,12 +86,7 @@ def test_what_decides_is_paid_from_the_first_neuron_left_out():
 
 def test_records_say_what_deciding_takes_and_what_kernels_do_with_it(tmp_path):
     record = {
-        "settings": {"seed": 0},
-        "metric": "perplexity",
-        "value": 9.0,
-        "sparsity": 0.5,
-        "sparsity_per_layer": [0.5],
-        "extras": {"loss": 2.2},
+        **RECORD,
         "gflops_per_token": {"dense": 4.0, "sparse": 3.0, "router": 1.0},
         "bytes_per_token": {"dense": 4e6, "sparse": 3e6, "router": 2e6},
     }

@@ -73,7 +73,7 @@ def write_report(out: Path) -> Path:
     less = fewest_table(rows)
     table = markdown_table(head, body)
     if any(line[1].endswith("*") for line in body):
-        table += f"\n{MISSED_NOTE}\n"
+        table += f"\n{OFF_TARGET_NOTE}\n"
     (out / "table.md").write_text(table + (f"\n{FEWEST}\n\n{markdown_table(*less)}" if less[1] else ""))
     figures = []
     for axis, name in AXES.items() if rows else ():
@@ -127,7 +127,7 @@ def points_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         costs += [_text(row.megabytes, ".4g")]
         if timed:
             costs += [_text(row.decode_ms, ".2f"), _text(row.decode_gain, ".2f"), row.path]
-        missed = row.target is not None and abs(row.sparsity.mean / 100 - row.target) > MISSED
+        missed = row.target is not None and abs(row.sparsity.mean / 100 - row.target) > OFF_TARGET
         target = "-" if row.target is None else f"{row.target:g}{'*' if missed else ''}"
         body.append([row.series, target, *values, above, *costs, row.kernel, str(row.seeds)])
     return head, body
@@ -138,10 +138,10 @@ def _qualities(row: Row) -> dict[str, Spread]:
     return dict([main, *row.others.items(), *rest])
 
 
-MISSED = 0.03
+OFF_TARGET = 0.03
 """How far a sparsity is from its target where the table says so; experts of a few neurons do not divide finer."""
 
-MISSED_NOTE = "\\* more than 3 points off its target."
+OFF_TARGET_NOTE = "\\* more than 3 points off its target."
 
 WITHIN = (0.02, 0.05, 0.1, 0.2, 0.5)
 """Losses above the dense model's, in nats, within which the fewest GFLOPs are asked for."""
