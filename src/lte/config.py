@@ -84,11 +84,11 @@ class LayerwiseConfig(MethodConfig):
     """Settings of methods whose papers take thresholds layer by layer.
 
     Attributes:
-        per_layer: bring every layer to the sparsity, by a threshold of its own, as published, instead of all of them
-            together by one threshold. For models that are not trained under the method.
+        per_layer: calibration brings every layer to the sparsity, by a threshold of its own, as published, instead of
+            all of them together by one threshold. A training with a target moves one threshold for all in any case.
     """
 
-    per_layer: bool = False
+    per_layer: bool = True
 
 
 ConfigT = TypeVar("ConfigT", bound=MethodConfig)

@@ -9,7 +9,6 @@ import torch
 from torch.nn import functional as F
 
 import lte
-from lte.errors import ConfigError
 from lte.nn import SparsityMeter, observe_routing, sparse_ffns
 from lte.thresholds import find_thresholds, thresholds_of
 from tests import models
@@ -47,7 +46,7 @@ def test_teal_keeps_its_sparsity_on_text_that_a_real_model_has_not_seen():
 
 @pytest.mark.parametrize("method", ["cats", "countdown", "sparseinfer"])
 def test_thresholds_as_published_are_quantiles_of_every_layer(method, tmp_path):
-    model, batch = made(method, "opt" if method == "sparseinfer" else "llama", per_layer=True), models.inputs(8, 16)
+    model, batch = made(method, "opt" if method == "sparseinfer" else "llama"), models.inputs(8, 16)
     coarse = method == "sparseinfer"  # its scores are counts
     point = find_thresholds(model, [batch], 0.6)
     assert point.per_layer
@@ -66,6 +65,9 @@ def test_thresholds_as_published_are_quantiles_of_every_layer(method, tmp_path):
     assert not find_thresholds(model, [batch], 0.6, per_layer=False).per_layer
 
 
-def test_a_model_with_thresholds_as_published_is_not_trained(tmp_path):
-    with pytest.raises(ConfigError, match="per_layer=true is for models that are not trained under the method"):
-        trainer(tmp_path, made("cats", per_layer=True))
+def test_a_training_keeps_one_threshold_for_all_layers(tmp_path):
+    run = trainer(tmp_path, made("cats"), target_sparsity=0.5)
+    run.train()
+    assert len(set(thresholds_of(run.model))) == 1
+    assert not run.landed.per_layer
+    assert find_thresholds(run.model, [models.inputs(8, 16)], 0.6).per_layer

@@ -17,7 +17,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
 from lte.activations import sample_batches
-from lte.config import LayerwiseConfig, OperatingPoint, method_of
+from lte.config import OperatingPoint, method_of
 from lte.errors import CheckpointError, ConfigError, NonFiniteLossError
 from lte.nn import Mode, Routing, ThresholdRouter, observe_routing, set_mode, sparse_ffns, unsaid
 from lte.thresholds import (
@@ -117,10 +117,7 @@ class LTETrainer(Trainer):
         target = self.args.target_sparsity
         if target is not None and not all(ffn.router.uses_threshold for ffn in sparse_ffns(self.model)):
             raise ConfigError("target_sparsity needs routers with a threshold; a top-k router takes its own sparsity")
-        method = self.model.config.quantization_config.method
-        if isinstance(method, LayerwiseConfig) and method.per_layer:
-            raise ConfigError("per_layer=true is for models that are not trained under the method; leave it out")
-        learns = method_of(method).learns
+        learns = method_of(self.model.config.quantization_config.method).learns
         if not learns:
             refuse_idle_losses(self.args)
         self.tracker = None if target is None else SparsityTracker(target)
@@ -332,7 +329,7 @@ class LTETrainer(Trainer):
         opening = measure_margins(self.model, batches).sparsity
         self.tracker.compare(self._probe.run().sparsity, opening)
         if opening > self.tracker.target:
-            find_thresholds(self.model, batches, self.tracker.target)
+            find_thresholds(self.model, batches, self.tracker.target, per_layer=False)
 
     def check_gradients(self) -> None:
         """Raise NonFiniteLossError before a step that would spoil the weights."""
@@ -390,7 +387,7 @@ class LTETrainer(Trainer):
         """Move the thresholds by what is left, measured as inference will run: without dropout."""
         target = tracker.target
         batches = self._sample(DIAL_TOKENS)
-        self.landed = find_thresholds(self.model, batches, target)
+        self.landed = find_thresholds(self.model, batches, target, per_layer=False)
         remember(self.model, self.landed)
         if abs(self.landed.sparsity - target) > MISSED:
             logger.warning("target_sparsity=%s was not reached: the model is at %.3f", target, self.landed.sparsity)
