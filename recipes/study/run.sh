@@ -57,9 +57,10 @@ untrained() { # what needs no training, on the real language model: 33 thousand 
   smollm2
   set -- smollm2-untrained --model "$SMOLLM2" --task lm --context-length 512 --set task.stride=511 --decode-tokens 0 \
     --data $DATA/text/wikitext2/train_part.txt --eval-data "$(beginning $DATA/text/wikitext2/validation.txt -c 127883)"
-  part "$@" --methods $FREE,two-bits=self-prediction,teal-attention=teal,cats-published=cats,cmoe-published=cmoe \
-    --set two-bits.bits=2 --set teal-attention.attention=true --set cats-published.per_layer=true \
-    --set cmoe-published.expert_size=96 --set cmoe-published.active=10 --sparsities 0.5,0.7,0.3
+  part "$@" --methods $FREE,two-bits=self-prediction,teal-attention=teal,cmoe-published=cmoe --set two-bits.bits=2 \
+    --set teal-attention.attention=true --set cmoe-published.expert_size=96 --set cmoe-published.active=10 --sparsities 0.5,0.7,0.3
+  part "$@" --methods cats-one=cats,countdown-one=countdown --set cats-one.per_layer=false --set countdown-one.per_layer=false \
+    --sparsities 0.5
   part "$@" --methods wanda-2-4=wanda,wanda-4-8=wanda --set wanda-2-4.pattern=2:4 --set wanda-4-8.pattern=4:8 --sparsities 0.5
   part "$@" --methods self-prediction --sparsities 0.8
 }
