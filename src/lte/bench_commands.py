@@ -185,7 +185,7 @@ def bench_decode(
     new_tokens: Annotated[int, typer.Option(help="Tokens per turn.")] = 32,
     rounds: Annotated[int, typer.Option(help="Turns per engine.")] = 3,
     weights: Annotated[
-        str, typer.Option(help="Also models of the shape with weights of few bits, e.g. int8,int4.")
+        str, typer.Option(help="Those of --dtype and of few bits, e.g. bf16,int8,int4; int4 alone holds no other copy.")
     ] = "",
     bits_per_token: Annotated[
         str, typer.Option(help="Of an FFN weight of few bits, with --method self-prediction, e.g. 4,3.2.")
@@ -207,6 +207,7 @@ def bench_decode(
 
     _set_threads(threads)
     where = _device(device)
+    named = [name for name in weights.split(",") if name] or [dtype]
     with _status() as progress:
         rows, crossover = run(
             config_name=config,
@@ -217,7 +218,8 @@ def bench_decode(
             new_tokens=new_tokens,
             rounds=rounds,
             method=method_config(method, {} if expert_size is None else {"expert_size": expert_size}),
-            weights=[bits_of(name) for name in weights.split(",") if name and name != dtype],
+            weights=[bits_of(name) for name in named if name != dtype],
+            plain=dtype in named,
             bits_per_token=numbers(bits_per_token, "bits_per_token") if bits_per_token else (),
             compiled=compile_,
             with_llama_cpp=llama_cpp,

@@ -157,6 +157,39 @@ def test_decode_rows_of_few_bits(tmp_path, dtype):
         bench_decode(model_folder=str(tmp_path), weights=(4,))
 
 
+def test_decode_rows_of_few_bits_alone(tmp_path, monkeypatch):
+    config = tmp_path / "tiny.json"
+    config.write_text(json.dumps(TINY))
+    shapes = []
+    monkeypatch.setattr(
+        "lte.bench.decode.random_model", lambda *args, **of: shapes.append(of) or random_model(*args, **of)
+    )
+    words = [
+        "bench",
+        "decode",
+        "--config",
+        str(config),
+        "--weights",
+        "int4",
+        "--sparsity",
+        "0,0.5",
+        "--new-tokens",
+        "4",
+    ]
+    done = CliRunner().invoke(app, [*words, "--rounds", "1", "--no-llama-cpp", "--json", str(tmp_path / "rows.json")])
+    assert done.exit_code == 0, done.output
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [(row["engine"], row["weights"]) for row in rows] == [("lte", "int4")] * 2
+    assert [of["weights"].bits for of in shapes] == [4]  # no other copy of the shape was made
+    for row in rows:
+        assert row["status"] == "ok"
+        assert row["ms_per_token"] > 0
+        assert row["first_token_s"] > 0
+        assert row["peak_gb"] > row["weights_gb"] > 0
+    with pytest.raises(ConfigError, match="no weights to time"):
+        bench_decode(config_name=str(config), plain=False)
+
+
 def test_llama_cpp_is_left_out_in_words(tmp_path, monkeypatch):
     config = tmp_path / "tiny.json"
     config.write_text(json.dumps(TINY))

@@ -40,6 +40,7 @@ from lte.hub import load
 from lte.inference import Crossover, prepare_for_inference
 from lte.inference.decode import DecodeStep
 from lte.inference.packing import streaming_copy
+from lte.memory import peak_memory
 from lte.methods import DenseConfig, LTEConfig
 from lte.nn import sparse_ffns
 from lte.ops import FFNWeights
@@ -81,6 +82,7 @@ def bench_decode(
     rounds: int = 3,
     method: MethodConfig | None = None,
     weights: Sequence[int] = (),
+    plain: bool = True,
     bits_per_token: Sequence[float] = (),
     compiled: bool = True,
     with_llama_cpp: bool = True,
@@ -102,6 +104,7 @@ def bench_decode(
         new_tokens, rounds: tokens per turn, turns per engine.
         method: of a random model; linear routers on experts of 32 by default.
         weights: bits of the weights of further models of the shape; llama.cpp then runs such formats too.
+        plain: whether the model with weights of ``dtype`` and transformers on it run too; without, no such copy is held.
         bits_per_token: of an FFN weight, for models in two planes: neurons are left out, coarse or exact.
         compiled: whether to measure ``torch.compile`` too, which takes a minute or more to compile.
         with_llama_cpp: whether to measure llama.cpp, where ``llama-cpp-python`` and ``gguf`` are installed.
@@ -129,41 +132,48 @@ def bench_decode(
         raise ConfigError("bits per token are of weights in two planes; give --method self-prediction and --weights")
     if model_folder is not None and weights:
         raise ConfigError("weights of few bits are timed on random models; give a model of `lte quantize` as --model")
-    if model_folder is None:
-        model = random_model(model_config(config_name), DTYPES[dtype], device, method)
-    else:
-        model = load(model_folder, dtype=DTYPES[dtype]).to(device).eval()
-        sparsities = (-1.0,)
-        if any(ffn.removed for ffn in sparse_ffns(model)):
-            raise ConfigError(f"{model_folder} is a pruned model, whose dense twin is another; use lte compare")
-    progress("measuring where dense wins")
-    prepare_for_inference(model)
+    if not (plain or weights):
+        raise ConfigError("no weights to time; name some, for instance --weights int4")
     generator = torch.Generator().manual_seed(0)
-    vocabulary = model.config.vocab_size
-    ids = torch.randint(1, vocabulary, (batch, PROMPT_TOKENS), generator=generator).to(device)
-    calibration = torch.randint(1, vocabulary, (1, 256), generator=generator).to(device)
-    count = decode_bytes(
-        model.config,
-        weight_bytes=model.dtype.itemsize,
-        context=batch * (PROMPT_TOKENS + new_tokens // 2),
-    )
-    count = replace(count, router=sum(ffn.router.cost().bytes for ffn in sparse_ffns(model)))
-    bench = _Bench(model, ids, count, new_tokens)
+    engines: list[Engine] = []
+    benches: list[_Bench] = []
     with ExitStack() as stack:
-        engines = bench.dense_engines(compiled, progress)
-        engines += [bench.sparse_engine(sparsity, calibration, progress) for sparsity in sparsities]
+        if plain:
+            started = time.perf_counter()
+            if model_folder is None:
+                model = random_model(model_config(config_name), DTYPES[dtype], device, method)
+            else:
+                model = load(model_folder, dtype=DTYPES[dtype]).to(device).eval()
+                sparsities = (-1.0,)
+                if any(ffn.removed for ffn in sparse_ffns(model)):
+                    raise ConfigError(f"{model_folder} is a pruned model, whose dense twin is another; use lte compare")
+            config = model.config
+        else:
+            config = model_config(config_name)
+        ids = torch.randint(1, config.vocab_size, (batch, PROMPT_TOKENS), generator=generator).to(device)
+        calibration = torch.randint(1, config.vocab_size, (1, 256), generator=generator).to(device)
+        count = decode_bytes(
+            config, weight_bytes=DTYPES[dtype].itemsize, context=batch * (PROMPT_TOKENS + new_tokens // 2)
+        )
+        if plain:
+            progress("measuring where dense wins")
+            benches.append(_Bench(model, ids, count, new_tokens, started))
+            engines += benches[0].dense_engines(compiled, progress)
+            engines += [benches[0].sparse_engine(sparsity, calibration, progress) for sparsity in sparsities]
         for bits in weights:
             progress(f"building the model of {bits} bits")
-            config = model_config(config_name)
+            started = time.perf_counter()
             rounded = weights_config(bits, by_neuron=picks_neurons(method), tied=config.tie_word_embeddings)
-            small = random_model(config, DTYPES[dtype], device, method, weights=rounded)
-            each = _Bench(prepare_for_inference(small), ids, _of_bits(count, rounded), new_tokens)
-            engines += [each.sparse_engine(sparsity, calibration, progress) for sparsity in sparsities]
+            small = random_model(model_config(config_name), DTYPES[dtype], device, method, weights=rounded)
+            benches.append(_Bench(small, ids, _of_bits(count, rounded), new_tokens, started))
+            engines += [benches[-1].sparse_engine(sparsity, calibration, progress) for sparsity in sparsities]
             if rounded.coarse is not None:
-                engines += [each.precise_engine(wanted, calibration, progress) for wanted in bits_per_token]
+                engines += [benches[-1].precise_engine(wanted, calibration, progress) for wanted in bits_per_token]
         for engine in engines:
             engine.row["limit_speedup"] = count.dense / engine.n_bytes
-        engines += _llama_cpp_engines(bench, model, dtype, weights, with_llama_cpp and batch == 1, stack, progress)
+        if with_llama_cpp and batch == 1:
+            engines += _llama_cpp_engines(benches[0], dtype, weights, plain, stack, progress)
+        model = benches[0].model
         limits = _take_turns(engines, model, new_tokens, rounds, deadline, progress)
     return _finish(engines, limits), getattr(model, "lte_crossover", None)
 
@@ -208,8 +218,12 @@ def _fused(model: Any) -> str:
 
 
 class _Bench:
-    def __init__(self, model: Any, ids: Tensor, count: DecodeBytes, new_tokens: int) -> None:
-        self.model, self.ids, self.count, self.new_tokens = model, ids, count, new_tokens
+    def __init__(self, model: Any, ids: Tensor, count: DecodeBytes, new_tokens: int, started: float) -> None:
+        """Prepare a model that was begun at some time, and have its first token."""
+        self.model, self.ids, self.new_tokens = prepare_for_inference(model), ids, new_tokens
+        self.count = replace(count, router=sum(ffn.router.cost().bytes for ffn in sparse_ffns(model)))
+        generate_seconds(model, ids, 1)
+        first_token, peak = time.perf_counter() - started, peak_memory().get("host")
         ffn = sparse_ffns(model)[0]
         weights = planes_of(ffn) if ffn.is_nested else ffn.quantized() or ffn.weights()
         dtype = {v: k for k, v in DTYPES.items()}[model.dtype]
@@ -222,6 +236,11 @@ class _Bench:
             "threads": torch.get_num_threads(),
             "status": "ok",
             "max_error": None,
+        }
+        self.memory = {
+            "first_token_s": first_token,
+            "peak_gb": peak,
+            "weights_gb": sum(t.nbytes for t in model.state_dict().values()) / 1e9,
         }
 
     def dense_engines(self, compiled: bool, progress: Callable[[str], None]) -> list[Engine]:
@@ -272,6 +291,7 @@ class _Bench:
         row: Row = {
             "engine": "lte",
             **self.common,
+            **self.memory,
             "sparsity": reached,
             "backend": ", ".join(filter(None, (path, _fused(model)))),
             "max_error": error,
@@ -359,31 +379,32 @@ def _of_bits(count: DecodeBytes, weights: WeightsConfig) -> DecodeBytes:
 
 def _llama_cpp_engines(
     bench: _Bench,
-    model: Any,
     dtype: str,
     weights: Sequence[int],
-    wanted: bool,
+    plain: bool,
     stack: ExitStack,
     progress: Callable[[str], None],
 ) -> list[Engine]:
-    if not wanted or bench.ids.device.type != "cpu":
+    if bench.ids.device.type != "cpu":
         return []
+    config = _dense_config(bench.model)
     row: Row = {"engine": "llama.cpp", **bench.common, "sparsity": 0.0, "backend": "ggml"}
-    reason = llama_cpp.obstacle(model.config, dtype, bench.count.dense)
+    whole = bench.count.dense if plain else _of_bits(bench.count, weights_config(max(weights), by_neuron=False)).dense
+    reason = llama_cpp.obstacle(config, dtype, whole)
     row["version"] = reason or llama_cpp.description()
     if reason:
         row["status"] = f"left out: {reason}"
         return [Engine(row, lambda n: 0.0, bench.count.dense)]
     engines = []
     formats = [name for bits in weights for name in llama_cpp.FORMATS.get(bits, ())]
-    for name in ("", *formats):
+    for name in ("", *formats) if plain else formats:
         progress(f"writing the model for llama.cpp {name}")
-        engine = stack.enter_context(llama_cpp.LlamaCpp(model.config, DTYPES[dtype], 512, name))
+        engine = stack.enter_context(llama_cpp.LlamaCpp(config, DTYPES[dtype], 512, name))
 
         def seconds(n: int, engine: llama_cpp.LlamaCpp = engine) -> float:
             return engine.seconds_per_token(PROMPT_TOKENS, n)
 
-        read = engine.bytes_per_token if name else bench.count.dense
+        read = engine.bytes_per_token or bench.count.dense
         engines.append(Engine({**row, "weights": name or dtype}, seconds, read))
     return engines
 
@@ -398,7 +419,8 @@ def _take_turns(
 ) -> list[float]:
     """Fill ``times`` of every engine; return the read (copy) bandwidth measured in each round."""
     limits = []
-    large = [p.data for p in model.parameters() if p.numel() >= 1 << 20] or [p.data for p in model.parameters()]
+    held = list(model.state_dict().values())
+    large = [tensor for tensor in held if tensor.numel() >= 1 << 20] or held
     cpu = model.device.type == "cpu"
     for number in range(rounds + 1):
         for engine in engines:

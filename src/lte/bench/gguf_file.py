@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +96,11 @@ def _random(dtype: torch.dtype) -> Callable[[str, tuple[int, ...]], Numbers]:
     if dtype == torch.bfloat16:
         pattern = (pattern.view(np.uint32) >> 16).astype(np.uint16)
 
-    def numbers(name: str, shape: tuple[int, ...]) -> Numbers:
+    @cache  # the writer holds every tensor until it writes them: those of one shape are one
+    def drawn(shape: tuple[int, ...]) -> Numbers:
         return np.ones(shape, np.float32) if len(shape) == 1 else np.resize(pattern, shape)
 
-    return numbers
+    return lambda name, shape: drawn(shape)
 
 
 def _of_model(

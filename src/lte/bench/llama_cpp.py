@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -40,6 +41,9 @@ def obstacle(config: Any, dtype: str, dense_bytes: float) -> str:
         return f"no file is written for {config.model_type} in {dtype}"
     if _available_bytes() < 1.3 * dense_bytes:
         return "too little memory for another copy of the weights"
+    whole = 2 * sum(p.numel() for p in meta_model(config).parameters())
+    if shutil.disk_usage(tempfile.gettempdir()).free < 2 * whole:
+        return f"too little space in {tempfile.gettempdir()} for its files"
     return ""
 
 

@@ -20,6 +20,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """Of hidden values. ``identity`` is left of a gated FFN whose gate is known: the gate's values weight its neurons."""
 
+MULTIPLIES_TRANSPOSED = torch.backends.cpu.get_cpu_capability() == "AVX512"
+"""Whether torch's product of a bf16 matrix stored transposed is about as fast as of one that is not."""
+
 
 def sparse_ffn_reference(x_TD: Tensor, weights: FFNWeights, expert_weights_TE: Tensor | None = None) -> Tensor:
     """``sum_e w[t, e] * E_e(x[t]) + down_bias``: the FFN with every expert's output scaled.
@@ -88,9 +91,9 @@ def project_down(hidden: Tensor, weight_DF: Tensor, bias_D: Tensor | None) -> Te
     """``F.linear``, for a weight that may be packed, which is to say stored transposed.
 
     For bf16 on processors without AVX-512, torch multiplies with a transposed weight tens of times slower than it
-    copies it.
+    copies it; with AVX-512 it multiplies as it lies, which is several times faster than the copy.
     """
-    if weight_DF.dtype == torch.bfloat16 and weight_DF.device.type == "cpu":
+    if weight_DF.dtype == torch.bfloat16 and weight_DF.device.type == "cpu" and not MULTIPLIES_TRANSPOSED:
         weight_DF = weight_DF.contiguous()
     return F.linear(hidden, weight_DF, bias_D)
 
