@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import CompileConfig
 from transformers.generation.streamers import BaseStreamer
@@ -27,8 +27,9 @@ from lte.bench.machine import copy_gbytes_per_s, read_gbytes_per_s
 from lte.bench.rows import Row
 from lte.bench.shapes import (
     check_sparsities,
+    dense_config,
+    dense_twin,
     leave_out,
-    meta_model,
     model_config,
     random_model,
     thresholds_again,
@@ -39,7 +40,6 @@ from lte.evaluate import versions
 from lte.hub import load
 from lte.inference import Crossover, prepare_for_inference
 from lte.inference.decode import DecodeStep
-from lte.inference.packing import streaming_copy
 from lte.memory import peak_memory
 from lte.methods import DenseConfig, LTEConfig
 from lte.nn import sparse_ffns
@@ -104,7 +104,7 @@ def bench_decode(
         new_tokens, rounds: tokens per turn, turns per engine.
         method: of a random model; linear routers on experts of 32 by default.
         weights: bits of the weights of further models of the shape; llama.cpp then runs such formats too.
-        plain: whether the model with weights of ``dtype`` and transformers on it run too; without, no such copy is held.
+        plain: whether the model in ``dtype`` and transformers on it run too; without, no such copy is held.
         bits_per_token: of an FFN weight, for models in two planes: neurons are left out, coarse or exact.
         compiled: whether to measure ``torch.compile`` too, which takes a minute or more to compile.
         with_llama_cpp: whether to measure llama.cpp, where ``llama-cpp-python`` and ``gguf`` are installed.
@@ -319,29 +319,6 @@ class _Bench:
         return self.count.sparse(sparsity, router=sparsity > 0)
 
 
-def dense_twin(model: Any) -> Any:
-    """The stock dense model on the same memory, but for the down projections, which it gets in their stock layout."""
-    twin = meta_model(_dense_config(model))
-    twin = twin.to(model.dtype)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, _ in list(twin.named_parameters(remove_duplicate=False)):
-        owner, _, leaf = name.rpartition(".")
-        weight = parameters[name].data
-        if not weight.is_contiguous():
-            weight = streaming_copy(weight)
-        setattr(twin.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
-    for name, buffer in model.named_buffers():
-        owner, _, leaf = name.rpartition(".")
-        twin.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
-    return twin.eval()
-
-
-def _dense_config(model: Any) -> Any:
-    config = copy.deepcopy(model.config)
-    config.__dict__.pop("quantization_config", None)
-    return config
-
-
 class _Clock(BaseStreamer):
     """When ``generate`` had each token on the host, its prompt first."""
 
@@ -387,7 +364,7 @@ def _llama_cpp_engines(
 ) -> list[Engine]:
     if bench.ids.device.type != "cpu":
         return []
-    config = _dense_config(bench.model)
+    config = dense_config(bench.model)
     row: Row = {"engine": "llama.cpp", **bench.common, "sparsity": 0.0, "backend": "ggml"}
     whole = bench.count.dense if plain else _of_bits(bench.count, weights_config(max(weights), by_neuron=False)).dense
     reason = llama_cpp.obstacle(config, dtype, whole)

@@ -15,10 +15,9 @@ from torch import Tensor
 from lte.accounting import model_cost
 from lte.bench import llama_cpp
 from lte.bench.checks import ffn_error, tolerances
-from lte.bench.decode import dense_twin
 from lte.bench.ffn import DTYPES
 from lte.bench.rows import Row
-from lte.bench.shapes import check_sparsities, leave_out, model_config, random_model, thresholds_again
+from lte.bench.shapes import check_sparsities, dense_twin, leave_out, model_config, random_model, thresholds_again
 from lte.config import MethodConfig
 from lte.errors import ConfigError
 from lte.evaluate import versions

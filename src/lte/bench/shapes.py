@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -170,6 +171,30 @@ def _one_layer(config: Any) -> Any:
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         values[name] = None
     return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+def dense_twin(model: Any) -> Any:
+    """The stock dense model on the same memory, but for the down projections, which it gets in their stock layout."""
+    twin = meta_model(dense_config(model))
+    twin = twin.to(model.dtype)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, _ in list(twin.named_parameters(remove_duplicate=False)):
+        owner, _, leaf = name.rpartition(".")
+        weight = parameters[name].data
+        if not weight.is_contiguous():
+            weight = streaming_copy(weight)
+        setattr(twin.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
+    for name, buffer in model.named_buffers():
+        owner, _, leaf = name.rpartition(".")
+        twin.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
+    return twin.eval()
+
+
+def dense_config(model: Any) -> Any:
+    """The transformers config of a sparse model's dense twin."""
+    config = copy.deepcopy(model.config)
+    config.__dict__.pop("quantization_config", None)
+    return config
 
 
 def bias_for(logits: Tensor, sparsity: float) -> float:
