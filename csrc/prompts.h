@@ -2,7 +2,7 @@
 // as products of them with one token after the other read it, and serves all of these. Part of kernels.cpp, in its
 // namespace.
 
-constexpr int64_t MANY = 16;                // tokens from which it pays
+constexpr int64_t MANY = BF16_DOT ? 5 : 16;  // tokens from which it pays
 constexpr int WIDE = VL == 16 ? 4 : 2;      // vectors of a tile: of neurons, or of columns of the output
 constexpr int TALL = 6;                     // its tokens
 constexpr int64_t HANDFUL = 64;             // tokens of an expert up to which its rows are read as they lie
@@ -15,14 +15,30 @@ static bool fits_panels(const lte_ffn& ffn) {
   return !ffn.up.low.planes && !ffn.nested.down.codes && (ffn.n_experts == 1 || ffn.d_ff / ffn.n_experts >= ROWS);
 }
 
+// Rows of which a panel is made next: some of their columns are asked for while the panel at hand is multiplied. They lie
+// so far apart that the processor does not see them coming.
+template <class W>
+struct Ahead {
+  const W* const* rows = nullptr;
+  int64_t count = 0, from = 0;
+
+  void fetch(int64_t lane) const {
+    for (int64_t i = lane * LANE<W>; i < std::min(count, (lane + 1) * LANE<W>); ++i)
+      for (int64_t byte = 0; byte < WIDE * VL * int64_t(sizeof(W)); byte += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(rows[i] + from) + byte, 0, 2);
+  }
+};
+
 // out[t][v] (+)= sum over lanes k of panel[k][v] * x[t][k], for T tokens and V vectors.
 template <class W, int T, int V>
-static void panel_tile(const float* panel, int64_t depth, const float* const* x, float* const* out, bool add) {
+static void panel_tile(const float* panel, int64_t depth, const float* const* x, float* const* out, bool add,
+                       const Ahead<W>& ahead = {}) {
   vf acc[T][V] = {};
   if (add)
     for (int t = 0; t < T; ++t)
       for (int v = 0; v < V; ++v) acc[t][v] = load(out[t] + v * VL);
   for (int64_t k = 0; k < depth; ++k, panel += V * VL) {
+    if (ahead.count) ahead.fetch(k);
     vf weights[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) weights[v] = load(panel + v * VL);
@@ -47,15 +63,16 @@ static void panel_tile(const float* panel, int64_t depth, const float* const* x,
 
 template <class W, int V>
 static void panel_tiles(const float* panel, int64_t depth, const float* const* x, float* const* out, int64_t tokens,
-                        bool add) {
+                        bool add, const Ahead<W>& ahead = {}) {
   int64_t t = 0;
-  for (; t + TALL <= tokens; t += TALL) panel_tile<W, TALL, V>(panel, depth, x + t, out + t, add);
+  for (; t + TALL <= tokens; t += TALL) panel_tile<W, TALL, V>(panel, depth, x + t, out + t, add, t ? Ahead<W>() : ahead);
+  const Ahead<W> rest = t ? Ahead<W>() : ahead;
   switch (tokens - t) {
-    case 1: return panel_tile<W, 1, V>(panel, depth, x + t, out + t, add);
-    case 2: return panel_tile<W, 2, V>(panel, depth, x + t, out + t, add);
-    case 3: return panel_tile<W, 3, V>(panel, depth, x + t, out + t, add);
-    case 4: return panel_tile<W, 4, V>(panel, depth, x + t, out + t, add);
-    case 5: return panel_tile<W, 5, V>(panel, depth, x + t, out + t, add);
+    case 1: return panel_tile<W, 1, V>(panel, depth, x + t, out + t, add, rest);
+    case 2: return panel_tile<W, 2, V>(panel, depth, x + t, out + t, add, rest);
+    case 3: return panel_tile<W, 3, V>(panel, depth, x + t, out + t, add, rest);
+    case 4: return panel_tile<W, 4, V>(panel, depth, x + t, out + t, add, rest);
+    case 5: return panel_tile<W, 5, V>(panel, depth, x + t, out + t, add, rest);
   }
 }
 
@@ -134,6 +151,37 @@ static void pack_columns(const W* const* rows, int64_t count, int64_t from, int6
     }
     std::fill(panel + to - from, panel + width, 0.0f);
   }
+}
+
+// y[t][i] += sum over pairs p of rows of (rows[2 p][i], rows[2 p + 1][i]) * x[t][p], for i in [from, to), from a multiple
+// of STEP; y is in split order: of two words of 32 bits the lower halves are one pair's columns, the upper ones the next's.
+template <int P>
+static void scale_pairs(const bf16* const* rows, bool odd, const float* const* x, int64_t tokens, int64_t from, int64_t to,
+                        float* const* y) {
+  int64_t k = from;
+  for (; k + STEP <= to; k += STEP) {
+    vu low[P], high[P];
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) {
+      const vu a = *reinterpret_cast<const vu_any*>(rows[2 * p] + k);
+      const vu b = odd && p == P - 1 ? vu{} : *reinterpret_cast<const vu_any*>(rows[2 * p + 1] + k);
+      low[p] = (a & 0xffff) | (b << 16), high[p] = (a >> 16) | (b & 0xffff0000u);
+    }
+    for (int64_t t = 0; t < tokens; ++t) {
+      vf even = load(y[t] + k), other = load(y[t] + k + VL);
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p) {
+        uint32_t pair;
+        std::memcpy(&pair, x[t] + p, sizeof pair);
+        const vu lanes = pair - vu{};
+        even = dot_pairs(even, low[p], lanes), other = dot_pairs(other, high[p], lanes);
+      }
+      store(y[t] + k, even), store(y[t] + k + VL, other);
+    }
+  }
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int r = 0; r < 2 * P - odd; ++r)
+      for (int64_t i = k; i < to; ++i) y[t][i] += widen(reinterpret_cast<const bf16*>(x[t])[r]) * widen(rows[r][i]);
 }
 
 struct Panels {
@@ -243,6 +291,46 @@ static void prompt_router(Team& team, const lte_ffn& ffn, const float* x, int64_
   team.end();
 }
 
+// The down projection of a handful of tokens: every thread reads its columns of the rows as they lie, 16 rows at a time.
+template <class Emit>
+static void down_by_pairs(Team& team, const lte_ffn& ffn, const float* hidden, int64_t stride, int64_t tokens,
+                          FfnWork& work, Emit&& emit) {
+  constexpr int PAIRS = 8;
+  constexpr int64_t widest = 2048;
+  const int64_t D = ffn.d_model, n = ffn.d_ff / ffn.n_experts, slices = std::max<int64_t>(team.size, (D + widest - 1) / widest);
+  const int64_t width = ((D + slices - 1) / slices + STEP - 1) / STEP * STEP;
+  const int64_t room = width + VL;  // rows of sums a power of two apart would share the same lines of the cache
+  const int32_t *begin = work.begin.data, *list = work.tokens.data;
+  Panels& mine = panels();
+  Queue& queue = team.begin();
+  for (int64_t slice; queue.take((D + width - 1) / width, slice);) {
+    const int64_t from = slice * width, to = std::min(D, from + width);
+    float* sums = mine.sums.get(tokens * room);
+    std::fill(sums, sums + tokens * room, 0.0f);
+    for (int64_t a = 0; a < work.n_groups; ++a) {
+      const int64_t its = begin[a + 1] - begin[a];
+      const float** x = mine.x.get(its);
+      float** y = mine.out.get(its);
+      for (int64_t i = 0; i < its; ++i) y[i] = sums + list[begin[a] + i] * room - from;
+      for (int64_t r = 0; r < n;) {
+        const int64_t count = n - r >= 2 * PAIRS ? 2 * PAIRS : std::min<int64_t>(2, n - r);
+        const bf16* rows[2 * PAIRS];
+        for (int64_t i = 0; i < count; ++i)
+          rows[i] = static_cast<const bf16*>(ffn.down.weight) + (work.experts.data[a] * n + r + i) * ffn.down.stride;
+        for (int64_t i = 0; i < its; ++i) x[i] = hidden + (begin[a] + i) * stride + r / 2;
+        if (count == 2 * PAIRS)
+          scale_pairs<PAIRS>(rows, false, x, its, from, to, y);
+        else
+          scale_pairs<1>(rows, count == 1, x, its, from, to, y);
+        r += count;
+      }
+    }
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t i = from; i < to; ++i) emit(t, i, sums[t * room + split_index(i, D, (const bf16*)nullptr) - from]);
+  }
+  team.end();
+}
+
 template <class W, class Emit>
 static void prompt_phases(Team& team, const lte_ffn& ffn, const float* xs, int64_t xs_stride, int64_t tokens,
                           FfnWork& work, Emit&& emit) {
@@ -271,6 +359,8 @@ static void prompt_phases(Team& team, const lte_ffn& ffn, const float* xs, int64
     }
     team.end();
   }
+  if constexpr (PAIRED<W>)
+    if (tokens <= HANDFUL) return down_by_pairs(team, ffn, hidden, stride, tokens, work, emit);
   constexpr int64_t width = WIDE * VL;
   const int64_t slices = (D + width - 1) / width;
   Queue& queue = team.begin();
@@ -279,20 +369,27 @@ static void prompt_phases(Team& team, const lte_ffn& ffn, const float* xs, int64
     float* sums = mine.sums.get(tokens * width);
     float* panel = mine.panel.get(DEPTH * width);
     std::fill(sums, sums + tokens * width, 0.0f);
-    const W* rows[DEPTH];
-    for (int64_t a = 0; a < work.n_groups; ++a) {
-      const int64_t its = begin[a + 1] - begin[a];
+    const W *both[2][DEPTH], **rows = both[0], **next = both[1];
+    auto point = [&](int64_t a, int64_t at, const W** to) {
+      const int64_t count = a < work.n_groups ? std::min(DEPTH, n - at) : 0;
+      const W* first = static_cast<const W*>(ffn.down.weight);
+      for (int64_t i = 0; i < count; ++i) to[i] = first + (work.experts.data[a] * n + at + i) * ffn.down.stride;
+      return count;
+    };
+    for (int64_t a = 0, at = 0, count = point(a, at, rows); count;) {
+      const bool last = at + DEPTH >= n;
+      const int64_t its = begin[a + 1] - begin[a], next_at = last ? 0 : at + DEPTH;
+      const Ahead<W> ahead{next, point(a + last, next_at, next), from};
       const float** x = mine.x.get(its);
       float** out = mine.out.get(its);
-      for (int64_t i = 0; i < its; ++i) out[i] = sums + list[begin[a] + i] * width;
-      for (int64_t at = 0; at < n; at += DEPTH) {
-        const int64_t count = std::min(DEPTH, n - at);
-        for (int64_t i = 0; i < count; ++i)
-          rows[i] = static_cast<const W*>(ffn.down.weight) + (work.experts.data[a] * n + at + i) * ffn.down.stride;
-        pack_columns(rows, count, from, to, panel);
-        for (int64_t i = 0; i < its; ++i) x[i] = hidden + (begin[a] + i) * stride + at / LANE<W>;
-        panel_tiles<W, WIDE>(panel, (count + LANE<W> - 1) / LANE<W>, x, out, its, true);
+      for (int64_t i = 0; i < its; ++i) {
+        x[i] = hidden + (begin[a] + i) * stride + at / LANE<W>;
+        out[i] = sums + list[begin[a] + i] * width;
       }
+      pack_columns(rows, count, from, to, panel);
+      panel_tiles<W, WIDE>(panel, (count + LANE<W> - 1) / LANE<W>, x, out, its, true, ahead);
+      a += last, at = next_at, count = ahead.count;
+      std::swap(rows, next);
     }
     for (int64_t t = 0; t < tokens; ++t)
       for (int64_t i = from; i < to; ++i) emit(t, i, sums[t * width + i - from]);

@@ -23,7 +23,7 @@ from lte.ops import cpu_instruction_set, linear, sparse_ffn, sparse_ffn_referenc
 
 logger = logging.getLogger(__name__)
 
-TOKENS = (1, 4, 16, 64, 256)
+TOKENS = (1, 4, 16, 32, 64, 256)
 FILE_NAME = "lte_crossover.json"
 
 
@@ -145,7 +145,7 @@ def _crossing(dense: float, sparse: dict[float, float]) -> float:
 
 def _linear_tokens(weight: Tensor, generator: torch.Generator) -> int:
     best = 0
-    for tokens in TOKENS[:4]:
+    for tokens in TOKENS[:5]:
         x_TD = torch.randn(tokens, weight.shape[1], generator=generator).to(weight.dtype)
         if seconds(partial(linear, x_TD, weight), weight.device) > seconds(
             partial(F.linear, x_TD, weight), weight.device
