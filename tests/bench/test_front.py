@@ -96,6 +96,13 @@ def test_the_command(folder):
     result = CliRunner().invoke(app, [*words, *small, "--ours", "int6", "--json", str(folder / "f.json")])
     assert result.exit_code == 0, result.output + repr(result.exception)
     assert [row["weights"] for row in json.loads((folder / "f.json").read_text())["rows"]] == ["bf16", "int6"]
+    some = ["--ours", "int6,int4", "--steps", "1", "--steps-for", "int4", "--json", str(folder / "g.json")]
+    result = CliRunner().invoke(app, [*words, *small, *some])
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    found = [(row["weights"], row["steps"]) for row in json.loads((folder / "g.json").read_text())["rows"]]
+    assert found == [("bf16", 0), ("int6", 0), ("int4", 0), ("int4", 1)]
+    some[some.index("--steps-for") + 1] = "int5"
+    assert "int5 is to be trained" in str(CliRunner().invoke(app, [*words, *small, *some]).exception)
     result = CliRunner().invoke(app, [*words, *small, "--ours", "int6", "--context-length", "100000"])
     assert "less text than one window" in str(result.exception) or "context" in str(result.exception)
     assert "is no width" in str(CliRunner().invoke(app, [*words, *small, "--ours", "int66"]).exception)

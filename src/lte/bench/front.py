@@ -76,6 +76,7 @@ def bench_front(
     ours: Sequence[Width],
     formats: Sequence[str] = (),
     steps: int = 0,
+    trained: Sequence[Width] | None = None,
     learning_rate: float | None = None,
     tokens: int = 8192,
     eval_tokens: int = 8192,
@@ -94,7 +95,8 @@ def bench_front(
         task: how to read both.
         ours: widths.
         formats: of llama.cpp; none where ``llama-cpp-python`` is not installed.
-        steps: of training the scales; with some, every width has a row before and one after.
+        steps: of training the scales; with some, a width has a row before and one after.
+        trained: the widths that is done for, of ``ours``; None for all.
         learning_rate: of these; None for one that suits the bits.
         tokens: of ``data``, for rounding.
         eval_tokens: tokens predicted.
@@ -104,6 +106,8 @@ def bench_front(
     """
     if not 2 <= new_tokens <= MOST_TOKENS or rounds < 1:
         raise ConfigError(f"new_tokens={new_tokens}, rounds={rounds}: at least 2 and 1, at most {MOST_TOKENS} tokens")
+    if trained is not None and (wrong := next((width for width in trained if width not in ours), None)):
+        raise ConfigError(f"{wrong.name} is to be trained, and is not among the widths")
     tokenizer = load_tokenizer(path)
     batches = sample_batches(task.prepare(data, tokenizer), task.collator(tokenizer), tokens + steps * STEP_TOKENS)
     rounding = every_nth(batches, tokens)
@@ -128,7 +132,7 @@ def bench_front(
                 calibration=rounding,
             )
             engines.append(_ours(prepare_for_inference(copy.deepcopy(model)), width.name, 0, prompt))
-            if steps:
+            if steps and (trained is None or width in trained):
                 progress(f"{width.name}: {steps} steps")
                 per_step = batches_per_step(batches)
                 with torch.enable_grad():
