@@ -374,9 +374,11 @@ def _llama_cpp_engines(
         return [Engine(row, lambda n: 0.0, bench.count.dense)]
     engines = []
     formats = [name for bits in weights for name in llama_cpp.FORMATS.get(bits, ())]
+    progress("writing the model for llama.cpp")
+    file = stack.enter_context(llama_cpp.model_file(config, DTYPES[dtype]))
     for name in ("", *formats) if plain else formats:
-        progress(f"writing the model for llama.cpp {name}")
-        engine = stack.enter_context(llama_cpp.LlamaCpp(config, DTYPES[dtype], 512, name))
+        progress(f"opening the model in llama.cpp {name}")
+        engine = stack.enter_context(llama_cpp.LlamaCpp(file, config, 512, name))
 
         def seconds(n: int, engine: llama_cpp.LlamaCpp = engine) -> float:
             return engine.seconds_per_token(PROMPT_TOKENS, n)

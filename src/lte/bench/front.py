@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -140,9 +141,12 @@ def bench_front(
                 if width.bits_per_token is not None:
                     read_on_average(model, rounding, width.bits_per_token)
                 engines.append(_ours(prepare_for_inference(model), width.name, steps, prompt))
-        for name in ("", *formats) if formats else ():
-            progress(f"llama.cpp {name or 'bf16'}: writing")
-            engines.append(_llama_cpp(stock, name, len(windows[0]), stack))
+        if formats:
+            progress("llama.cpp: writing the model")
+            file = _file(stock, stack)
+            for name in ("", *formats):
+                progress(f"llama.cpp {name or 'bf16'}: opening")
+                engines.append(_llama_cpp(file, stock, name, len(windows[0]), stack))
         for engine in engines:
             if engine.row["status"] == "ok":
                 progress(f"{engine.row['engine']} {engine.row['weights']}: predicting")
@@ -173,14 +177,21 @@ def _ours(model: Any, name: str, steps: int, prompt: Tensor) -> Engine:
     return Engine(row, logits, lambda n: generate_seconds(model, prompt, n), meter, model)
 
 
-def _llama_cpp(stock: Any, name: str, context: int, stack: ExitStack) -> Engine:
-    row: Row = {"engine": "llama.cpp", "weights": name or "bf16", "steps": 0, "status": "ok"}
-    reason = llama_cpp.missing()
-    row["version"] = reason or llama_cpp.description()
+def _file(stock: Any, stack: ExitStack) -> Path | str:
+    """The model as llama.cpp reads it, or why there is none."""
     try:
-        if reason:
-            raise LTEError(reason)
-        made = llama_cpp.LlamaCpp(stock.config, torch.bfloat16, context, name, stock)
+        return llama_cpp.missing() or stack.enter_context(llama_cpp.model_file(stock.config, torch.bfloat16, stock))
+    except LTEError as error:
+        return str(error)
+
+
+def _llama_cpp(file: Path | str, stock: Any, name: str, context: int, stack: ExitStack) -> Engine:
+    row: Row = {"engine": "llama.cpp", "weights": name or "bf16", "steps": 0, "status": "ok"}
+    row["version"] = llama_cpp.missing() or llama_cpp.description()
+    try:
+        if isinstance(file, str):
+            raise LTEError(file)
+        made = llama_cpp.LlamaCpp(file, stock.config, context, name, all_logits=True)
         engine = stack.enter_context(made)
     except (LTEError, AttributeError, ValueError) as error:
         row["status"] = f"left out: {str(error)[:120]}"

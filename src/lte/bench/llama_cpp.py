@@ -6,6 +6,8 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -64,21 +66,34 @@ def description() -> str:
     return ", ".join(found)
 
 
-class LlamaCpp:
-    """A model of a Llama shape in llama.cpp, with torch's number of threads; a context manager that removes its file.
+@contextmanager
+def model_file(config: Any, dtype: torch.dtype, model: nn.Module | None = None) -> Iterator[Path]:
+    """A model of a Llama shape as a file, while the context lasts.
 
     Args:
         config: a transformers config of the Llama shape.
         dtype: float32 or bfloat16.
-        context: tokens the cache holds.
-        kind: a format of llama.cpp that the weights are quantised to, for instance ``Q4_K_M``; none if empty.
         model: whose weights it gets, of this config; random ones if None.
     """
+    with tempfile.TemporaryDirectory(prefix="lte-gguf-") as folder:
+        path = Path(folder) / "model.gguf"
+        write_llama(path, config, dtype, model)
+        yield path
 
-    def __init__(
-        self, config: Any, dtype: torch.dtype, context: int, kind: str = "", model: nn.Module | None = None
-    ) -> None:
-        self._config, self._dtype, self._context, self._kind, self._source = config, dtype, context, kind, model
+
+class LlamaCpp:
+    """A model in llama.cpp, with torch's number of threads; a context manager that removes the file it makes.
+
+    Args:
+        file: of :func:`model_file`.
+        config: of its model.
+        context: tokens the cache holds.
+        kind: a format of llama.cpp that the weights are quantised to, for instance ``Q4_K_M``; none if empty.
+        all_logits: whether :meth:`logits` will be asked for.
+    """
+
+    def __init__(self, file: Path, config: Any, context: int, kind: str = "", *, all_logits: bool = False) -> None:
+        self._file, self._config, self._context, self._kind, self._all = file, config, context, kind, all_logits
         self.bytes_per_token = 0
         """Size of the file, less the embeddings, which are not read but for a row."""
 
@@ -86,12 +101,10 @@ class LlamaCpp:
         from llama_cpp import Llama
 
         self._folder = tempfile.TemporaryDirectory(prefix="lte-gguf-")
-        path = Path(self._folder.name) / "model.gguf"
-        write_llama(path, self._config, self._dtype, self._source)
+        path = self._file
         if self._kind:
-            whole, path = path, path.with_name("quantised.gguf")
-            quantise(whole, path, self._kind)
-            whole.unlink()
+            path = Path(self._folder.name) / "quantised.gguf"
+            quantise(self._file, path, self._kind)
             table = self._config.vocab_size * self._config.hidden_size  # and as much for the head, tied or not
             rest = sum(p.numel() for p in meta_model(self._config).model.parameters()) - table
             self.bytes_per_token = round(path.stat().st_size * (table + rest) / (2 * table + rest))
@@ -101,7 +114,7 @@ class LlamaCpp:
             n_ctx=self._context,
             n_threads=threads,
             n_threads_batch=threads,
-            logits_all=self._source is not None,
+            logits_all=self._all,
             verbose=False,
         )
         return self

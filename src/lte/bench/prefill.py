@@ -128,7 +128,8 @@ def _llama_cpp(stock: Any, dtype: str, context: int, common: Row, stack: ExitSta
     row = {"engine": "llama.cpp", **common, "sparsity": 0.0, "version": reason or llama_cpp.description()}
     if reason:
         return Engine(row | {"status": f"left out: {reason}"}, lambda ids: 0.0)
-    engine = stack.enter_context(llama_cpp.LlamaCpp(stock.config, DTYPES[dtype], context))
+    file = stack.enter_context(llama_cpp.model_file(stock.config, DTYPES[dtype]))
+    engine = stack.enter_context(llama_cpp.LlamaCpp(file, stock.config, context))
     return Engine(row, lambda ids: engine.prompt_seconds(ids[0].tolist()))
 
 
