@@ -250,6 +250,7 @@ def _decode(results: Path) -> str:
         rows = [
             [
                 f"{row['engine']} ({row['version']})",
+                row.get("weights", row["dtype"]),
                 f"{row['sparsity']:.0%}",
                 _number(row.get("ms_per_token"), ".1f"),
                 _number(row.get("speedup"), ".2f"),
@@ -258,7 +259,8 @@ def _decode(results: Path) -> str:
             ]
             for row in record["rows"]
         ]
-        head = ["engine", "FFN sparsity", "ms/token", "vs transformers", "vs llama.cpp", "bytes allow, vs dense"]
+        compared = ["vs transformers", "vs llama.cpp", "bytes allow, vs dense"]
+        head = ["engine", "weights", "FFN sparsity", "ms/token", *compared]
         parts.append(f"**{name}**\n\n{markdown_table(head, rows)}")
     return "\n".join(parts) + _where(results)
 
