@@ -86,7 +86,7 @@ relu() { # methods made for a ReLU, from a model tuned to one: MoEfication's own
   part stories-relu --model "$start" --task lm --context-length 256 --batch-size 4 --steps 100 --learning-rate 3e-4 \
     --data $text --eval-data "$(beginning $DATA/text/tinystories/validation.txt -c 100000)" --sparsities 0.5,0.8 \
     --decode-tokens 0 --set known.router=oracle \
-    --methods kla,relufication,sparseinfer,svd,self-prediction:untrained,known=moefication:untrained,moefication:untrained,moefication,dejavu,dejavu:trained
+    --methods kla,relufication,sparseinfer,svd,cats,self-prediction:untrained,known=moefication:untrained,moefication:untrained,moefication,dejavu,dejavu:trained
 }
 
 glue() { # MiniLM; SST-2 at four sparsities, the others at one; half of the steps are the dense model's, for all
