@@ -262,6 +262,13 @@ def _run_sparse(x: Tensor, expert_weights: Tensor | None, weights: FFNWeights, i
         from lte.ops import triton
 
         return triton.sparse_ffn(x, weights, expert_weights)
+    return _run_dense(x, expert_weights, weights)
+
+
+def _run_dense(x: Tensor, expert_weights: Tensor | None, weights: FFNWeights) -> Tensor:
+    """The reference; on the CPU a mask that leaves nothing out is not multiplied with, which is a pass over memory."""
+    if expert_weights is not None and expert_weights.dtype == torch.bool and x.device.type == "cpu":
+        expert_weights = None if expert_weights.all() else expert_weights
     return sparse_ffn_reference(x, weights, expert_weights)
 
 
@@ -302,7 +309,7 @@ def _run_routed(
     mask = route(x, router_weight, router_bias) > threshold
     if chosen == "cpu" and not _too_dense(mask, max_density):
         return cpu.sparse_ffn(x, weights, mask)
-    return sparse_ffn_reference(x, weights, mask)
+    return _run_dense(x, mask, weights)
 
 
 def _copied_ffn(
