@@ -2,7 +2,7 @@
 # The study of docs/study.md: every method on one task after the other, by `lte compare`.
 #
 #   recipes/study/run.sh quick        the same on embedded data and small models, minutes: what CI runs
-#   recipes/study/run.sh              the study, on the data beside the repository (../shared/data): some six hours
+#   recipes/study/run.sh              the study, on the data beside the repository (../shared/data): six to eight hours
 #   recipes/study/run.sh PART ...     some of it: untrained stories relu glue e2e trained decode; or, beside it,
 #                                     pretraining instruct
 #   WHOLE=1 recipes/study/run.sh trained   at more sparsities, on the whole test text: minutes on a GPU, hours without
