@@ -126,7 +126,6 @@ def bench_decode(
             "make a model with lte sparsify, and give --model"
         )
     check_sparsities(sparsities)
-    progress("building the model")
     method = method or LTEConfig(expert_size=32)
     if bits_per_token and not (weights and picks_neurons(method)):
         raise ConfigError("bits per token are of weights in two planes; give --method self-prediction and --weights")
@@ -139,6 +138,7 @@ def bench_decode(
     benches: list[_Bench] = []
     with ExitStack() as stack:
         if plain:
+            progress("building the model")
             started = time.perf_counter()
             if model_folder is None:
                 model = random_model(model_config(config_name), DTYPES[dtype], device, method)
