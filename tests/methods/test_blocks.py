@@ -14,8 +14,8 @@ from lte.accounting import model_cost
 from lte.config import METHODS
 from lte.errors import ConfigError
 from lte.families import blocks_of
-from lte.methods import teal
-from lte.nn import SparsityMeter, Thresholded, observe_routing, sparse_ffns
+from lte.methods import block_inputs, teal
+from lte.nn import SparsityMeter, Thresholded, observe_routing, set_mode, sparse_ffns
 from lte.quantization import quantize
 from tests import models
 from tests.methods.test_every_method import zeros_by_hand
@@ -95,6 +95,33 @@ def test_the_sparsity_is_of_all_linear_layers(family):
     assert read["dense"] - read["sparse"] == pytest.approx(cost.linear_sparsity(per_layer) * of_linears, rel=1e-3)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_self_prediction_leaves_out_inputs_of_attention_too(family, tmp_path):
+    batches = [batch_of(8, 16), batch_of(8, 16, 2)]
+    model = lte.sparsify(models.build(family), lte.SelfPredictionConfig(attention=0.4), calibration=batches).eval()
+    found = [module for module in model.modules() if isinstance(module, Thresholded)]
+    left_out = sum(module.share * module.weight.numel() for module in found)
+    assert left_out == pytest.approx(0.4 * sum(module.weight.numel() for module in found))
+    # Thresholds are quantiles of what comes through whole FFNs.
+    whole = lte.sparsify(models.build(family), lte.SelfPredictionConfig(attention=0.4), calibration=batches).eval()
+    set_mode(whole, "dense")
+    for run in lte.activations.runs_of_blocks(whole, blocks_of(whole), batches):
+        parts = block_inputs.attention_parts(run.block)
+        for part, seen in zip(parts, block_inputs.seen_by(parts, run), strict=True):
+            assert float((seen <= part.watched.tau).float().mean()) == pytest.approx(part.watched.share, abs=0.02)
+    cost = model_cost(model)
+    per_layer = of_ffns(model, batch_of(4, 16))
+    saved = sum(layer.ffn * share for layer, share in zip(cost.layers, per_layer, strict=True)) + left_out
+    wanted = saved / sum(layer.attention + layer.ffn for layer in cost.layers)
+    assert cost.linear_sparsity(per_layer) == pytest.approx(wanted, rel=1e-4)
+    batch = batch_of(2, 9)
+    with torch.no_grad():
+        got = model(**batch)[0]
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(lte.load(tmp_path).eval()(**batch)[0], got)
+
+
 def test_the_greedy_division_is_better_than_the_even_one():
     batch = batch_of(16, 16)
     with torch.no_grad():
@@ -107,7 +134,7 @@ def test_the_greedy_division_is_better_than_the_even_one():
 
 def test_a_greedy_step_is_the_one_that_changes_least(monkeypatch):
     """Against a search written anew: of one block, the first step of every order."""
-    monkeypatch.setattr(teal, "STEP", 0.3)
+    monkeypatch.setattr(block_inputs, "STEP", 0.3)
     model = made(sparsity=0.01)  # less than any step: one matrix alone has a share
     block, ffn = blocks_of(model)[0], sparse_ffns(model)[0]
     parts = teal._parts(block, ffn)
@@ -116,7 +143,7 @@ def test_a_greedy_step_is_the_one_that_changes_least(monkeypatch):
     run = next(lte.activations.runs_of_blocks(model, blocks_of(model), [batch_of(8, 16)]))
     for part in parts:
         part.set(torch.zeros(()), 0.0)
-    wanted, seen = run(), [values.flatten() for values in teal._seen(parts, run)]
+    wanted, seen = run(), [values.flatten() for values in block_inputs.seen_by(parts, run)]
     costs = []
     for part, values in zip(parts, seen, strict=True):
         part.set(values.kthvalue(round(0.3 * len(values))).values, 0.3)

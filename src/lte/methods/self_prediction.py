@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import pydantic
-from torch import nn
+from torch import Tensor, nn
 
+from lte.activations import runs_of_blocks
 from lte.config import MethodConfig, register_method
+from lte.families import blocks_of
 from lte.grouping import Activations
+from lte.methods.block_inputs import MOST, attention_parts, fit_parts, sparse_blocks, threshold_attention
 from lte.methods.scores import ScoreMethod
-from lte.nn import CopyRouter, Router, ScoreRouter
+from lte.nn import CopyRouter, Mode, Router, ScoreRouter, set_mode
 from lte.nn.router import NOTHING
 
 FLOOR = 1e-3
@@ -23,6 +27,8 @@ class SelfPredictionConfig(MethodConfig):
     Attributes:
         bits: of a weight of the copy.
         group: weights of the copy that share a scale.
+        attention: share of the inputs of attention's projections, by their weights, that is left out where they are
+            small, as TEAL does; shares of a block's are found greedily, thresholds on the calibration text.
         learned: whether training may pull the scores apart, through the rounding; otherwise thresholds follow alone.
     """
 
@@ -32,6 +38,7 @@ class SelfPredictionConfig(MethodConfig):
     grouping: str = "none"
     bits: Annotated[int, pydantic.Field(ge=1, le=4)] = 3
     group: Annotated[int, pydantic.Field(ge=32, multiple_of=32)] = 64
+    attention: Annotated[float, pydantic.Field(ge=0, le=MOST)] = 0.0
     learned: bool = False
 
 
@@ -60,3 +67,19 @@ class SelfPrediction(ScoreMethod[SelfPredictionConfig]):
         assert isinstance(router, CopyRouter)
         squares_D = seen.inputs_TD.float().square().mean(0)
         router.importance.copy_(squares_D / squares_D.mean().clamp_min(NOTHING) + FLOOR)
+
+    def install(self, model: nn.Module) -> None:
+        """See :class:`Method`."""
+        if self.config.attention:
+            threshold_attention(model)
+
+    def fit_blocks(self, model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        """See :class:`Method`; the FFNs leave out nothing yet."""
+        if not self.config.attention:
+            return
+        sparse = {block for block, _ in sparse_blocks(model)}
+        set_mode(model, Mode.DENSE)
+        for run in runs_of_blocks(model, blocks_of(model), batches):
+            if run.block in sparse:
+                fit_parts(attention_parts(run.block), run, self.config.attention, greedy=True)
+        set_mode(model, Mode.HARD)

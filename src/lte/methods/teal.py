@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Annotated
 
@@ -14,10 +11,19 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
-from lte.activations import BlockRun, runs_of_blocks
+from lte.activations import runs_of_blocks
 from lte.config import FixedShareConfig, register_method
 from lte.families import blocks_of
 from lte.grouping import Activations
+from lte.methods.block_inputs import (
+    MOST,
+    Part,
+    attention_parts,
+    fit_parts,
+    quantile,
+    sparse_blocks,
+    threshold_attention,
+)
 from lte.methods.unlearned import UnlearnedMethod
 from lte.nn import (
     ROUTER_DTYPE,
@@ -26,16 +32,7 @@ from lte.nn import (
     RouterCost,
     Routing,
     SparseFFN,
-    Thresholded,
-    threshold_inputs,
 )
-
-SAMPLED = 2**22
-"""Most values from which a quantile is taken."""
-
-
-STEP, MOST = 0.1, 0.9
-"""By which a matrix's share grows, and the largest there is."""
 
 
 class TEALConfig(FixedShareConfig):
@@ -44,8 +41,7 @@ class TEALConfig(FixedShareConfig):
     An FFN's budget is divided between the inputs of gate and up, who share theirs, and those of down: of
     :data:`DIVISIONS` the one that changes the FFN's output least. As published, with ``attention``, small inputs of the
     attention's projections are left out too, ``sparsity`` is of all linear layers of a block, and its matrices get
-    their shares greedily: of all, the one next whose inputs, left out in :data:`STEP` more, change the block's output
-    least for what that saves.
+    their shares greedily, see :func:`~lte.methods.block_inputs.divide`.
 
     Attributes:
         divide: False gives every matrix the same sparsity.
@@ -71,9 +67,6 @@ DIVISIONS = (-0.3, -0.2, -0.15, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15, 0.2, 0.3)
 
 SEARCHED = 1024
 """Tokens on which divisions are compared."""
-
-GREEDY = 256
-"""Tokens on which a block's matrices are compared."""
 
 
 class InputsRouter(LookingRouter):
@@ -168,51 +161,28 @@ class TEAL(UnlearnedMethod[TEALConfig]):
     def install(self, model: nn.Module) -> None:
         """See :class:`Method`."""
         if self.config.attention:
-            for block, ffn in _sparse_blocks(model):
-                threshold_inputs(block, skip={id(module) for module in ffn.modules()})
+            threshold_attention(model)
 
     @torch.no_grad()
     def fit_blocks(self, model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> None:
         """See :class:`Method`."""
         if not self.config.attention:
             return
-        sparse = dict(_sparse_blocks(model))
+        sparse = dict(sparse_blocks(model))
         for run in runs_of_blocks(model, blocks_of(model), batches):
             if run.block not in sparse:
                 continue
-            parts, target = _parts(run.block, sparse[run.block]), self.config.sparsity
-            shares = _divide(parts, run, target) if self.config.divide else [target] * len(parts)
-            for part in parts:
-                part.set(torch.zeros(()), 0.0)
-            for part, share in zip(parts, shares, strict=True):
-                part.set(_quantile(_seen([part], run)[0], share), share)
+            fit_parts(_parts(run.block, sparse[run.block]), run, self.config.sparsity, self.config.divide)
 
     @staticmethod
     def _set(router: MagnitudeRouter, ffn: SparseFFN, x_TD: Tensor, of_inputs: float, of_down: float) -> None:
         """Thresholds; the second is of what comes of the inputs that the first leaves."""
-        router.taus[0] = _quantile(x_TD.abs(), of_inputs)
+        router.taus[0] = quantile(x_TD.abs(), of_inputs)
         hidden = [ffn.hidden(router.inputs(x_tD)).abs() for x_tD in x_TD.split(512)]
-        router.taus[1] = _quantile(torch.cat(hidden), of_down)
+        router.taus[1] = quantile(torch.cat(hidden), of_down)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A threshold, of one projection or of gate and up.
-
-    Attributes:
-        weights: number of weights behind it.
-        watched: the module that gets the inputs.
-        read: of what the module gets, the sizes that are compared with the threshold.
-        set: takes the threshold, and the share that it leaves out.
-    """
-
-    weights: int
-    watched: nn.Module
-    read: Callable[[Tensor], Tensor]
-    set: Callable[[Tensor, float], None]
-
-
-def _parts(block: nn.Module, ffn: SparseFFN) -> list[_Part]:
+def _parts(block: nn.Module, ffn: SparseFFN) -> list[Part]:
     """Of a block, in the order in which they run."""
     router, weights = ffn.router, ffn.weights()
     assert isinstance(router, MagnitudeRouter)
@@ -221,77 +191,8 @@ def _parts(block: nn.Module, ffn: SparseFFN) -> list[_Part]:
         router.taus[index] = tau
 
     first = weights.up.numel() * (1 if weights.gate is None else 2)
-    others = [module for module in block.modules() if isinstance(module, Thresholded)]
     return [
-        *(_Part(module.weight.numel(), module, Tensor.abs, module.leave_out) for module in others),
-        _Part(first, ffn, Tensor.abs, partial(set_tau, 0)),
-        _Part(weights.down.numel(), ffn, lambda x: ffn.hidden(router.inputs(x)).abs(), partial(set_tau, 1)),
+        *attention_parts(block),
+        Part(first, ffn, Tensor.abs, partial(set_tau, 0)),
+        Part(weights.down.numel(), ffn, lambda x: ffn.hidden(router.inputs(x)).abs(), partial(set_tau, 1)),
     ]
-
-
-def _seen(parts: Sequence[_Part], run: BlockRun, tokens: int | None = None) -> list[Tensor]:
-    """What every threshold is compared with."""
-    found: list[list[Tensor]] = [[] for _ in parts]
-    with ExitStack() as stack:
-        for part, values in zip(parts, found, strict=True):
-
-            def keep(
-                module: nn.Module, args: tuple[Tensor, ...], part: _Part = part, to: list[Tensor] = values
-            ) -> None:
-                to.append(run.without_padding(part.read(args[0].detach()).flatten(0, -2)))
-
-            stack.enter_context(part.watched.register_forward_pre_hook(keep))
-        run(tokens)
-    return [torch.cat(values) for values in found]
-
-
-def _divide(parts: Sequence[_Part], run: BlockRun, sparsity: float) -> list[float]:
-    """The share of every part, step by step; all are whole at the beginning."""
-    wanted, seen = run(GREEDY), _seen(parts, run, GREEDY)
-    steps = round(MOST / STEP)
-    taus = [[torch.zeros(()), *(_quantile(values, STEP * step) for step in range(1, steps + 1))] for values in seen]
-    at, left = [0] * len(parts), sparsity * sum(part.weights for part in parts)
-    shares = [0.0] * len(parts)
-
-    def error() -> float:
-        return float((run(GREEDY) - wanted).float().square().mean())
-
-    def costs(part: int) -> float:
-        """What the next step of a part changes, for every weight that it saves."""
-        parts[part].set(taus[part][at[part] + 1], 0.0)
-        more = error() - before
-        parts[part].set(taus[part][at[part]], 0.0)
-        return more / parts[part].weights
-
-    before = 0.0
-    known = {part: costs(part) for part in range(len(parts))}
-    fresh = set(known)
-    while left > 0 and known:
-        # What others cost has grown since, if anything: the cheapest is asked anew, until it stays the cheapest.
-        while (chosen := min(known, key=known.__getitem__)) not in fresh:
-            known[chosen] = costs(chosen)
-            fresh.add(chosen)
-        step = min(STEP, left / parts[chosen].weights)
-        at[chosen] += 1
-        parts[chosen].set(taus[chosen][at[chosen]], 0.0)
-        if at[chosen] == steps:
-            del known[chosen]
-        shares[chosen] += step
-        left -= step * parts[chosen].weights
-        before, fresh = error(), set()
-    return shares
-
-
-def _sparse_blocks(model: nn.Module) -> Iterator[tuple[nn.Module, SparseFFN]]:
-    for block in blocks_of(model):
-        ffn = next((module for module in block.modules() if isinstance(module, SparseFFN)), None)
-        if ffn is not None:
-            yield block, ffn
-
-
-def _quantile(values: Tensor, share: float) -> Tensor:
-    every, step = values.float().flatten(), -(-values.numel() // SAMPLED)
-    while math.gcd(step, values.shape[-1]) > 1:  # or some columns would never be seen
-        step += 1
-    every = every[::step]
-    return every.kthvalue(max(1, min(len(every), round(share * len(every))))).values
