@@ -5,7 +5,8 @@
 #   recipes/study/run.sh              the study, on the data beside the repository (../shared/data): six to eight hours
 #   recipes/study/run.sh PART ...     some of it: untrained stories relu glue e2e trained decode; or, beside it,
 #                                     pretraining instruct
-#   WHOLE=1 recipes/study/run.sh trained   at more sparsities, on the whole test text: minutes on a GPU, hours without
+#   WHOLE=1 recipes/study/run.sh trained   at more sparsities, on the whole test text: minutes on a GPU, hours without;
+#                                     and `untrained` with LAMBADA and MMLU
 #
 # Run it again after an interruption: points that are there are not run again. Reports are out/study/PART/report.html;
 # the points, tables and figures' numbers are copied to results/study/PART.
@@ -56,13 +57,16 @@ TASKS=lambada_openai:limit=200,mmlu:limit=2:num_fewshot=5
 untrained() { # what needs no training, on the real language model: 33 thousand tokens of WikiText-2's validation text
   smollm2
   set -- smollm2-untrained --model "$SMOLLM2" --task lm --context-length 512 --set task.stride=511 --decode-tokens 0 \
-    --data $DATA/text/wikitext2/train_part.txt --eval-data "$(beginning $DATA/text/wikitext2/validation.txt -c 127883)"
+    --data $DATA/text/wikitext2/train_part.txt --eval-data "$(beginning $DATA/text/wikitext2/validation.txt -c 127883)" \
+    ${WHOLE:+--tasks $HARNESS --include-path recipes/tasks}
   part "$@" --methods $FREE,two-bits=self-prediction,teal-attention=teal,cmoe-published=cmoe --set two-bits.bits=2 \
     --set teal-attention.attention=true --set cmoe-published.expert_size=96 --set cmoe-published.active=10 --sparsities 0.5,0.7,0.3
   part "$@" --methods cats-one=cats,countdown-one=countdown --set cats-one.per_layer=false --set countdown-one.per_layer=false \
     --sparsities 0.5
   part "$@" --methods wanda-2-4=wanda,wanda-4-8=wanda --set wanda-2-4.pattern=2:4 --set wanda-4-8.pattern=4:8 --sparsities 0.5
   part "$@" --methods self-prediction --sparsities 0.8
+  part "$@" --methods attention-30=self-prediction,attention-50=self-prediction --set attention-30.attention=0.3 \
+    --set attention-50.attention=0.5 --sparsities 0.5,0.7
 }
 
 decode() { # the same models' speed; nothing else should run. Quality is that of a few tokens only
