@@ -101,5 +101,8 @@ void lte_quantize(const lte_matrix* matrix, int32_t dtype, const lte_lowbit* mad
                   int32_t threads) {
   current->variant->quantize(matrix, dtype, made, importance, tries, threads);
 }
+void lte_dequantize(const lte_lowbit* matrix, int32_t dtype, void* out, int32_t threads) {
+  current->variant->dequantize(matrix, dtype, out, threads);
+}
 float lte_read(const void* data, int64_t bytes, int32_t threads) { return current->variant->read(data, bytes, threads); }
 }

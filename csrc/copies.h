@@ -91,3 +91,42 @@ static void quantize(const lte_matrix& matrix, const lte_lowbit& made, const flo
     team.end();
   });
 }
+
+// The numbers that a matrix means, row by row.
+template <int BITS, class W>
+static void dequantize(const lte_lowbit& matrix, W* out, int threads) {
+  const int64_t chunks = matrix.group / CHUNK, blocks = (matrix.rows + TOGETHER - 1) / TOGETHER;
+  constexpr float middle = ((1 << BITS) - 1) / 2.0f;
+  with_team(threads, [&](Team& team) {
+    Queue& queue = team.begin();
+    for (int64_t block; queue.take(blocks, block);) {
+      const Tiles tiles(matrix, block);
+      const int64_t rows = std::min(TOGETHER, matrix.rows - block * TOGETHER);
+      for (int64_t chunk = 0; chunk < matrix.groups * chunks; ++chunk) {
+        const uint8_t* planes = tiles.planes + chunk * tiles.chunk_bytes;
+        uint8_t codes[CHUNK / 4][4 * TOGETHER] = {};
+#pragma GCC unroll 8
+        for (int step = 0; step < CHUNK / 4; ++step)
+#pragma GCC unroll 8
+          for (int b = 0; b < BITS; ++b) {
+            const Place at = place_of(BITS, step, b);
+            for (int64_t i = 0; i < 4 * TOGETHER; ++i)
+              codes[step][i] |= uint8_t((planes[at.plane * 4 * TOGETHER + i] >> at.bit & 1) << b);
+          }
+        const int64_t first = chunk * CHUNK, count = std::clamp<int64_t>(matrix.cols - first, 0, CHUNK);
+        for (int64_t r = 0; r < rows; ++r) {
+          const uint32_t scale_bits = uint32_t(tiles.scales[chunk / chunks * tiles.group_scales + r]) << 16;
+          float scale, values[CHUNK];
+          std::memcpy(&scale, &scale_bits, sizeof scale);
+          uint8_t of_row[CHUNK];
+          W made[CHUNK];
+          for (int step = 0; step < CHUNK / 4; ++step) std::memcpy(of_row + 4 * step, codes[step] + 4 * r, 4);
+          for (int i = 0; i < CHUNK; ++i) values[i] = (float(of_row[i]) - middle) * scale;
+          for (int i = 0; i < CHUNK; ++i) narrow(values[i], made + i);
+          std::memcpy(out + (block * TOGETHER + r) * matrix.cols + first, made, size_t(count) * sizeof(W));
+        }
+      }
+    }
+    team.end();
+  });
+}

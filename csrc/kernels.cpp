@@ -411,6 +411,13 @@ static void run_quantize(const lte_matrix* matrix, int32_t dtype, const lte_lowb
                          int32_t tries, int32_t threads) {
   (dtype == LTE_BF16 ? quantize<bf16> : quantize<float>)(*matrix, *made, importance, tries, threads);
 }
+template <class W>
+static void dequantize(const lte_lowbit& matrix, void* out, int threads) {
+  with_bits(matrix.bits, [&](auto bits) { dequantize<bits(), W>(matrix, static_cast<W*>(out), threads); });
+}
+static void run_dequantize(const lte_lowbit* matrix, int32_t dtype, void* out, int32_t threads) {
+  (dtype == LTE_BF16 ? dequantize<bf16> : dequantize<float>)(*matrix, out, threads);
+}
 static float run_read(const void* data, int64_t bytes, int32_t threads) {
   constexpr int64_t block = 256 << 10;
   std::atomic<float> total{0};
@@ -433,6 +440,7 @@ static float run_read(const void* data, int64_t bytes, int32_t threads) {
   return total.load();
 }
 
-extern const lte::Variant variant{run_sparse_ffn, run_copy_scores, run_linear, run_decode, run_quantize, run_read};
+extern const lte::Variant variant{run_sparse_ffn, run_copy_scores, run_linear, run_decode, run_quantize, run_dequantize,
+                                  run_read};
 
 }  // namespace LTE_VARIANT

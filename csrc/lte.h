@@ -129,6 +129,8 @@ void lte_decode(const lte_decoder* decoder, const lte_step* step, int32_t thread
 // Rounds a matrix to few bits: fills the planes and scales of `made`. importance: [cols], weights of the errors, or null.
 void lte_quantize(const lte_matrix* matrix, int32_t dtype, const lte_lowbit* made, const float* importance, int32_t tries,
                   int32_t threads);
+// out: [rows, cols] of `dtype`, the numbers that a matrix of few bits means.
+void lte_dequantize(const lte_lowbit* matrix, int32_t dtype, void* out, int32_t threads);
 float lte_read(const void* data, int64_t bytes, int32_t threads);  // reads every byte once: the bandwidth limit
 }
 #pragma GCC visibility pop

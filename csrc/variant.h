@@ -9,6 +9,7 @@ struct Variant {
   decltype(lte_linear)* linear;
   decltype(lte_decode)* decode;
   decltype(lte_quantize)* quantize;
+  decltype(lte_dequantize)* dequantize;
   decltype(lte_read)* read;
 };
 }  // namespace lte

@@ -97,3 +97,14 @@ def test_kernels_round_as_torch_does(isa, dtype, columns, group, bits, by_column
         same = fast.scales_of_rows() == plain.scales_of_rows()
         assert same.float().mean() > 0.98  # errors that are as good as equal
         assert torch.equal(fast.codes()[same], plain.codes()[same])
+
+
+@pytest.mark.parametrize("by_columns", [False, True])
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize(("rows", "columns", "group"), [(37, 70, 32), (64, 256, 64), (5, 33, 128), (16, 1, 32)])
+def test_kernels_write_out_the_very_numbers(isa, rows, columns, group, bits, by_columns):
+    made = quantize(torch.randn(rows, columns), bits, group, by_columns=by_columns)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert torch.equal(made.dequantize(dtype), made.dequantize_reference(dtype))
+    half = made if by_columns or rows % 32 else made.halves()[1]
+    assert torch.equal(half.dequantize(), half.dequantize_reference())

@@ -112,6 +112,15 @@ class LowBitMatrix:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[N, D]."""
+        stored = self.planes, self.scales
+        if all(t.device.type == "cpu" and t.is_contiguous() for t in stored) and _kernels_take(dtype):
+            from lte.ops import cpu
+
+            return cpu.dequantize(self, dtype)
+        return self.dequantize_reference(dtype)
+
+    def dequantize_reference(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The same by its definition, in plain PyTorch."""
         levels = self.codes().float() - _middle(self.bits)
         return _numbers(levels, self.scales_of_rows(), self.columns).to(dtype)
 
@@ -227,10 +236,13 @@ def _whole_blocks(matrix_ND: Tensor) -> Tensor:
 
 def quantizes_fast(matrix_ND: Tensor) -> bool:
     """Whether kernels would round it in :func:`quantize`."""
+    return matrix_ND.device.type == "cpu" and matrix_ND.stride(1) == 1 and _kernels_take(matrix_ND.dtype)
+
+
+def _kernels_take(dtype: torch.dtype) -> bool:
     from lte.ops import cpu  # it describes these matrices to the kernels, and so comes after them
 
-    plain = matrix_ND.device.type == "cpu" and matrix_ND.dtype in cpu.DTYPES and matrix_ND.stride(1) == 1
-    return plain and not cpu.unavailable()
+    return dtype in cpu.DTYPES and not cpu.unavailable()
 
 
 def _quantize_fast(

@@ -166,6 +166,13 @@ def quantize(weight: Tensor, made: LowBitMatrix, importance: Tensor | None, trie
     )
 
 
+def dequantize(weight: LowBitMatrix, dtype: torch.dtype) -> Tensor:
+    """[N, D] in one of :data:`DTYPES`: the numbers a matrix of few bits means."""
+    out_ND = torch.empty(weight.rows, weight.columns, dtype=dtype)
+    kernels().lte_dequantize(ctypes.byref(_lowbit(weight)), DTYPES[dtype], out_ND.data_ptr(), torch.get_num_threads())
+    return out_ND
+
+
 def copied_ffn(x_TD: Tensor, copy: FFNCopy, cut: float, n_experts: int, weights: FFNWeights) -> Tensor:
     """The FFN over the experts that its copy picks."""
     return _run_ffn(describe_copied_ffn(weights, n_experts, copy, cut), x_TD)

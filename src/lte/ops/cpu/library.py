@@ -201,6 +201,8 @@ def open_library(path: Path) -> tuple[ctypes.CDLL | None, str]:
     library.lte_decode.restype = None
     library.lte_quantize.argtypes = [POINTER(Matrix), c_int32, POINTER(LowBit), c_void_p, c_int32, c_int32]
     library.lte_quantize.restype = None
+    library.lte_dequantize.argtypes = [POINTER(LowBit), c_int32, c_void_p, c_int32]
+    library.lte_dequantize.restype = None
     library.lte_read.argtypes = [c_void_p, c_int64, c_int32]
     library.lte_read.restype = c_float
     return library, ""
