@@ -49,6 +49,11 @@ def empty_for_streaming(shape: Sequence[int], dtype: torch.dtype, device: torch.
     return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=offset).view(tuple(shape))
 
 
+def is_for_streaming(tensor: Tensor) -> bool:
+    """Whether :func:`empty_for_streaming` made it, or it is too small to matter."""
+    return tensor.device.type != "cpu" or tensor.nbytes < HUGE_PAGE or tensor.data_ptr() % HUGE_PAGE == 0
+
+
 def peak_memory() -> dict[str, float]:
     """The most that this process held at a time so far, in GB (1e9 bytes).
 

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import lte
+from lte import memory
 from lte.errors import BackendError, CheckpointError, LTEError
 from lte.families import DECODERS
 from lte.inference import Crossover, restore
@@ -509,3 +510,25 @@ def test_the_environment_forces_a_prepared_model_too(monkeypatch):
 def test_bad_settings():
     with pytest.raises(LTEError, match=r"expected_sparsity=7.0 is out of range"):
         lte.prepare_for_inference(sparse("llama"), expected_sparsity=7.0)
+
+
+def test_codes_of_a_loaded_model_are_moved_to_where_they_are_read_fast(tmp_path):
+    config = copy.deepcopy(models.CONFIGS["llama"])
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers = 512, 8192, 1
+    config.num_attention_heads = config.num_key_value_heads = 8
+    config.head_dim = 64
+    stock = AutoModelForCausalLM.from_config(config).eval()
+    lte.quantize(stock, bits=8).save_pretrained(tmp_path)
+    model = lte.load(tmp_path)
+    large = {name for name, buffer in model.named_buffers() if buffer.nbytes >= memory.HUGE_PAGE}
+    assert large
+    wanted = generate(model, models.inputs(1, 5))
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    lte.prepare_for_inference(model)
+    moved = dict(model.named_buffers())
+    assert all(torch.equal(buffer, moved[name]) for name, buffer in before.items())
+    assert all(memory.is_for_streaming(moved[name]) for name in large)
+    assert torch.equal(generate(model, models.inputs(1, 5)), wanted)
+    places = {name: buffer.data_ptr() for name, buffer in moved.items()}
+    lte.prepare_for_inference(model)  # they stay there
+    assert places == {name: buffer.data_ptr() for name, buffer in model.named_buffers()}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lte.memory import empty_for_streaming
+from lte.memory import empty_for_streaming, is_for_streaming
+from lte.nn import QuantizedWeight
 
 
 def streaming_copy(tensor: Tensor) -> Tensor:
@@ -14,6 +15,15 @@ def streaming_copy(tensor: Tensor) -> Tensor:
     Decoding reads gigabytes per token, and with 4 KiB pages the processor spends part of that time on page tables.
     """
     return empty_for_streaming(tensor.shape, tensor.dtype, tensor.device).copy_(tensor)
+
+
+def pack_quantized(model: nn.Module) -> None:
+    """Move the codes of weights of few bits into streaming memory, wherever a file's were loaded to."""
+    for module in model.modules():
+        if isinstance(module, QuantizedWeight):
+            for name, buffer in module.named_buffers(recurse=False):
+                if not is_for_streaming(buffer):
+                    setattr(module, name, streaming_copy(buffer))
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from lte.errors import BackendError, ConfigError
 from lte.hub import require_sparse
 from lte.inference.crossover import Crossover, machine_name, measure, shape_name
 from lte.inference.decode import DecodeStep
-from lte.inference.packing import pack_linears, streaming_copy
+from lte.inference.packing import pack_linears, pack_quantized, streaming_copy
 from lte.nn import CopyRouter, FastLinear, QuantizedWeight, SparseFFN, sparse_ffns
 from lte.nn.ffn import PathChooser, path_unmeasured
 from lte.ops import backend_obstacle, requested_backend
@@ -79,6 +79,7 @@ def prepare_for_inference(
         return model
     if any(isinstance(module, QuantizedWeight) for module in model.modules()):
         if backend == "cpu":
+            pack_quantized(model)
             _speed_up_cpu(model, ffns, 0, fuse_decode, hindered)
         return model
     for ffn in ffns:
