@@ -14,7 +14,7 @@ import lte
 from lte import memory
 from lte.errors import BackendError, CheckpointError, LTEError
 from lte.families import DECODERS
-from lte.inference import Crossover, restore
+from lte.inference import Crossover, decode, restore
 from lte.inference.decode import DecodeStep
 from lte.nn import FastLinear, SparsityMeter, observe_routing, set_mode, sparse_ffns
 from lte.ops import cpu
@@ -532,3 +532,35 @@ def test_codes_of_a_loaded_model_are_moved_to_where_they_are_read_fast(tmp_path)
     places = {name: buffer.data_ptr() for name, buffer in moved.items()}
     lte.prepare_for_inference(model)  # they stay there
     assert places == {name: buffer.data_ptr() for name, buffer in model.named_buffers()}
+
+
+def test_a_cache_that_was_touched_between_two_steps_is_read_as_it_is(monkeypatch):
+    plain, fast = pair("llama")
+    ids = models.inputs(1, 12)["input_ids"]
+    found = {}
+    for name, model in (("plain", plain), ("fast", fast)):
+        cache, logits = DynamicCache(config=model.config), []
+        with torch.no_grad():
+            model(ids[:, :6], past_key_values=cache, use_cache=True)
+            for step in range(5):
+                logits.append(model(ids[:, 6 + step : 7 + step], past_key_values=cache, use_cache=True).logits)
+                if step == 1:
+                    cache.crop(-1)
+                if step == 2:  # values of its own
+                    for layer in cache.layers:
+                        layer.keys, layer.values = layer.keys.flip(2), layer.values.clone()
+                if step == 3:
+                    other = copy.deepcopy(cache)
+                    again = model(ids[:, 10:11], past_key_values=other, use_cache=True).logits
+            torch.testing.assert_close(again, logits[4])
+        found[name] = torch.cat(logits)
+    torch.testing.assert_close(found["fast"], found["plain"], atol=1e-4, rtol=1e-4)
+
+
+def test_structs_of_a_cache_serve_from_step_to_step(monkeypatch):
+    _, fast = pair("llama")
+    calls = []
+    before = decode.room
+    monkeypatch.setattr(decode, "room", lambda layer, position: calls.append(position) or before(layer, position))
+    generate(fast, models.inputs(1, 5))
+    assert set(calls) == {5}

@@ -334,12 +334,14 @@ class _Clock(BaseStreamer):
 
 def generate_seconds(model: Any, ids_BS: Tensor, new_tokens: int, *, static: bool = False) -> float:
     """Median seconds from one token of ``generate`` to the next, the prompt and the first token left out."""
-    options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "use_cache": True, "eos_token_id": None}
+    # No text ends at a token that does not exist. A least number of tokens would have the logits looked through for it.
+    never = model.config.get_text_config().vocab_size
+    options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "use_cache": True, "eos_token_id": never}
     if static:
         compile_config = CompileConfig(mode="default" if ids_BS.device.type == "cpu" else "reduce-overhead")
         compile_config._compile_all_devices = True
         options |= {"cache_implementation": "static", "compile_config": compile_config}
-    config = GenerationConfig(max_new_tokens=1 + new_tokens, min_new_tokens=1 + new_tokens, **options)
+    config = GenerationConfig(max_new_tokens=1 + new_tokens, **options)
     clock = _Clock()
     # Thresholds are numbers: a graph for each setting, not one that takes them as inputs.
     with torch._dynamo.config.patch(specialize_float=True):

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import ctypes
 import inspect
+import operator
+import weakref
+from collections.abc import Iterator
 from ctypes import POINTER, cast, pointer
-from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -21,6 +24,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lte.families import DECODERS, blocks_of
+from lte.inference.cache import LastCache, room
 from lte.nn import (
     ROUTER_DTYPE,
     ConstantForm,
@@ -180,9 +184,10 @@ class _Built:
         self.modules = [module for module in model.modules() if module is not model]
         config, spec = model.config, DECODERS[model.config.model_type]
         # Where parameters are looked up, not the parameters: one that was replaced has to be noticed too.
-        self.slots = [(m._parameters, name) for m in self.modules for name, p in m._parameters.items() if p is not None]
+        slots = [(m._parameters, name) for m in self.modules for name, p in m._parameters.items() if p is not None]
         rounded = [module for module in self.modules if isinstance(module, QuantizedWeight)]
-        self.slots += [(module._buffers, name) for module in rounded for name in module._buffers]
+        slots += [(module._buffers, name) for module in rounded for name in module._buffers]
+        self.slots = tuple(zip(*slots, strict=True))
         self.ffns = sparse_ffns(model)
         self.modes = [ffn.mode for ffn in self.ffns]
         self.thresholds = [(ffn.router.threshold, ffn.router.fine) for ffn in self.ffns]
@@ -196,7 +201,8 @@ class _Built:
         ]
         self.copied = [p for ffn in self.ffns for p in ffn.parameters()] if self.copies else []
         self.versions = [p._version for p in self.copied]
-        self.children = [(m._modules, list(m._modules.values())) for m in (model, *self.modules) if m._modules]
+        self.registers = [m._modules for m in (model, *self.modules) if m._modules]
+        self.children = [list(register.values()) for register in self.registers]
         # The dictionaries themselves: looking at them is all that a step can afford.
         self.hooks = [h for m in self.modules for h in (m._forward_hooks, m._forward_pre_hooks)]
         self.hooks += [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
@@ -238,6 +244,7 @@ class _Built:
             dtype=DTYPES[self.dtype],
         )
         self.pointers = self._current_pointers()
+        self.last: LastCache | None = None
 
     def holds(self) -> bool:
         """Whether the structs still describe the model."""
@@ -245,7 +252,7 @@ class _Built:
             return False
         if [(ffn.router.threshold, ffn.router.fine) for ffn in self.ffns] != self.thresholds:
             return False
-        if any(list(now.values()) != then for now, then in self.children):
+        if list(map(list, map(dict.values, self.registers))) != self.children:
             return False
         if [p._version for p in self.copied] != self.versions:
             return False
@@ -254,11 +261,12 @@ class _Built:
         return self._current_pointers() == self.pointers
 
     def _current_pointers(self) -> list[int]:
-        return [tensors[name].data_ptr() for tensors, name in self.slots]
+        held: Iterator[Tensor] = map(operator.getitem, *self.slots)
+        return list(map(Tensor.data_ptr, held))
 
     def is_watched(self) -> bool:
         """Whether hooks or observers want to see the modules run, or soft mode is on: the stock forward then does."""
-        if any(self.hooks) or any("forward" in attributes for attributes in self.attributes):
+        if any(self.hooks) or any(map(operator.contains, self.attributes, repeat("forward"))):
             return True
         return any(ffn.observer is not None or ffn.mode == Mode.SOFT for ffn in self.ffns)
 
@@ -297,6 +305,8 @@ class _Built:
 
     def caches(self, cache: DynamicCache, batch: int, position: int) -> Any:
         """Room for one more token in every layer's cache, as C structs; None where the cache is of another kind."""
+        if self.last is not None and self.last.goes_on(cache, batch, position):
+            return self.last.grow()
         if position == 0 or len(cache.layers) != len(self.layers):
             return None
         if self.window is not None and position + 1 >= self.window:
@@ -313,13 +323,14 @@ class _Built:
                 return None
         structs = (Cache * len(cache.layers))()
         for struct, layer in zip(structs, cache.layers, strict=True):
-            keys, values = _room(layer, position)
-            layer.keys, layer.values = keys[:, :, : position + 1], values[:, :, : position + 1]
-            layer._lte_buffers.filled = position + 1
+            keys, values = room(layer, position)
+            layer._lte_buffers.grow(layer)
             if type(layer) is DynamicSlidingWindowLayer:
                 layer.cumulative_length += 1
             struct.keys, struct.values = keys.data_ptr(), values.data_ptr()
             struct.batch_stride, struct.head_stride, struct.token_stride = keys.stride()[:3]
+        plain = self.window is None and all(type(layer) is DynamicLayer for layer in cache.layers)
+        self.last = LastCache(weakref.ref(cache), batch, structs) if plain else None
         return structs
 
     def run(
@@ -372,12 +383,13 @@ class _Built:
 
     def rotate(self, position_ids: Tensor) -> tuple[Tensor, Tensor] | None:
         """Rotations [B, rotary_dim] in float32; None for positions no sequence has."""
-        if not 0 <= int(position_ids.min()) <= int(position_ids.max()) < MAX_POSITION:
+        positions = position_ids[:, 0].tolist()
+        if not 0 <= min(positions) <= max(positions) < MAX_POSITION:
             return None
         if not self.static_rope:
             cos, sin = self._rotations(position_ids)
             return cos.flatten(0, 1), sin.flatten(0, 1)
-        largest = int(position_ids.max())
+        largest = max(positions)
         if largest >= len(self.cos_sin[0]):
             cos, sin = self._rotations(torch.arange(2 * largest + 256)[None])
             self.cos_sin = cos[0], sin[0]
@@ -404,48 +416,6 @@ def _copy_of(form: Form | None) -> FFNCopy | None:
 
 def _is_asked(form: Form | None) -> bool:
     return form is None or isinstance(form, HalfForm)
-
-
-def _room(layer: Any, position: int) -> tuple[Tensor, Tensor]:
-    """The buffers behind a cache layer's keys and values, with room for one token more.
-
-    The cache of transformers grows by copying itself at every token. Here it becomes a view of a larger buffer that is
-    written in place; whatever else replaces its tensors (beam search, a restored copy, ...) is noticed and copied once.
-    """
-    buffers = layer.__dict__.get("_lte_buffers")
-    if buffers is not None and buffers.continues(layer, position):
-        return buffers.keys, buffers.values
-    grown = []
-    for old in (layer.keys, layer.values):
-        batch, heads, length, dim = old.shape
-        new = old.new_empty(batch, heads, length + max(256, length // 2), dim)
-        new[:, :, :length] = old
-        grown.append(new)
-    layer._lte_buffers = _Buffers(grown[0], grown[1], id(layer), position)
-    return grown[0], grown[1]
-
-
-@dataclass
-class _Buffers:
-    """What a cache layer's tensors are views of.
-
-    Attributes:
-        keys, values: [B, heads, capacity, head_dim].
-        owner: id of the layer; a shallow copy of it must not write here.
-        filled: tokens written. Another view may hold them, so that a shorter cache must not write over them.
-    """
-
-    keys: Tensor
-    values: Tensor
-    owner: int
-    filled: int
-
-    def continues(self, layer: Any, position: int) -> bool:
-        """Whether the layer holds all that was written, and one token more fits."""
-        if self.owner != id(layer) or self.filled != position or position >= self.keys.shape[2]:
-            return False
-        same = layer.keys.data_ptr() == self.keys.data_ptr() and layer.values.data_ptr() == self.values.data_ptr()
-        return same and layer.keys.stride() == self.keys.stride()
 
 
 def _decoder_linears(model: Any) -> list[tuple[str, nn.Module]]:

@@ -18,6 +18,9 @@ BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 AT_ONCE = 2**24
 """Numbers that one operation takes, where there are more and memory would grow with them."""
 
+FEW_ROWS = 8
+"""Rows that are written out with the blocks they lie in."""
+
 SHRINKS = 13
 """Scales tried for every group, from that of its largest weight down to less than half of it."""
 
@@ -264,11 +267,20 @@ def _quantize_fast(
 def dequantize_rows(matrix: LowBitMatrix, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Some rows of a matrix that lies row by row: [...] long to [..., D]."""
     index = rows.flatten()
+    if 0 < len(index) <= FEW_ROWS:
+        found = [_block(matrix, row // ROWS).dequantize(dtype)[row % ROWS] for row in index.tolist()]
+        return torch.stack(found).view(*rows.shape, matrix.columns)
     planes = matrix.planes.unflatten(-1, (ROWS, 4))[index // ROWS, :, :, :, index % ROWS]  # [T, G, chunks, bits, 4]
     codes = torch.cat([_codes_of(part, matrix.bits) for part in planes.split(_at_once(planes))])
     scales_TG = matrix.scales[index // ROWS, :, index % ROWS]
     values = _numbers(codes.flatten(2).float() - _middle(matrix.bits), scales_TG, matrix.columns)
     return values.to(dtype).view(*rows.shape, matrix.columns)
+
+
+def _block(matrix: LowBitMatrix, block: int) -> LowBitMatrix:
+    """Sixteen rows."""
+    planes, scales = matrix.planes.narrow(0, block, 1), matrix.scales.narrow(0, block, 1)
+    return LowBitMatrix(planes, scales, ROWS, matrix.columns)
 
 
 def round_like(matrix_ND: Tensor, like: LowBitMatrix) -> Tensor:
