@@ -10,13 +10,14 @@ from typer.testing import CliRunner
 
 import lte
 from lte import KLAConfig, LTEConfig, SelfPredictionConfig
-from lte.bench import decode
+from lte.bench import checks, decode
 from lte.bench.decode import bench_decode, generate_seconds, time_beside
 from lte.bench.ffn import bench_ffn
 from lte.bench.limit import bench_limit, decode_bytes
 from lte.bench.shapes import SHAPES, leave_out, model_config, random_model
 from lte.cli import app
 from lte.errors import ConfigError
+from lte.families import blocks_of
 from lte.nn import SparsityMeter, observe_routing, sparse_ffns
 from lte.ops import cpu
 from tests import models
@@ -291,3 +292,32 @@ def test_a_dense_model_is_timed_through_the_kernels_beside_its_sparse_one():
     assert times["path"] in ("fused step, PyTorch decides", "masked dense")
     pruned = lte.sparsify(models.build("llama"), lte.PruneMagnitudeConfig(sparsity=0.5)).to(torch.bfloat16)
     assert time_beside(pruned, stock, ids, 2)["path"] in ("fused step", "masked dense")
+
+
+def test_logits_may_differ_by_what_rounding_does_and_no_more(tmp_path, monkeypatch):
+    models.build("llama").config.save_pretrained(tmp_path)
+    config = model_config(str(tmp_path / "config.json"))
+    model = random_model(config, torch.bfloat16, torch.device("cpu"), LTEConfig(expert_size=8))
+    lte.prepare_for_inference(model)
+    ids = torch.randint(1, config.vocab_size, (1, 8), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = checks.check_logits(model, ids, 4)
+        assert 0 < found.noise < 0.1
+        assert found.error <= found.allowed == max(checks.LOGITS_TOLERANCE[torch.bfloat16], checks.SLACK * found.noise)
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        assert not any(block._forward_hooks for block in blocks_of(model))
+        # A fast path that is wrong: it runs on other weights than the slow one.
+        step = model.forward
+        real = model.generate
+
+        def on_other_weights(*args, **kwargs):
+            model.model.layers[0].self_attn.v_proj.weight.mul_(-1)
+            out = real(*args, **kwargs)
+            model.model.layers[0].self_attn.v_proj.weight.mul_(-1)
+            return out
+
+        monkeypatch.setattr(model, "generate", on_other_weights)
+        wrong = checks.check_logits(model, ids, 4)
+    assert wrong.error > 2 * wrong.allowed
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert model.forward is step

@@ -283,21 +283,21 @@ class _Bench:
     def _engine(self) -> Engine:
         model = self.model
         prepare = thresholds_again(model)
-        reached, logits_error = check_logits(model, self.ids, self.new_tokens)
+        logits = check_logits(model, self.ids, self.new_tokens)
         error = ffn_error(model, len(self.ids))
         path = sparse_ffns(model)[0].choose_path(len(self.ids))[0]
         path = model.lte_crossover.backend if path == "fastest" else path
-        tolerance, logits_tolerance = tolerances(model)
         row: Row = {
             "engine": "lte",
             **self.common,
             **self.memory,
-            "sparsity": reached,
+            "sparsity": logits.sparsity,
             "backend": ", ".join(filter(None, (path, _fused(model)))),
             "max_error": error,
-            "tolerance": tolerance,
-            "logits_error": logits_error,
-            "logits_tolerance": logits_tolerance,
+            "tolerance": tolerances(model)[0],
+            "logits_error": logits.error,
+            "logits_noise": logits.noise,
+            "logits_tolerance": logits.allowed,
             "version": f"lte {versions()['lte']}",
         }
         for kind in ("", "logits_"):
@@ -308,7 +308,7 @@ class _Bench:
         return Engine(
             row,
             lambda n: generate_seconds(model, self.ids, n, static=static),
-            self._bytes(reached),
+            self._bytes(logits.sparsity),
             prepare,
         )
 

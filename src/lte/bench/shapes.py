@@ -20,6 +20,7 @@ from lte.errors import ConfigError
 from lte.gguf import split_path
 from lte.hub import read_config
 from lte.inference.packing import streaming_copy
+from lte.memory import trim_heap
 from lte.nn import NestedDown, NestedLinear, QuantizedWeight, Router, ScoreRouter, SparseFFN, sparse_ffns
 from lte.quantization import install_quantized
 from lte.sparsify import install_sparse_ffns
@@ -117,7 +118,7 @@ def random_model(
     if weights is not None:
         install_quantized(model, weights)
     model = model.to(dtype)
-    fresh = AutoModelForCausalLM.from_config(_one_layer(config))
+    buffers = dict(AutoModelForCausalLM.from_config(_one_layer(config)).named_buffers())
     generator = torch.Generator(device=device).manual_seed(seed)
     pattern = torch.randn(1 << 20, generator=generator, device=device).to(dtype)
     for module_name, module in model.named_modules():
@@ -136,7 +137,8 @@ def random_model(
     for module in model.modules():
         if isinstance(module, QuantizedWeight):
             draw_codes(module, generator)
-    for name, buffer in fresh.named_buffers():
+            trim_heap(device)  # what was drawn with left holes among what is kept
+    for name, buffer in buffers.items():
         owner, _, leaf = name.rpartition(".")
         model.get_submodule(owner).register_buffer(leaf, buffer.to(device), persistent=False)
     if weights is None:

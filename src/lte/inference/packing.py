@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lte.memory import empty_for_streaming, is_for_streaming
+from lte.memory import empty_for_streaming, is_for_streaming, trim_heap
 from lte.nn import QuantizedWeight
 
 
@@ -24,6 +24,7 @@ def pack_quantized(model: nn.Module) -> None:
             for name, buffer in module.named_buffers(recurse=False):
                 if not is_for_streaming(buffer):
                     setattr(module, name, streaming_copy(buffer))
+                    trim_heap(buffer.device)
 
 
 @torch.no_grad()
