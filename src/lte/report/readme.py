@@ -46,7 +46,7 @@ def fill(text: str, results: Path) -> str:
         if pattern.search(text):
             body = make(results)
             text = pattern.sub(lambda match, body=body: f"{match[1]}{body}{match[2]}", text)  # type: ignore[misc]
-    for name, named in {"ablation": _ablation, "study": _study}.items():
+    for name, named in {"ablation": _ablation, "study": _study, "front": _front_table}.items():
         pattern = re.compile(rf"(<!-- results:{name} ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
         text = pattern.sub(lambda match, named=named: f"{match[1]}{named(results, match[2])}{match[3]}", text)  # type: ignore[misc]
     return text
@@ -290,25 +290,28 @@ def _prefill(results: Path) -> str:
 def _front(results: Path) -> str:
     parts = []
     for name, record in _fronts(results).items():
-        rows = [
-            [
-                f"{row['engine']} {row['weights']}" + (f", {row['steps']} steps" if row["steps"] else ""),
-                *(f"{row[key]:.{places}f}" for key, places in (("bits_per_weight", 2), ("mbytes", 1))),
-                *(f"{row['above_dense']:+.3f}", f"{row['kl_divergence']:.4f}", f"{row['same_top']:.1%}"),
-                f"{row['ms_per_token']:.1f}",
-            ]
-            for row in sorted(record["rows"], key=lambda row: -row.get("bits_per_weight", 0))
-            if row["status"] == "ok"
-        ]
         left = [
             f"{row['weights']} ({row['status'].removeprefix('left out: ')})"
             for row in record["rows"]
             if "loss" not in row
         ]
-        head = ["weights", "bits", "MB a token", "nats above 16 bits", "KL", "same top", "ms a token"]
         said = f"\nLeft out: {', '.join(left)}.\n" if left else ""
-        parts.append(f"**{name}**\n\n{markdown_table(head, rows)}{said}\n![{name}](figures/{name}.png)\n")
+        parts.append(f"**{name}**\n\n{_front_table(results, name)}{said}\n![{name}](figures/{name}.png)\n")
     return "\n".join(parts)
+
+
+def _front_table(results: Path, name: str) -> str:
+    rows = [
+        [
+            f"{row['engine']} {row['weights']}" + (f", {row['steps']} steps" if row["steps"] else ""),
+            *(f"{row[key]:.{places}f}" for key, places in (("bits_per_weight", 2), ("mbytes", 1))),
+            *(f"{row['above_dense']:+.3f}", f"{row['kl_divergence']:.4f}", f"{row['same_top']:.1%}"),
+            f"{row['ms_per_token']:.1f}",
+        ]
+        for row in sorted(_fronts(results)[name]["rows"], key=lambda row: -row.get("bits_per_weight", 0))
+        if row["status"] == "ok"
+    ]
+    return markdown_table(["weights", "bits", "MB a token", "nats above 16 bits", "KL", "same top", "ms a token"], rows)
 
 
 def _fronts(results: Path) -> dict[str, dict[str, Any]]:
