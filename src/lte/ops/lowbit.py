@@ -267,7 +267,7 @@ def _quantize_fast(
 def dequantize_rows(matrix: LowBitMatrix, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Some rows of a matrix that lies row by row: [...] long to [..., D]."""
     index = rows.flatten()
-    if 0 < len(index) <= FEW_ROWS:
+    if 0 < len(index) <= FEW_ROWS and index.device.type == matrix.planes.device.type == "cpu":
         found = [_block(matrix, row // ROWS).dequantize(dtype)[row % ROWS] for row in index.tolist()]
         return torch.stack(found).view(*rows.shape, matrix.columns)
     planes = matrix.planes.unflatten(-1, (ROWS, 4))[index // ROWS, :, :, :, index % ROWS]  # [T, G, chunks, bits, 4]
