@@ -115,9 +115,8 @@ static void dequantize(const lte_lowbit& matrix, W* out, int threads) {
           }
         const int64_t first = chunk * CHUNK, count = std::clamp<int64_t>(matrix.cols - first, 0, CHUNK);
         for (int64_t r = 0; r < rows; ++r) {
-          const uint32_t scale_bits = uint32_t(tiles.scales[chunk / chunks * tiles.group_scales + r]) << 16;
-          float scale, values[CHUNK];
-          std::memcpy(&scale, &scale_bits, sizeof scale);
+          const float scale = widen(tiles.scales[chunk / chunks * tiles.group_scales + r]);
+          float values[CHUNK];
           uint8_t of_row[CHUNK];
           W made[CHUNK];
           for (int step = 0; step < CHUNK / 4; ++step) std::memcpy(of_row + 4 * step, codes[step] + 4 * r, 4);

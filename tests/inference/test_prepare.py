@@ -534,7 +534,7 @@ def test_codes_of_a_loaded_model_are_moved_to_where_they_are_read_fast(tmp_path)
     assert places == {name: buffer.data_ptr() for name, buffer in model.named_buffers()}
 
 
-def test_a_cache_that_was_touched_between_two_steps_is_read_as_it_is(monkeypatch):
+def test_a_cache_that_was_touched_between_two_steps_is_read_as_it_is():
     plain, fast = pair("llama")
     ids = models.inputs(1, 12)["input_ids"]
     found = {}

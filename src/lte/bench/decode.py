@@ -334,9 +334,7 @@ class _Clock(BaseStreamer):
 
 def generate_seconds(model: Any, ids_BS: Tensor, new_tokens: int, *, static: bool = False) -> float:
     """Median seconds from one token of ``generate`` to the next, the prompt and the first token left out."""
-    # No text ends at a token that does not exist. A least number of tokens would have the logits looked through for it.
-    never = model.config.get_text_config().vocab_size
-    options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "use_cache": True, "eos_token_id": never}
+    options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "use_cache": True, "eos_token_id": _no_end(model)}
     if static:
         compile_config = CompileConfig(mode="default" if ids_BS.device.type == "cpu" else "reduce-overhead")
         compile_config._compile_all_devices = True
@@ -347,6 +345,11 @@ def generate_seconds(model: Any, ids_BS: Tensor, new_tokens: int, *, static: boo
     with torch._dynamo.config.patch(specialize_float=True):
         model.generate(ids_BS, attention_mask=torch.ones_like(ids_BS), generation_config=config, streamer=clock)
     return median(after - before for before, after in pairwise(clock.times[1:]))
+
+
+def _no_end(model: Any) -> int:
+    """A token there is not, for texts to end at; a least number of tokens would have all logits looked through."""
+    return int(model.config.get_text_config().vocab_size)
 
 
 def _of_bits(count: DecodeBytes, weights: WeightsConfig) -> DecodeBytes:
@@ -481,7 +484,7 @@ def decode_tokens_per_second(
                 prompt_ids,
                 attention_mask=torch.ones_like(prompt_ids),
                 max_new_tokens=new_tokens,
-                min_new_tokens=new_tokens,
+                eos_token_id=_no_end(model),
                 do_sample=False,
             )
             if prompt_ids.device.type == "cuda":

@@ -153,7 +153,7 @@ def draw_codes(module: QuantizedWeight, generator: torch.Generator) -> None:
     pattern = torch.randint(256, (1 << 20,), generator=generator, device=device, dtype=torch.uint8)
     module.codes = streaming_copy(_tile(pattern, module.codes.shape))
     scale = torch.tensor((12 / module.columns) ** 0.5 / 2**module.bits, dtype=torch.bfloat16, device=device)
-    module.scales = scale.view(torch.int16).expand(module.scales.shape).clone()
+    module.scales = streaming_copy(scale.view(torch.int16).expand(module.scales.shape))
     if isinstance(module, NestedLinear | NestedDown) and module.lower.numel():
         module.lower = streaming_copy(_tile(pattern, module.lower.shape))
     if isinstance(module, NestedDown):

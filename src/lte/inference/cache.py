@@ -54,10 +54,23 @@ class Buffers:
 
     def continues(self, layer: Any, position: int) -> bool:
         """Whether the layer holds all that was written, and one token more fits."""
-        if self.owner != id(layer) or self.filled != position or position >= self.keys.shape[2]:
+        if not self._has_room(layer, position):
             return False
         same = layer.keys.data_ptr() == self.keys.data_ptr() and layer.values.data_ptr() == self.values.data_ptr()
         return same and layer.keys.stride() == self.keys.stride()
+
+    def is_untouched(self, layer: Any, position: int) -> bool:
+        """The same, seen at a glance: the layer still has the very tensors it was given."""
+        given = self.given
+        return (
+            given is not None
+            and layer.keys is given[0]
+            and layer.values is given[1]
+            and self._has_room(layer, position)
+        )
+
+    def _has_room(self, layer: Any, position: int) -> bool:
+        return self.owner == id(layer) and self.filled == position and position < self.keys.shape[2]
 
 
 @dataclass
@@ -72,13 +85,9 @@ class LastCache:
         """Whether it is this cache, as it was left, with room for a token in every layer."""
         if id(self.cache()) != id(cache) or self.batch != batch or len(cache.layers) != len(self.structs):
             return False
-        for layer in cache.layers:
-            held = layer.__dict__.get("_lte_buffers")
-            if held is None or held.given is None or held.owner != id(layer) or held.filled != position:
-                return False
-            if layer.keys is not held.given[0] or layer.values is not held.given[1] or position >= held.keys.shape[2]:
-                return False
-        return True
+        buffers = [layer.__dict__.get("_lte_buffers") for layer in cache.layers]
+        held = zip(buffers, cache.layers, strict=True)
+        return all(of is not None and of.is_untouched(layer, position) for of, layer in held)
 
     def grow(self) -> Any:
         """The structs, one token more in every layer."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from lte.activations import BlockRun
+from lte.activations import BlockRun, runs_of_blocks
 from lte.families import blocks_of
 from lte.nn import SparseFFN, Thresholded, threshold_inputs
 
@@ -51,6 +51,21 @@ def threshold_attention(model: nn.Module) -> None:
     """Let the projections beside a model's sparse FFNs leave out inputs; none are left out yet."""
     for block, ffn in sparse_blocks(model):
         threshold_inputs(block, skip={id(module) for module in ffn.modules()})
+
+
+@torch.no_grad()
+def fit_blocks(
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Tensor]],
+    parts: Callable[[nn.Module, SparseFFN], list[Part]],
+    sparsity: float,
+    greedy: bool,
+) -> None:
+    """Fit the parts of every block whose FFN is sparse, see :func:`fit_parts`, on what the blocks before it put out."""
+    sparse = dict(sparse_blocks(model))
+    for run in runs_of_blocks(model, blocks_of(model), batches):
+        if run.block in sparse:
+            fit_parts(parts(run.block, sparse[run.block]), run, sparsity, greedy)
 
 
 def fit_parts(parts: Sequence[Part], run: BlockRun, sparsity: float, greedy: bool) -> None:

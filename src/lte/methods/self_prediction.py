@@ -8,11 +8,9 @@ from typing import Annotated
 import pydantic
 from torch import Tensor, nn
 
-from lte.activations import runs_of_blocks
 from lte.config import MethodConfig, register_method
-from lte.families import blocks_of
 from lte.grouping import Activations
-from lte.methods.block_inputs import MOST, attention_parts, fit_parts, sparse_blocks, threshold_attention
+from lte.methods.block_inputs import MOST, attention_parts, fit_blocks, threshold_attention
 from lte.methods.scores import ScoreMethod
 from lte.nn import CopyRouter, Mode, Router, ScoreRouter, set_mode
 from lte.nn.router import NOTHING
@@ -77,9 +75,6 @@ class SelfPrediction(ScoreMethod[SelfPredictionConfig]):
         """See :class:`Method`; the FFNs leave out nothing yet."""
         if not self.config.attention:
             return
-        sparse = {block for block, _ in sparse_blocks(model)}
         set_mode(model, Mode.DENSE)
-        for run in runs_of_blocks(model, blocks_of(model), batches):
-            if run.block in sparse:
-                fit_parts(attention_parts(run.block), run, self.config.attention, greedy=True)
+        fit_blocks(model, batches, lambda block, ffn: attention_parts(block), self.config.attention, greedy=True)
         set_mode(model, Mode.HARD)

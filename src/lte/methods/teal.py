@@ -11,17 +11,14 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
-from lte.activations import runs_of_blocks
 from lte.config import FixedShareConfig, register_method
-from lte.families import blocks_of
 from lte.grouping import Activations
 from lte.methods.block_inputs import (
     MOST,
     Part,
     attention_parts,
-    fit_parts,
+    fit_blocks,
     quantile,
-    sparse_blocks,
     threshold_attention,
 )
 from lte.methods.unlearned import UnlearnedMethod
@@ -163,16 +160,10 @@ class TEAL(UnlearnedMethod[TEALConfig]):
         if self.config.attention:
             threshold_attention(model)
 
-    @torch.no_grad()
     def fit_blocks(self, model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> None:
         """See :class:`Method`."""
-        if not self.config.attention:
-            return
-        sparse = dict(sparse_blocks(model))
-        for run in runs_of_blocks(model, blocks_of(model), batches):
-            if run.block not in sparse:
-                continue
-            fit_parts(_parts(run.block, sparse[run.block]), run, self.config.sparsity, self.config.divide)
+        if self.config.attention:
+            fit_blocks(model, batches, _parts, self.config.sparsity, self.config.divide)
 
     @staticmethod
     def _set(router: MagnitudeRouter, ffn: SparseFFN, x_TD: Tensor, of_inputs: float, of_down: float) -> None:

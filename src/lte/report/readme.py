@@ -6,7 +6,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def fill(text: str, results: Path) -> str:
         if pattern.search(text):
             body = make(results)
             text = pattern.sub(lambda match, body=body: f"{match[1]}{body}{match[2]}", text)  # type: ignore[misc]
-    for name, named in {"ablation": _ablation, "study": _study, "front": _front_table}.items():
+    for name, named in {"ablation": _ablation, "study": _study, "front": _front_named}.items():
         pattern = re.compile(rf"(<!-- results:{name} ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
         text = pattern.sub(lambda match, named=named: f"{match[1]}{named(results, match[2])}{match[3]}", text)  # type: ignore[misc]
     return text
@@ -296,11 +296,15 @@ def _front(results: Path) -> str:
             if "loss" not in row
         ]
         said = f"\nLeft out: {', '.join(left)}.\n" if left else ""
-        parts.append(f"**{name}**\n\n{_front_table(results, name)}{said}\n![{name}](figures/{name}.png)\n")
+        parts.append(f"**{name}**\n\n{_front_table(record)}{said}\n![{name}](figures/{name}.png)\n")
     return "\n".join(parts)
 
 
-def _front_table(results: Path, name: str) -> str:
+def _front_named(results: Path, name: str) -> str:
+    return _front_table(_fronts(results)[name])
+
+
+def _front_table(record: Mapping[str, Any]) -> str:
     rows = [
         [
             f"{row['engine']} {row['weights']}" + (f", {row['steps']} steps" if row["steps"] else ""),
@@ -308,7 +312,7 @@ def _front_table(results: Path, name: str) -> str:
             *(f"{row['above_dense']:+.3f}", f"{row['kl_divergence']:.4f}", f"{row['same_top']:.1%}"),
             f"{row['ms_per_token']:.1f}",
         ]
-        for row in sorted(_fronts(results)[name]["rows"], key=lambda row: -row.get("bits_per_weight", 0))
+        for row in sorted(record["rows"], key=lambda row: -row.get("bits_per_weight", 0))
         if row["status"] == "ok"
     ]
     return markdown_table(["weights", "bits", "MB a token", "nats above 16 bits", "KL", "same top", "ms a token"], rows)
