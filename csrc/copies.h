@@ -7,7 +7,7 @@ static void copy_phase(Team& team, const lte_ffn& ffn, const float* xs, int64_t 
   const int64_t E = ffn.n_experts, F = ffn.d_ff, n = F / E;
   round_phase(team, up, tokens, [&](int64_t t, int64_t i) { return xs[t * xs_stride + i]; });
   const RoundedInputs* inputs = team.rounded->inputs.data;
-  Queue& queue = team.begin();
+  Work queue = team.begin();
   ThreadScratch& mine = thread_scratch();
   const bool gated = ffn.copy.gate.planes;
   const int64_t experts = std::max<int64_t>(1, BLOCK / n);  // at a time
@@ -57,7 +57,7 @@ template <class W>
 static void quantize(const lte_matrix& matrix, const lte_lowbit& made, const float* importance, int tries, int threads) {
   const int64_t group = made.group, bits = made.bits, blocks = (made.rows + TOGETHER - 1) / TOGETHER;
   with_team(threads, [&](Team& team) {
-    Queue& queue = team.begin();
+    Work queue = team.begin();
     std::unique_ptr<float[]> x(new float[group]), weights(new float[group]), codes(new float[group]);
     for (int64_t block; queue.take(blocks, block);)
       for (int64_t g = 0; g < made.groups; ++g) {
@@ -98,7 +98,7 @@ static void dequantize(const lte_lowbit& matrix, W* out, int threads) {
   const int64_t chunks = matrix.group / CHUNK, blocks = (matrix.rows + TOGETHER - 1) / TOGETHER;
   constexpr float middle = ((1 << BITS) - 1) / 2.0f;
   with_team(threads, [&](Team& team) {
-    Queue& queue = team.begin();
+    Work queue = team.begin();
     for (int64_t block; queue.take(blocks, block);) {
       const Tiles tiles(matrix, block);
       const int64_t rows = std::min(TOGETHER, matrix.rows - block * TOGETHER);

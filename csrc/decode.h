@@ -26,7 +26,7 @@ static void norm(const float* x, const W* weight, int64_t n, float eps, float of
 template <class W>
 static void norm_phase(Team& team, const lte_decoder& model, const void* weight, int64_t tokens, DecodeWork& work,
                        int64_t stride, float* plain = nullptr) {
-  Queue& queue = team.begin();
+  Work queue = team.begin();
   for (int64_t t; queue.take(tokens, t);)
     norm(work.residual.data + t * model.d_model, static_cast<const W*>(weight), model.d_model, model.norm_eps,
          model.norm_offset, work.normed.data + t * stride, plain ? plain + t * stride : nullptr);
@@ -129,7 +129,7 @@ static void decode_attention(Team& team, const lte_decoder& model, const lte_lay
   norm_phase<W>(team, model, layer.attention_norm, B, work, stride);
   linear_phase<W>(team, layer.qkv, 3, work.normed.data, stride, B, scratch,
                   [&](int64_t t, int64_t row, float value) { qkv[t * qkv_width + row] = value; });
-  Queue& queue = team.begin();
+  Work queue = team.begin();
   for (int64_t unit; queue.take(B * model.n_kv_heads, unit);) {
     int64_t b = unit / model.n_kv_heads;
     attend<W>(model, layer, step, step.caches[index], b, unit % model.n_kv_heads, qkv + b * qkv_width,

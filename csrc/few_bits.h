@@ -49,7 +49,7 @@ static void few_bits_phases(Team& team, const lte_ffn& ffn, const float* xs, int
   }
   team.end();
   {
-    Queue& queue = team.begin();
+    Work queue = team.begin();
     for (int64_t unit; queue.take(work.n_groups * chunks, unit);) {
       const int64_t a = unit / chunks, c = unit % chunks, its = begin[a + 1] - begin[a];
       const int64_t at = begin[a] * chunks + c * its;  // of a group: chunk by chunk, its tokens side by side
@@ -59,7 +59,7 @@ static void few_bits_phases(Team& team, const lte_ffn& ffn, const float* xs, int
     team.end();
   }
   {
-    Queue& queue = team.begin();
+    Work queue = team.begin();
     const int64_t total = work.n_groups * chunks;
     for (int64_t part; queue.take(parts, part);) {
       float* out = work.out.data + part * size;
@@ -78,14 +78,15 @@ static void few_bits_phases(Team& team, const lte_ffn& ffn, const float* xs, int
     }
     team.end();
   }
-  Queue& queue = team.begin();
+  Work queue = team.begin();
   const int64_t width = (D + team.size - 1) / team.size;
   for (int64_t slice; queue.take((D + width - 1) / width, slice);)
-    for (int64_t t = 0; t < tokens; ++t)
-      for (int64_t i = slice * width; i < std::min(D, (slice + 1) * width); ++i) {
-        float sum = 0;
-        for (int64_t part = 0; part < parts; ++part) sum += work.out.data[part * size + t * stride + i];
-        emit(t, i, sum);
-      }
+    for (int64_t t = 0; t < tokens; ++t) {
+      const int64_t from = slice * width, to = std::min(D, from + width);
+      float* out = work.out.data + t * stride;
+      for (int64_t part = 1; part < parts; ++part)
+        for (int64_t i = from; i < to; ++i) out[i] += out[part * size + i];
+      for (int64_t i = from; i < to; ++i) emit(t, i, out[i]);
+    }
   team.end();
 }

@@ -14,6 +14,7 @@
 namespace LTE_VARIANT {
 
 using lte::Queue;
+using lte::Work;
 using lte::parallel;
 
 #include "team.h"
@@ -75,7 +76,7 @@ static void list_neurons(Team& team, const lte_ffn& ffn, int64_t tokens, FfnWork
   const float* scale = work.scale.data;
   int32_t *found = work.found.data, *counts = work.counts.data;
   {
-    Queue& queue = team.begin();
+    Work queue = team.begin();
     for (int64_t block; queue.take(blocks, block);) {
       int32_t* mine = found + block * LISTED * n;
       int64_t count = 0;
@@ -89,7 +90,7 @@ static void list_neurons(Team& team, const lte_ffn& ffn, int64_t tokens, FfnWork
     }
     team.end();
   }
-  Queue& queue = team.begin();
+  Work queue = team.begin();
   for (int64_t block; queue.take(blocks, block);) {
     int64_t before = 0;
     for (int64_t other = 0; other < block; ++other) before += counts[other];
@@ -135,7 +136,11 @@ static void hidden_unit(const lte_ffn& ffn, const int64_t* neurons, int64_t coun
   float* up = gated ? mine.up.get(count * tokens + VL) : nullptr;
   const W *gate_rows = static_cast<const W*>(inner.weight), *up_rows = static_cast<const W*>(ffn.up.weight);
   int64_t D = ffn.d_model, r = 0;
-  for (; r < count;) {
+  if (tokens == 1 && neurons[count - 1] == neurons[0] + count - 1) {  // one matrix after the other
+    for (; r < count; ++r) gate[r] = dot_row(gate_rows + neurons[r] * inner.stride, xs, D);
+    for (int64_t i = 0; gated && i < count; ++i) up[i] = dot_row(up_rows + neurons[i] * ffn.up.stride, xs, D);
+  }
+  while (r < count) {
     constexpr int64_t R = ROWS / 2;
     const W* rows[ROWS];
     int64_t block = count - r >= R ? R : 1;
@@ -143,10 +148,7 @@ static void hidden_unit(const lte_ffn& ffn, const int64_t* neurons, int64_t coun
       rows[i] = gate_rows + neurons[r + i] * inner.stride;
       rows[block + i] = gated ? up_rows + neurons[r + i] * ffn.up.stride : nullptr;
     }
-    if (tokens == 1 && neurons[r + block - 1] == neurons[r] + block - 1) {
-      for (int64_t i = 0; i < block; ++i) gate[r + i] = dot_row(rows[i], xs, D);
-      for (int64_t i = 0; gated && i < block; ++i) up[r + i] = dot_row(rows[block + i], xs, D);
-    } else if (block == R && gated && tokens == 1) {
+    if (block == R && gated && tokens == 1) {
       float out[ROWS];
       dot_tile<ROWS, 1>(rows, xs, xs_stride, D, out, 1);
       for (int64_t i = 0; i < R; ++i) gate[r + i] = out[i], up[r + i] = out[R + i];
@@ -195,7 +197,7 @@ static void down_by_rows(Team& team, const lte_ffn& ffn, int64_t tokens, FfnWork
   const int32_t *begin = work.begin.data, *list = work.tokens.data;
   const int64_t blocks = (n + ROWS - 1) / ROWS, total = work.n_groups * blocks;
   {
-    Queue& queue = team.begin();
+    Work queue = team.begin();
     for (int64_t part; queue.take(PARTS, part);) {
       float* out = work.out.data + part * size;
       std::fill(out, out + size, 0.0f);
@@ -209,7 +211,7 @@ static void down_by_rows(Team& team, const lte_ffn& ffn, int64_t tokens, FfnWork
     }
     team.end();
   }
-  Queue& queue = team.begin();
+  Work queue = team.begin();
   const int64_t width = ((D + team.size - 1) / team.size + STEP - 1) / STEP * STEP;
   for (int64_t slice; queue.take((D + width - 1) / width, slice);) {
     const int64_t from = slice * width, to = std::min(D, from + width);
@@ -228,7 +230,7 @@ template <class W, class Emit>
 static void down_by_columns(Team& team, const lte_ffn& ffn, int64_t tokens, FfnWork& work, Emit&& emit) {
   const int64_t n = work.group_size, D = ffn.d_model, stride = work.out_stride;
   const int32_t *begin = work.begin.data, *list = work.tokens.data;
-  Queue& queue = team.begin();
+  Work queue = team.begin();
   const int64_t slices = std::max<int64_t>(1, std::min<int64_t>(team.size, D / 256));
   const int64_t width = ((D + slices - 1) / slices + STEP - 1) / STEP * STEP;
   float** y = thread_scratch().rows.get(tokens);
@@ -270,7 +272,7 @@ static void ffn_phases(Team& team, const lte_ffn& ffn, const float* xs, int64_t 
   float* hidden = work.hidden.data;
   const int64_t chunk = std::min<int64_t>(std::max<int64_t>(n, 1), 16), chunks = (n + chunk - 1) / chunk;
   {
-    Queue& queue = team.begin();
+    Work queue = team.begin();
     for (int64_t unit; queue.take(work.n_groups * chunks, unit);) {
       const int64_t a = unit / chunks, first = unit % chunks * chunk, count = std::min(chunk, n - first);
       const int64_t its = begin[a + 1] - begin[a];
@@ -365,7 +367,7 @@ static void sparse_ffn(const lte_ffn& ffn, const void* x, int64_t tokens, const 
   };
   with_team(threads, [&](Team& team) {
     if (many) {
-      Queue& queue = team.begin();
+      Work queue = team.begin();
       for (int64_t t; queue.take(tokens, t);) take_over(t);
       team.end();
     }
@@ -422,7 +424,7 @@ static float run_read(const void* data, int64_t bytes, int32_t threads) {
   constexpr int64_t block = 256 << 10;
   std::atomic<float> total{0};
   with_team(threads, [&](Team& team) {
-    Queue& queue = team.begin();
+    Work queue = team.begin();
     vu acc[8] = {};
     for (int64_t unit; queue.take(bytes / block, unit);) {
       const char* p = static_cast<const char*>(data) + unit * block;

@@ -9,7 +9,7 @@ static void round_phase(Team& team, const lte_lowbit& matrix, int64_t tokens, Re
   team.begin();
   if (team.rank == 0) team.rounded->get(tokens, matrix.groups, matrix.group);
   team.end();
-  Queue& queue = team.begin();
+  Work queue = team.begin();
   Buffer<float>& natural = thread_scratch().attention;
   for (int64_t t; queue.take(tokens, t);) {
     float* x = natural.get(matrix.cols + VL);
@@ -29,7 +29,7 @@ static void linear_phase(Team& team, const lte_matrix* matrices, int n_matrices,
   if (few_bits)
     round_phase(team, matrices->low, tokens,
                 [&](int64_t t, int64_t i) { return get<W>(xs + t * xs_stride, i, matrices->cols); });
-  Queue& queue = team.begin();
+  Work queue = team.begin();
   float* out = scratch.get((few_bits ? UNIT_ROWS : ROWS) * tokens + VL);
   int64_t units = 0;
   for (int m = 0; m < n_matrices; ++m) units += (matrices[m].rows + UNIT_ROWS - 1) / UNIT_ROWS;

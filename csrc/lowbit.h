@@ -26,26 +26,36 @@ struct RoundedInputs {
 
 INLINE vf round_even(vf x) { return (x + 12582912.0f) - 12582912.0f; }
 
+typedef int8_t vbytes __attribute__((vector_size(VL)));
+
 // x: natural order. The last group is filled up with zeros.
 static void round_inputs(const float* x, int64_t n, int64_t group, int8_t* values, float* scales, int32_t* sums) {
   for (int64_t first = 0, g = 0; first < n; first += group, ++g) {
     const int64_t count = std::min(group, n - first);
-    float largest = 0;
-    for (int64_t i = 0; i < count; ++i) largest = std::max(largest, std::fabs(x[first + i]));
-    const float scale = std::max(largest / 127.0f, 1e-30f);
-    int32_t sum = 0;
+    vf sizes = {};
     int64_t i = 0;
     for (; i + VL <= count; i += VL) {
-      const vi whole = __builtin_convertvector(round_even(load(x + first + i) / splat(scale)), vi);
-      for (int j = 0; j < VL; ++j) values[first + i + j] = int8_t(whole[j]), sum += whole[j];
+      const vf value = load(x + first + i), size = value < 0.0f ? -value : value;
+      sizes = size > sizes ? size : sizes;
     }
+    float most = largest(sizes);
+    for (; i < count; ++i) most = std::max(most, std::fabs(x[first + i]));
+    const float scale = std::max(most / 127.0f, 1e-30f);
+    vi total = {};
+    for (i = 0; i + VL <= count; i += VL) {
+      const vi whole = __builtin_convertvector(round_even(load(x + first + i) / splat(scale)), vi);
+      const vbytes bytes = __builtin_convertvector(whole, vbytes);
+      std::memcpy(values + first + i, &bytes, sizeof bytes);
+      total += whole;
+    }
+    int32_t sum_of_rest = 0;
     for (; i < group; ++i) {
       const float value = i < count ? std::nearbyintf(x[first + i] / scale) : 0.0f;
       values[first + i] = int8_t(value);
-      sum += int32_t(value);
+      sum_of_rest += int32_t(value);
     }
     scales[g] = scale;
-    sums[g] = sum;
+    sums[g] = int32_t(sum(__builtin_convertvector(total, vf))) + sum_of_rest;
   }
 }
 

@@ -306,7 +306,7 @@ static void nested_phases(Team& team, const lte_ffn& ffn, float cut, const float
   }
   team.end();
   {
-    Queue& queue = team.begin();
+    Work queue = team.begin();
     ThreadScratch& mine = thread_scratch();
     const bool gated = ffn.copy.gate.planes;
     float* gate = mine.gate.get(tokens * NESTED_UNIT + VL);
@@ -343,7 +343,7 @@ static void nested_phases(Team& team, const lte_ffn& ffn, float cut, const float
     }
     team.end();
   }
-  Queue& queue = team.begin();
+  Work queue = team.begin();
   const int64_t slice = (D + team.size - 1) / team.size;
   float* sums = thread_scratch().linear.get(slice);
   for (int64_t s; queue.take((D + slice - 1) / slice, s);)

@@ -275,7 +275,7 @@ static void prompt_router(Team& team, const lte_ffn& ffn, const float* x, int64_
   team.begin();
   if (team.rank == 0) work.scale.get(tokens * ffn.n_experts);
   team.end();
-  Queue& queue = team.begin();
+  Work queue = team.begin();
   const float* bias = static_cast<const float*>(ffn.router.bias);
   for (int64_t unit; queue.take((ffn.n_experts + width - 1) / width, unit);) {
     const float* rows[width] = {};
@@ -302,7 +302,7 @@ static void down_by_pairs(Team& team, const lte_ffn& ffn, const float* hidden, i
   const int64_t room = width + VL;  // rows of sums a power of two apart would share the same lines of the cache
   const int32_t *begin = work.begin.data, *list = work.tokens.data;
   Panels& mine = panels();
-  Queue& queue = team.begin();
+  Work queue = team.begin();
   for (int64_t slice; queue.take((D + width - 1) / width, slice);) {
     const int64_t from = slice * width, to = std::min(D, from + width);
     float* sums = mine.sums.get(tokens * room);
@@ -348,7 +348,7 @@ static void prompt_phases(Team& team, const lte_ffn& ffn, const float* xs, int64
   const int32_t *begin = work.begin.data, *list = work.tokens.data;
   float* hidden = work.hidden.data;
   {
-    Queue& queue = team.begin();
+    Work queue = team.begin();
     const int64_t most = (ffn.gate.weight ? WIDE / 2 : WIDE) * VL, blocks = (n + most - 1) / most;
     for (int64_t unit; queue.take(work.n_groups * blocks, unit);) {
       const int64_t a = unit / blocks, at = unit % blocks * most, count = std::min(most, n - at);
@@ -363,7 +363,7 @@ static void prompt_phases(Team& team, const lte_ffn& ffn, const float* xs, int64
     if (tokens <= HANDFUL) return down_by_pairs(team, ffn, hidden, stride, tokens, work, emit);
   constexpr int64_t width = WIDE * VL;
   const int64_t slices = (D + width - 1) / width;
-  Queue& queue = team.begin();
+  Work queue = team.begin();
   for (int64_t slice; queue.take(slices, slice);) {
     const int64_t from = slice * width, to = std::min(D, from + width);
     float* sums = mine.sums.get(tokens * width);

@@ -28,22 +28,27 @@ typedef uint32_t vu_any __attribute__((vector_size(VL * 4), aligned(2), may_alia
 INLINE vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
 INLINE void store(float* p, vf v) { *reinterpret_cast<vf_any*>(p) = v; }
 INLINE vf splat(float x) { return x - vf{}; }
-// Halves are added until one lane is left. Written out as types, because a loop over lanes goes through memory.
+// Halves are put together until one lane is left. Written out as types, because a loop over lanes goes through memory.
 template <int N>
 struct Lanes {
   typedef float type __attribute__((vector_size(N * 4)));
 };
-template <int N>
-INLINE float sum_lanes(typename Lanes<N>::type v) {
+template <int N, class Combine>
+INLINE float reduce(typename Lanes<N>::type v, Combine&& combine) {
   typename Lanes<N / 2>::type low, high;
   std::memcpy(&low, &v, sizeof low);
   std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
   if constexpr (N == 2)
-    return low[0] + high[0];
+    return combine(low, high)[0];
   else
-    return sum_lanes<N / 2>(low + high);
+    return reduce<N / 2>(combine(low, high), combine);
 }
-INLINE float sum(vf v) { return sum_lanes<VL>(v); }
+INLINE float sum(vf v) {
+  return reduce<VL>(v, [](auto a, auto b) { return a + b; });
+}
+INLINE float largest(vf v) {
+  return reduce<VL>(v, [](auto a, auto b) { return a > b ? a : b; });
+}
 
 typedef uint16_t bf16;
 INLINE float widen(float x) { return x; }

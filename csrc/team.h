@@ -43,11 +43,11 @@ struct Team {
   Rounded* rounded;
   int phase = 0;
 
-  Queue& begin() {
+  Work begin() {
     Queue& queue = queues[phase % 4];
-    if (rank == 0) queues[(phase + 2) % 4].next.store(0, std::memory_order_relaxed);
+    if (rank == 0) queues[(phase + 2) % 4].reset(size);
     ++phase;
-    return queue;
+    return {queue, rank, std::min(size, lte::STRETCHES)};
   }
   void end() const {
     if (size > 1) lte::team_barrier();
