@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from lte.inference import Crossover, decode, restore
 from lte.inference.decode import DecodeStep
 from lte.nn import FastLinear, SparsityMeter, observe_routing, set_mode, sparse_ffns
 from lte.ops import cpu
+from lte.thresholds import shifted
 from tests import models
 
 DECODING = [name for name in models.CONFIGS if name not in models.ENCODERS]
@@ -196,6 +198,27 @@ def test_hooks_and_observers_still_see_everything(fused_steps):
         generate(fast, models.inputs(1))
     assert 0.2 < meter.overall < 0.8
     assert not fused_steps
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_a_router_whose_threshold_is_the_lowest_is_not_asked(bits, fused_steps):
+    settings = lte.LTEConfig(expert_size=32, grouping="none", router_init="random")
+    model, inputs = lte.sparsify(models.build("llama"), settings), padded(2)
+    if bits:
+        lte.quantize(model, bits=bits)
+    routers = [ffn.router for ffn in sparse_ffns(model)]
+    with torch.no_grad():
+        for router in routers:
+            router.weight.zero_()
+            router.bias.fill_(5.0)
+        expected = generate(model, inputs)
+        for router in routers:
+            router.threshold = shifted(router.threshold, -math.inf)
+            router.weight.fill_(math.nan)
+    assert torch.equal(generate(model, inputs), expected)
+    fast = lte.prepare_for_inference(model, impl="cpu")
+    assert torch.equal(generate(fast, inputs), expected)
+    assert fused_steps
 
 
 def test_dense_mode_runs_dense(fused_steps):

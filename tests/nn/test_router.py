@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from lte.nn import KeepLargestRouter, LowRankRouter, ThresholdRouter, TopKSoftmaxRouter
+from lte.nn import ConstantForm, KeepLargestRouter, LinearForm, LowRankRouter, ThresholdRouter, TopKSoftmaxRouter
+from lte.thresholds import shifted
 
 
 def router(bias: bool = True, **init: float) -> ThresholdRouter:
@@ -33,6 +36,17 @@ def test_threshold_moves_the_mask():
         made.threshold = threshold
         share.append(float(made(x).mask.float().mean()))
     assert share[0] > share[1] > share[2]
+
+
+def test_the_lowest_threshold_leaves_nothing_out_and_asks_nobody():
+    made = router()
+    assert isinstance(made.form(), LinearForm)
+    assert not made.runs_all
+    made.threshold = shifted(made.threshold, -math.inf)
+    assert isinstance(made.form(), ConstantForm)
+    with torch.no_grad():
+        made.bias.fill_(-50.0)
+    assert made(torch.randn(3, 16)).mask.all()
 
 
 def test_initial_score_and_spread():

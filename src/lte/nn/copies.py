@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lte.nn.nested import NestedDown, NestedLinear
-from lte.nn.router import LOGIT_RANGE, ROUTER_DTYPE, ScoreRouter
+from lte.nn.router import ROUTER_DTYPE, ScoreRouter
 from lte.nn.routing import CopyForm, NestedForm, RouterCost
 from lte.ops import FFNCopy, FFNWeights, copy_scores, copy_scores_reference, copy_scores_run
 from lte.ops.lowbit import nearest, quantize, quantizes_fast, round_inputs, round_like
@@ -90,8 +90,7 @@ class CopyRouter(ScoreRouter):
 
     def form(self) -> CopyForm | NestedForm:
         """See :meth:`Router.form`."""
-        everything = self.cut <= -LOGIT_RANGE + 1e-9  # it was a probability in between
-        cut = -1.0 if everything else math.exp(self.cut)
+        cut = -1.0 if self.runs_all else math.exp(self.cut)
         if self.ffn.is_nested:
             fine_cut = -1.0 if self.fine is None else math.exp(self.fine)
             return NestedForm(self.ffn.nested(self.copy().packed), cut, fine_cut)

@@ -249,17 +249,20 @@ class SparseFFN(nn.Module):
 
     def _operate_on_codes(self, x: Tensor, weights: QuantizedFFN) -> Tensor:
         form, x_TD = self.router.form(), x.reshape(-1, x.shape[-1])
-        if self.observer is None and isinstance(form, LinearForm) and not has_hooks(self.router):
-            return quantized_ffn(x_TD, weights, router=(form.weight, form.bias, form.threshold)).view(x.shape)
-        routing = None if self.observer is None and not self.router.decides else self.router(x)
-        if self.observer is not None and routing is not None:
+        unseen = self.observer is None and not has_hooks(self.router)
+        if unseen and isinstance(form, LinearForm | ConstantForm):
+            router = (form.weight, form.bias, form.threshold) if isinstance(form, LinearForm) else None
+            return quantized_ffn(x_TD, weights, router=router).view(x.shape)
+        routing = self.router(x)
+        if self.observer is not None:
             self.observer(self.layer_index, routing)
-        mask = None if routing is None or not self.router.decides else routing.mask.flatten(0, -2)
+        mask = routing.mask.flatten(0, -2) if self.router.decides else None
         return quantized_ffn(self.router.inputs(x_TD), weights, mask).view(x.shape)
 
     def _operate(self, x: Tensor, impl: str, max_density: float) -> Tensor:
         weights, form, x_TD = self.packed_weights(), self.router.form(), x.reshape(-1, x.shape[-1])
-        if self.observer is None and isinstance(form, LinearForm) and not has_hooks(self.router):
+        unseen = self.observer is None and not has_hooks(self.router)
+        if unseen and isinstance(form, LinearForm):
             out = routed_ffn(x_TD, form.weight, form.bias, form.threshold, weights, impl=impl, max_density=max_density)
         elif self.observer is None and isinstance(form, CopyForm) and copies_run(x_TD, weights, impl):
             of, experts = (form.copy, form.cut), self.router.n_experts
@@ -267,7 +270,7 @@ class SparseFFN(nn.Module):
         elif self.observer is None and isinstance(form, HalfForm):
             left = weights.without(form.known)
             out = sparse_ffn(x_TD, left, form.decide(x_TD), impl=impl, max_density=max_density)
-        elif self.observer is None and isinstance(form, ConstantForm):
+        elif unseen and isinstance(form, ConstantForm):
             out = self._run_all(x_TD, weights, impl, max_density)
         else:
             routing = self.router(x)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lte.errors import CheckpointError, ConfigError
-from lte.nn.routing import Form, LinearForm, RouterCost, Routing
+from lte.nn.routing import ConstantForm, Form, LinearForm, RouterCost, Routing
 from lte.ops.reference import expert_scores
 
 if TYPE_CHECKING:
@@ -133,10 +133,15 @@ class Router(nn.Module):
         """The threshold, in logits."""
         return math.log(self.threshold / (1 - self.threshold))
 
+    @property
+    def runs_all(self) -> bool:
+        """Whether the threshold is as low as one goes: every expert runs, and nobody need ask."""
+        return self.cut <= -LOGIT_RANGE + 1e-9  # it was a probability in between
+
     def decide(self, logits: Tensor) -> Routing:
         """Scores and mask from float32 logits, [..., E], and the threshold."""
-        margins = logits - self.cut
-        return Routing(torch.sigmoid(margins), torch.sigmoid(logits) > self.threshold, margins)
+        margins, mask = logits - self.cut, torch.sigmoid(logits) > self.threshold
+        return Routing(torch.sigmoid(margins), torch.ones_like(mask) if self.runs_all else mask, margins)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
@@ -187,9 +192,11 @@ class ThresholdRouter(Router):
         if self.bias is not None:
             self.bias.fill_(torch.logit(torch.tensor(init_score)).item())
 
-    def form(self) -> LinearForm | None:
+    def form(self) -> LinearForm | ConstantForm | None:
         """See :meth:`Router.form`; of this class alone, what derives from it may compute anything."""
-        return LinearForm(self.weight, self.bias, self.threshold) if type(self) is ThresholdRouter else None
+        if type(self) is not ThresholdRouter:
+            return None
+        return ConstantForm() if self.runs_all else LinearForm(self.weight, self.bias, self.threshold)
 
     def cost(self) -> RouterCost:
         """See :meth:`Router.cost`."""

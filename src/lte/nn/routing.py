@@ -78,7 +78,7 @@ class NestedForm:
 
 @dataclass(frozen=True)
 class ConstantForm:
-    """Nothing is decided: all neurons run that the FFN has, and those that never would are not among them."""
+    """Nothing is decided: all neurons run that the FFN has; those that no token needs are not among them any more."""
 
 
 @dataclass(frozen=True)
