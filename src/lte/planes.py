@@ -36,7 +36,13 @@ SEARCH = 40
 
 
 def weights_config(
-    bits: int, *, by_neuron: bool, group: int | None = None, coarse: int | None = None, **settings: Any
+    bits: int,
+    *,
+    by_neuron: bool,
+    by_need: bool = False,
+    group: int | None = None,
+    coarse: int | None = None,
+    **settings: Any,
 ) -> WeightsConfig:
     """Settings of weights of few bits, with what is best known for what is not given.
 
@@ -44,11 +50,13 @@ def weights_config(
         bits: of a weight.
         by_neuron: whether FFNs are put into two planes.
         group: weights that share a scale; None for 64 in two planes, else 32.
-        coarse: bits of the upper plane; None for 3 of up to 5, 4 of more.
+        by_need: whether some neurons are to run on their upper bits alone.
+        coarse: bits of the upper plane; None for 4, and for 3 of 4 or 5 by need. Lower bits are single rows, which take
+            longer than what is not read of them saves.
         **settings: others of :class:`WeightsConfig`.
     """
     if by_neuron:
-        coarse = coarse or min(bits, 3 if bits <= 5 else 4)
+        coarse = coarse or min(bits, 3 if by_need and bits <= 5 else 4)
         settings = {"exact": EXACT, **settings}
     return WeightsConfig(
         bits=bits, group=(64 if by_neuron else 32) if group is None else group, coarse=coarse, **settings

@@ -90,7 +90,8 @@ def quantize(
         group: weights that share a scale, a multiple of 32; of a down projection those of neighbouring neurons, of
             which an expert must have whole groups. None for 32, or 64, which single neurons need.
         head_bits: of head and embeddings; None for as many.
-        coarse: upper bits of FFNs in two planes, 1 to 4; None for 3 of up to 5, 4 of more.
+        coarse: upper bits of FFNs in two planes, 1 to 4; None for 4, and with ``bits_per_token`` for 3 of 4
+            or 5.
         bits_per_token: bits of an FFN weight, scales included, that a token is to read in the mean; needs
             ``calibration``. None leaves thresholds as they are, and what runs runs on all bits.
         calibration: some batches of model inputs, a few thousand tokens in all.
@@ -108,7 +109,8 @@ def quantize(
     _check_family(model)
     ffns = sparse_ffns(model)
     nested = any(map(is_by_neuron, ffns)) or (not ffns and bits_per_token is not None)
-    settings = weights_config(bits, by_neuron=nested, group=group, coarse=coarse, head_bits=head_bits)
+    by_need = bits_per_token is not None
+    settings = weights_config(bits, by_neuron=nested, by_need=by_need, group=group, coarse=coarse, head_bits=head_bits)
     if bits_per_token is not None:
         if ffns and not nested:
             raise ConfigError("bits_per_token needs neurons that the model's own copy picks: method self-prediction")

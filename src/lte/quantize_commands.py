@@ -35,7 +35,8 @@ def quantize(
     ] = None,
     head: Annotated[str | None, typer.Option(help="Of head and embeddings; default as --weights.")] = None,
     coarse: Annotated[
-        int | None, typer.Option(help="Upper bits that are read of all single neurons; default 3 of 4, 4 of 6 or 8.")
+        int | None,
+        typer.Option(help="Upper bits, read of all single neurons; 4, or 3 of 4 with --bits-per-token."),
     ] = None,
     bits_per_token: Annotated[
         float | None,

@@ -163,7 +163,8 @@ def bench_decode(
         for bits in weights:
             progress(f"building the model of {bits} bits")
             started = time.perf_counter()
-            rounded = weights_config(bits, by_neuron=picks_neurons(method), tied=config.tie_word_embeddings)
+            kind = {"by_neuron": picks_neurons(method), "by_need": bool(bits_per_token)}
+            rounded = weights_config(bits, **kind, tied=config.tie_word_embeddings)
             small = random_model(model_config(config_name), DTYPES[dtype], device, method, weights=rounded)
             benches.append(_Bench(small, ids, _of_bits(count, rounded), new_tokens, started))
             engines += [benches[-1].sparse_engine(sparsity, calibration, progress) for sparsity in sparsities]
