@@ -4,9 +4,9 @@
 #   recipes/study/run.sh quick        the same on embedded data and small models, minutes: what CI runs
 #   recipes/study/run.sh              the study, on the data beside the repository (../shared/data): six to eight hours
 #   recipes/study/run.sh PART ...     some of it: untrained stories relu glue e2e trained decode; or, beside it,
-#                                     pretraining instruct
+#                                     lambada pretraining instruct
 #   WHOLE=1 recipes/study/run.sh trained   at more sparsities, on the whole test text: minutes on a GPU, hours without;
-#                                     and `untrained` with LAMBADA and MMLU
+#                                     and `lambada` with MMLU
 #
 # Run it again after an interruption: points that are there are not run again. Reports are out/study/PART/report.html;
 # the points, tables and figures' numbers are copied to results/study/PART.
@@ -49,7 +49,7 @@ beginning() { # file, -c bytes or -n lines: a file with its first ones
   echo "$file"
 }
 
-FREE=self-prediction,teal,cats,kla,prune-wanda,prune-flap,wina,countdown,dejavu,cmoe,svd,prune-taylor,moefication,prune-magnitude,wanda
+FREE=self-prediction,teal,cats,kla,prune-wanda,prune-flap,wina,countdown,dejavu,cmoe,svd,prune-taylor,moefication,wanda,prune-magnitude
 HARNESS=lambada_openai:limit=200,mmlu:limit=1:num_fewshot=5
 if [ -n "${WHOLE:-}" ]; then HARNESS=lambada_openai:limit=300,mmlu:limit=2:num_fewshot=5; fi
 TASKS=lambada_openai:limit=200,mmlu:limit=2:num_fewshot=5
@@ -57,8 +57,7 @@ TASKS=lambada_openai:limit=200,mmlu:limit=2:num_fewshot=5
 untrained() { # what needs no training, on the real language model: 33 thousand tokens of WikiText-2's validation text
   smollm2
   set -- smollm2-untrained --model "$SMOLLM2" --task lm --context-length 512 --set task.stride=511 --decode-tokens 0 \
-    --data $DATA/text/wikitext2/train_part.txt --eval-data "$(beginning $DATA/text/wikitext2/validation.txt -c 127883)" \
-    ${WHOLE:+--tasks $HARNESS --include-path recipes/tasks}
+    --data $DATA/text/wikitext2/train_part.txt --eval-data "$(beginning $DATA/text/wikitext2/validation.txt -c 127883)"
   part "$@" --methods $FREE,two-bits=self-prediction,teal-attention=teal,cmoe-published=cmoe --set two-bits.bits=2 \
     --set teal-attention.attention=true --set cmoe-published.expert_size=96 --set cmoe-published.active=10 --sparsities 0.5,0.7,0.3
   part "$@" --methods cats-one=cats,countdown-one=countdown --set cats-one.per_layer=false --set countdown-one.per_layer=false \
@@ -67,6 +66,15 @@ untrained() { # what needs no training, on the real language model: 33 thousand 
   part "$@" --methods self-prediction --sparsities 0.8
   part "$@" --methods attention-30=self-prediction,attention-50=self-prediction --set attention-30.attention=0.3 \
     --set attention-50.attention=0.5 --sparsities 0.5,0.7
+}
+
+lambada() { # LAMBADA beside it, an hour and a half; perplexity of two thousand tokens only
+  smollm2
+  part smollm2-untrained-lambada --model "$SMOLLM2" --task lm --context-length 512 --set task.stride=511 --decode-tokens 0 \
+    --data $DATA/text/wikitext2/train_part.txt --eval-data "$(beginning $DATA/text/wikitext2/validation.txt -c 8000)" \
+    --tasks lambada_openai:limit=200${WHOLE:+,mmlu:limit=2:num_fewshot=5} --include-path recipes/tasks --sparsities 0.5,0.7,0.3 \
+    --methods ${FREE%,prune-magnitude},attention-50=self-prediction,teal-attention=teal \
+    --set attention-50.attention=0.5 --set teal-attention.attention=true
 }
 
 decode() { # the same models' speed; nothing else should run. Quality is that of a few tokens only
