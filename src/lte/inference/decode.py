@@ -190,14 +190,15 @@ class _Built:
         self.slots = tuple(zip(*slots, strict=True))
         self.ffns = sparse_ffns(model)
         self.modes = [ffn.mode for ffn in self.ffns]
-        self.thresholds = [(ffn.router.threshold, ffn.router.fine) for ffn in self.ffns]
-        forms = [ffn.router.form() for ffn in self.ffns]
+        self.routers = [ffn.router for ffn in self.ffns]
+        self.thresholds = [(router.threshold, router.fine) for router in self.routers]
+        forms = [router.form() for router in self.routers]
         # Copies are of the weights as they are now, and the structs point into them.
         self.copies = [copy for form in forms if (copy := _copy_of(form)) is not None]
         self.copying = [
-            (ffn.router, copy)
-            for ffn, form in zip(self.ffns, forms, strict=True)
-            if isinstance(ffn.router, CopyRouter) and (copy := _copy_of(form)) is not None
+            (router, copy)
+            for router, form in zip(self.routers, forms, strict=True)
+            if isinstance(router, CopyRouter) and (copy := _copy_of(form)) is not None
         ]
         self.copied = [p for ffn in self.ffns for p in ffn.parameters()] if self.copies else []
         self.versions = [p._version for p in self.copied]
@@ -250,7 +251,7 @@ class _Built:
         """Whether the structs still describe the model."""
         if [ffn.mode for ffn in self.ffns] != self.modes:
             return False
-        if [(ffn.router.threshold, ffn.router.fine) for ffn in self.ffns] != self.thresholds:
+        if [(router.threshold, router.fine) for router in self.routers] != self.thresholds:
             return False
         if list(map(list, map(dict.values, self.registers))) != self.children:
             return False
