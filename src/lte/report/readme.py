@@ -46,8 +46,8 @@ def fill(text: str, results: Path) -> str:
         if pattern.search(text):
             body = make(results)
             text = pattern.sub(lambda match, body=body: f"{match[1]}{body}{match[2]}", text)  # type: ignore[misc]
-    for name, named in {"ablation": _ablation, "study": _study, "front": _front_named}.items():
-        pattern = re.compile(rf"(<!-- results:{name} ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+    for name, named in {"ablation": _ablation, "study": _study, "front": _front_named, "decode": _decode_named}.items():
+        pattern = re.compile(rf"(<!-- results:{name} ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
         text = pattern.sub(lambda match, named=named: f"{match[1]}{named(results, match[2])}{match[3]}", text)  # type: ignore[misc]
     return text
 
@@ -243,26 +243,30 @@ _SPEED_COLUMNS = {
 
 
 def _decode(results: Path) -> str:
-    parts = []
-    for name, record in _read(results / "speed").items():
-        if "bench decode" not in record["command"]:
-            continue
-        rows = [
-            [
-                f"{row['engine']} ({row['version']})",
-                row.get("weights", row["dtype"]),
-                f"{row['sparsity']:.0%}",
-                _number(row.get("ms_per_token"), ".1f"),
-                _number(row.get("speedup"), ".2f"),
-                _number(row.get("speedup_over_llama_cpp"), ".2f"),
-                _number(row.get("limit_speedup"), ".2f"),
-            ]
-            for row in record["rows"]
+    """Every run of ``lte bench decode``."""
+    records = {name: record for name, record in _read(results / "speed").items() if "bench decode" in record["command"]}
+    return "\n".join(f"**{name}**\n\n{_decode_table(record)}" for name, record in records.items()) + _where(results)
+
+
+def _decode_named(results: Path, name: str) -> str:
+    return _decode_table(_read(results / "speed")[name])
+
+
+def _decode_table(record: Mapping[str, Any]) -> str:
+    rows = [
+        [
+            f"{row['engine']} ({row['version']})",
+            row.get("weights", row["dtype"]),
+            f"{row['sparsity']:.0%}",
+            _number(row.get("ms_per_token"), ".1f"),
+            _number(row.get("speedup"), ".2f"),
+            _number(row.get("speedup_over_llama_cpp"), ".2f"),
+            _number(row.get("limit_speedup"), ".2f"),
         ]
-        compared = ["vs transformers", "vs llama.cpp", "bytes allow, vs dense"]
-        head = ["engine", "weights", "FFN sparsity", "ms/token", *compared]
-        parts.append(f"**{name}**\n\n{markdown_table(head, rows)}")
-    return "\n".join(parts) + _where(results)
+        for row in record["rows"]
+    ]
+    compared = ["vs transformers", "vs llama.cpp", "bytes allow, vs dense"]
+    return markdown_table(["engine", "weights", "FFN sparsity", "ms/token", *compared], rows)
 
 
 def _prefill(results: Path) -> str:
