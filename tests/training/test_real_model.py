@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from datasets import Dataset
 
 import lte
 from lte.nn import observe_routing
+from lte.quickstart import write_corpus
 from lte.training import trainer as module
 from tests.smollm2 import needs_gguf, needs_smollm2, smollm2_file
 from tests.training.common import collate, trainer
 
 pytestmark = [pytest.mark.slow, needs_gguf, needs_smollm2]
-DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.fixture(scope="module")
-def smollm2():
+def smollm2(tmp_path_factory):
     """The sparse model, rows of 128 tokens, and batches of them."""
     file = smollm2_file()
-    text = "".join(path.read_text() for path in sorted(DOCS.glob("*.md")))
+    text = write_corpus(tmp_path_factory.mktemp("corpus") / "text", seed=0)["train"].read_text()
     ids = torch.tensor(lte.load_tokenizer(str(file))(text[:30000])["input_ids"])[: 32 * 128].view(-1, 128)
     ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
     data = {"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist(), "labels": ids.tolist()}
