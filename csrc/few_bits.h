@@ -78,15 +78,5 @@ static void few_bits_phases(Team& team, const lte_ffn& ffn, const float* xs, int
     }
     team.end();
   }
-  Work queue = team.begin();
-  const int64_t width = (D + team.size - 1) / team.size;
-  for (int64_t slice; queue.take((D + width - 1) / width, slice);)
-    for (int64_t t = 0; t < tokens; ++t) {
-      const int64_t from = slice * width, to = std::min(D, from + width);
-      float* out = work.out.data + t * stride;
-      for (int64_t part = 1; part < parts; ++part)
-        for (int64_t i = from; i < to; ++i) out[i] += out[part * size + i];
-      for (int64_t i = from; i < to; ++i) emit(t, i, out[i]);
-    }
-  team.end();
+  add_parts(team, D, parts, tokens, work, emit, [](int64_t i) { return i; });
 }

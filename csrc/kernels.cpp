@@ -189,6 +189,24 @@ static void add_rows(const lte_ffn& ffn, const FfnWork& work, int64_t group, int
   for (; r < count; ++r) point(1), scale_tile<1>(rows, h + r, h_stride, tokens, from, to, y);
 }
 
+// Partial sums, [parts, tokens, out_stride], added up in order; at(i): where column i of the output is kept.
+template <class Emit, class At>
+static void add_parts(Team& team, int64_t D, int64_t parts, int64_t tokens, FfnWork& work, Emit&& emit, At&& at) {
+  const int64_t stride = work.out_stride, size = tokens * stride;
+  Work queue = team.begin();
+  const int64_t width = ((D + team.size - 1) / team.size + STEP - 1) / STEP * STEP;
+  for (int64_t slice; queue.take((D + width - 1) / width, slice);) {
+    const int64_t from = slice * width, to = std::min(D, from + width);
+    for (int64_t t = 0; t < tokens; ++t) {
+      float* out = work.out.data + t * stride;
+      for (int64_t part = 1; part < parts; ++part)
+        for (int64_t i = from; i < to; ++i) out[i] += out[part * size + i];
+      for (int64_t i = from; i < to; ++i) emit(t, i, out[at(i)]);
+    }
+  }
+  team.end();
+}
+
 // Few tokens: whole rows are read, in order, into one of PARTS partial sums, which are then added up in order. The
 // parts do not depend on the number of threads, so neither does the result.
 template <class W, class Emit>
@@ -211,18 +229,7 @@ static void down_by_rows(Team& team, const lte_ffn& ffn, int64_t tokens, FfnWork
     }
     team.end();
   }
-  Work queue = team.begin();
-  const int64_t width = ((D + team.size - 1) / team.size + STEP - 1) / STEP * STEP;
-  for (int64_t slice; queue.take((D + width - 1) / width, slice);) {
-    const int64_t from = slice * width, to = std::min(D, from + width);
-    for (int64_t t = 0; t < tokens; ++t) {
-      float* out = work.out.data + t * stride;
-      for (int64_t part = 1; part < PARTS; ++part)
-        for (int64_t i = from; i < to; ++i) out[i] += out[part * size + i];
-      for (int64_t i = from; i < to; ++i) emit(t, i, out[split_index(i, D, (const W*)nullptr)]);
-    }
-  }
-  team.end();
+  add_parts(team, D, PARTS, tokens, work, emit, [&](int64_t i) { return split_index(i, D, (const W*)nullptr); });
 }
 
 // More tokens: every thread owns columns of the output.

@@ -155,8 +155,7 @@ def draw_codes(module: QuantizedWeight, generator: torch.Generator) -> None:
     scale = torch.tensor((12 / module.columns) ** 0.5 / 2**module.bits, dtype=torch.bfloat16, device=device)
     module.scales = streaming_copy(scale.view(torch.int16).expand(module.scales.shape))
     if isinstance(module, NestedLinear | NestedDown):
-        empty = torch.empty(module.lower.shape, dtype=torch.uint8, device=device)
-        module.lower = streaming_copy(_tile(pattern, module.lower.shape)) if module.lower.numel() else empty
+        module.lower = streaming_copy(_tile(pattern, module.lower.shape))
     if isinstance(module, NestedDown):
         module.exact = torch.arange(len(module.exact), dtype=torch.int32, device=device)
         module.scales[: len(module.exact)] = 0
