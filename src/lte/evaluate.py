@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import platform
-import subprocess
-from functools import cache
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from lte.accounting import ModelCost, model_cost
 from lte.errors import CheckpointError, ConfigError
 from lte.hub import default_device, is_sparse_config, load, load_dense, load_tokenizer, read_config, require_sparse
 from lte.nn import SparsityMeter, observe_routing, sparse_ffns
 from lte.tasks import Progress, Task
+from lte.versions import versions
 
 
 def evaluate(
@@ -144,33 +138,3 @@ def check_direction(config: Any, task: Task) -> None:
             f"model_type={config.model_type!r} is an encoder: it sees the tokens it would have to predict; "
             "use --task classify, or a decoder"
         )
-
-
-def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
-    found = {
-        "lte": version("learn-to-be-efficient"),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "python": platform.python_version(),
-    }
-    return found if (at := commit()) is None else {**found, "commit": at}
-
-
-@cache
-def commit() -> str | None:
-    """What a checkout of this package is at, with a mark where files were changed since; None where it is installed."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return None
-    try:
-        said = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--exclude=*"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return said.stdout.strip()

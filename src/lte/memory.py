@@ -39,13 +39,14 @@ def empty_for_streaming(shape: Sequence[int], dtype: torch.dtype, device: torch.
     """A contiguous tensor of no particular values; on the CPU in huge pages, where the system gives them.
 
     The memory is mapped for the tensor alone: what malloc hands out may have been touched, in small pages, before.
+    What does not fill a huge page at its end is in small ones, or some 350 matrices of a 7 B model take 0.2 GB more.
     """
     n_bytes = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or n_bytes < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype, device=device)
     memory = mmap.mmap(-1, n_bytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
     offset = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % HUGE_PAGE
+    memory.madvise(mmap.MADV_HUGEPAGE, offset, n_bytes - n_bytes % HUGE_PAGE)
     return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=offset).view(tuple(shape))
 
 

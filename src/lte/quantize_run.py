@@ -14,7 +14,6 @@ from typing import Any
 from lte.accounting import model_cost
 from lte.activations import every_nth, sample_batches
 from lte.errors import ConfigError
-from lte.evaluate import versions
 from lte.files import made_beside, write_whole
 from lte.hub import default_device, is_sparse_config, load, load_dense, load_tokenizer, read_config
 from lte.quantization import quantize, read_on_average
@@ -22,6 +21,7 @@ from lte.run_folder import RUN_FILE
 from lte.tasks import Task
 from lte.thresholds import DIAL_TOKENS
 from lte.tuning import LEARNING_RATE, STEP_TOKENS, batches_per_step, check_steps, tune_quantized
+from lte.versions import versions
 
 
 def quantize_checkpoint(

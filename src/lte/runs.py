@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from lte.activations import device_inputs, sample_batches
 from lte.config import MethodConfig, OperatingPoint, method_of
 from lte.errors import ConfigError
-from lte.evaluate import check_direction, load_for_evaluation, versions
+from lte.evaluate import check_direction, load_for_evaluation
 from lte.families import replace_activation
 from lte.files import unlock_folder, write_whole
 from lte.hub import default_device, is_sparse_config, load, load_dense, load_tokenizer, read_config, save_thresholds
@@ -52,6 +52,7 @@ from lte.training import (
     refuse_idle_losses,
     restore_finished,
 )
+from lte.versions import versions
 
 RUN_DEFAULTS: dict[str, Any] = {
     "save_steps": 0.2,

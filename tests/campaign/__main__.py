@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lte.evaluate import versions
+from lte.versions import versions
 
 PARTS = {
     "bad_inputs": (["bad_inputs"],),

@@ -36,7 +36,6 @@ from lte.bench.shapes import (
 )
 from lte.config import MethodConfig, WeightsConfig
 from lte.errors import ConfigError
-from lte.evaluate import versions
 from lte.hub import load
 from lte.inference import Crossover, prepare_for_inference
 from lte.inference.decode import DecodeStep
@@ -46,6 +45,7 @@ from lte.nn import sparse_ffns
 from lte.ops import FFNWeights
 from lte.planes import picks_neurons, planes_of, set_bits_per_token, weights_config
 from lte.sparsify import sparsify
+from lte.versions import versions
 
 PROMPT_TOKENS = 16
 MOST_TOKENS = 4096  # of a turn

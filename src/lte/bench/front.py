@@ -22,7 +22,6 @@ from lte.bench import llama_cpp
 from lte.bench.decode import MOST_TOKENS, PROMPT_TOKENS, generate_seconds
 from lte.bench.rows import Row
 from lte.errors import ConfigError, LTEError
-from lte.evaluate import versions
 from lte.hub import load_dense, load_tokenizer
 from lte.inference import prepare_for_inference
 from lte.methods import DenseConfig
@@ -32,6 +31,7 @@ from lte.quantization import quantize, read_on_average
 from lte.sparsify import sparsify
 from lte.tasks import Task
 from lte.tuning import STEP_TOKENS, batches_per_step, tune_quantized
+from lte.versions import versions
 
 
 @dataclass

@@ -18,7 +18,6 @@ from lte.bench.machine import copy_gbytes_per_s
 from lte.bench.rows import TOLERANCE, Row
 from lte.bench.shapes import bias_for
 from lte.errors import BackendError
-from lte.evaluate import versions
 from lte.ops import (
     ACTIVATIONS,
     FFNCopy,
@@ -35,6 +34,7 @@ from lte.ops import (
 )
 from lte.ops.lowbit import quantize
 from lte.ops.quantized import quantized_ffn_reference, quantized_linear_reference
+from lte.versions import versions
 
 
 def bench_gpu(

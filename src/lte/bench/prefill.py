@@ -20,11 +20,11 @@ from lte.bench.rows import Row
 from lte.bench.shapes import check_sparsities, dense_twin, leave_out, model_config, random_model, thresholds_again
 from lte.config import MethodConfig
 from lte.errors import ConfigError
-from lte.evaluate import versions
 from lte.inference import Crossover, prepare_for_inference
 from lte.methods import LTEConfig
 from lte.nn import SparsityMeter, observe_routing, sparse_ffns
 from lte.ops import SMALL_BATCH
+from lte.versions import versions
 
 LONGEST = 2**17
 """Tokens of a prompt."""

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from lte.evaluate import versions
 from lte.inference.crossover import machine_name
+from lte.versions import versions
 
 Row = dict[str, Any]
 

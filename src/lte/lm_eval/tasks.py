@@ -15,9 +15,9 @@ from lm_eval.tasks import TaskManager
 
 from lm_eval import simple_evaluate
 from lte.errors import ConfigError, DataError, LTEError
-from lte.evaluate import versions
 from lte.lm_eval.model import LTEModel, quiet_harness
 from lte.tasks.sources import quiet
+from lte.versions import versions
 
 HARNESS_KEYS = ("results", "versions", "n-shot", "n-samples", "higher_is_better")
 """What of the harness' own result is kept; its per-sample record and configs are not."""
