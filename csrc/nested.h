@@ -58,21 +58,29 @@ INLINE vpiece load_piece(const uint8_t* p) {
 static int64_t output_index(int64_t i) { return i; }
 #endif
 
-// A row by a token's rounded values. by[piece * TOGETHER]: scales of the row and of the token.
+// A row by a token's rounded values; `next` is fetched meanwhile, since rows are short and lie apart. by[piece *
+// TOGETHER]: scales of the row and of the token.
 template <int BITS>
-static float dot_codes(const uint8_t* row, int64_t pieces, const int8_t* x, const float* by) {
+static float dot_codes(const uint8_t* row, const uint8_t* next, int64_t pieces, const int8_t* x, const float* by) {
 #if defined(__AVX512BW__)
-  __m512 total = _mm512_setzero_ps();
-  for (int64_t piece = 0; piece < pieces; ++piece) {
+  __m512 total[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  auto add = [&](int64_t piece, __m512& sum) {
     const __m512i values = _mm512_loadu_si512(x + piece * PIECE);
     const __m512i dots = add_dots(_mm512_setzero_si512(), load_piece<BITS>(row + piece * 8 * BITS), values);
-    total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots), _mm512_set1_ps(by[piece * TOGETHER]), total);
+    sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots), _mm512_set1_ps(by[piece * TOGETHER]), sum);
+  };
+  int64_t piece = 0;
+  for (; piece + 2 <= pieces; piece += 2) {
+    add(piece, total[0]), add(piece + 1, total[1]);
+    __builtin_prefetch(next + piece * 8 * BITS);
   }
-  return _mm512_reduce_add_ps(total);
+  if (piece < pieces) add(piece, total[0]);
+  return _mm512_reduce_add_ps(_mm512_add_ps(total[0], total[1]));
 #else
   float total = 0;
   for (int64_t piece = 0; piece < pieces; ++piece) {
     const vpiece its = load_piece<BITS>(row + piece * 8 * BITS);
+    __builtin_prefetch(next + piece * 8 * BITS);
     int32_t dot = 0;
     for (int i = 0; i < PIECE; ++i) dot += int32_t(its.codes[i]) * x[piece * PIECE + i];
     total += float(dot) * by[piece * TOGETHER];
@@ -130,9 +138,11 @@ struct Factors {
   }
 };
 
-// y += rows of codes, each times its factors. Those of all groups of columns, of `of_group` pieces.
+// y += rows of codes, each times its factors, while as many others are fetched. Those of all groups of columns, of
+// `of_group` pieces.
 template <int BITS>
-static void add_codes(const uint8_t* const* rows, int64_t pieces, int64_t of_group, const Factors& factors, float* y) {
+static void add_codes(const uint8_t* const* rows, const uint8_t* const* next, int64_t pieces, int64_t of_group,
+                      const Factors& factors, float* y) {
   for (int64_t piece = 0, g = 0; piece < pieces; ++g)
     for (const int64_t end = std::min(pieces, piece + of_group); piece < end; ++piece) {
 #if defined(__AVX512BW__)
@@ -144,7 +154,10 @@ static void add_codes(const uint8_t* const* rows, int64_t pieces, int64_t of_gro
         const __m512i by_lower = _mm512_set1_epi32(factors.lower[half][g]);
         __m512i codes[4];
 #pragma GCC unroll 4
-        for (int r = 0; r < 4; ++r) codes[r] = load_piece<BITS>(rows[4 * half + r] + piece * 8 * BITS);
+        for (int r = 0; r < 4; ++r) {
+          codes[r] = load_piece<BITS>(rows[4 * half + r] + piece * 8 * BITS);
+          __builtin_prefetch(next[4 * half + r] + piece * 8 * BITS);
+        }
         const __m512i a = _mm512_unpacklo_epi8(codes[0], codes[1]), b = _mm512_unpackhi_epi8(codes[0], codes[1]);
         const __m512i c = _mm512_unpacklo_epi8(codes[2], codes[3]), d = _mm512_unpackhi_epi8(codes[2], codes[3]);
         const __m512i of_four[4] = {_mm512_unpacklo_epi16(a, c), _mm512_unpackhi_epi16(a, c), _mm512_unpacklo_epi16(b, d),
@@ -168,6 +181,7 @@ static void add_codes(const uint8_t* const* rows, int64_t pieces, int64_t of_gro
       std::fill_n(sums, PIECE, factors.start[g]);
       for (int r = 0; r < ADDED; ++r) {
         const vpiece its = load_piece<BITS>(rows[r] + piece * 8 * BITS);
+        __builtin_prefetch(next[r] + piece * 8 * BITS);
         const int32_t upper = int8_t(factors.upper[r / 4][g] >> (8 * (r % 4)));
         const int32_t by = upper * FINE + int8_t(factors.lower[r / 4][g] >> (8 * (r % 4)));
         for (int i = 0; i < PIECE; ++i) sums[i] += by * int32_t(its.codes[i]);
@@ -191,18 +205,19 @@ static void add_plane(const lte_nested& nested, const lte_rows& plane, float fac
                       float* y) {
   Factors factors(thread_scratch().factors, nested.down_groups);
   with_bits<4>(plane.bits, [&](auto bits) {
-    const uint8_t* rows[ADDED];
+    const uint8_t *rows[ADDED], *next[ADDED];
     const uint16_t* scales[ADDED];
     float values[ADDED];
+    auto row_of = [&](int64_t i) { return plane.codes + chosen.neurons[std::min(i, chosen.count - 1)] * pieces * 8 * bits(); };
     for (int64_t n = 0; n < chosen.count; n += ADDED) {
       for (int64_t r = 0; r < ADDED; ++r) {
         const int64_t i = std::min(n + r, chosen.count - 1), neuron = chosen.neurons[i];
-        rows[r] = plane.codes + neuron * pieces * 8 * bits();
+        rows[r] = row_of(i), next[r] = row_of(i + ADDED);
         scales[r] = nested.down_scales + neuron * nested.down_groups;
         values[r] = n + r < chosen.count ? chosen.hidden[i] * factor : 0.0f;
       }
       factors.set(scales, values, nested.down_groups, bits());
-      add_codes<bits()>(rows, pieces, nested.down_group / PIECE, factors, y);
+      add_codes<bits()>(rows, next, pieces, nested.down_group / PIECE, factors, y);
     }
   });
 }
@@ -232,11 +247,12 @@ struct LowerDots {
       store(middle + part, offs);
     }
   }
-  float of(int64_t row) {
+  float of(int64_t row, int64_t next) {
     enter(row / TOGETHER);
     float out = 0;
     with_bits<4>(lower.bits, [&](auto bits) {
-      out = dot_codes<bits()>(lower.codes + row * pieces() * 8 * bits(), pieces(), x.values, by + row % TOGETHER);
+      const int64_t size = pieces() * 8 * bits();
+      out = dot_codes<bits()>(lower.codes + row * size, lower.codes + next * size, pieces(), x.values, by + row % TOGETHER);
     });
     return out - middle[row % TOGETHER];
   }
@@ -278,8 +294,9 @@ static void choose(const lte_ffn& ffn, float cut, int64_t first, int64_t count, 
     needed[more++] = int32_t(first + i);
   }
   for (int64_t i = 0; i < more; ++i) {
-    gates[i] = gate[needed[i] - first] + first_dots.of(needed[i]);
-    if (up) ups[i] = up[needed[i] - first] + up_dots.of(needed[i]);
+    const int64_t next = needed[std::min(i + 1, more - 1)];
+    gates[i] = gate[needed[i] - first] + first_dots.of(needed[i], next);
+    if (up) ups[i] = up[needed[i] - first] + up_dots.of(needed[i], next);
   }
   std::fill_n(gates + more, VL, 0.0f), std::fill_n(ups + more, VL, 0.0f);
   activate_all(ffn.activation, gates, up ? ups : nullptr, more);

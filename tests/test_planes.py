@@ -227,7 +227,7 @@ def test_scales_of_two_planes_are_learned(family, tmp_path, monkeypatch):
 
     before, ffn = divergence(), sparse_ffns(model)[0]
     with monkeypatch.context() as patched, torch.no_grad():
-        patched.setattr("lte.ops.nested.round_inputs", lambda x, group: x.float())
+        patched.setattr("lte.ops.nested.as_taken", lambda x, group: x.float())
         form, x = ffn.router.form(), torch.randn(2, 3, 64)
         found = nested_ffn_reference(x.flatten(0, 1), form.weights, form.cut, form.fine_cut).view(x.shape)
         torch.testing.assert_close(LearnedPlanes(ffn)(x), found)

@@ -35,6 +35,9 @@ CASES = [
     (OPT, "float16", False, "relu", 1, True),
     (OPT, "float16", False, "gelu", 16, False),
 ]
+PLANES = [(4, 0), (4, 4), (3, 1)]
+"""Bits of the upper and the lower plane."""
+
 POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "uint8": "*u8", "int32": "*i32"}
 
 
@@ -46,7 +49,8 @@ def test_compiles_without_spills(capability):
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-4000:]
     usage = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(usage) == 4 * len(CASES) + 6 * sum(dtype != "float32" for _, dtype, *_ in CASES)
+    few_bits = 6 + 2 * len(PLANES)
+    assert len(usage) == 4 * len(CASES) + few_bits * sum(dtype != "float32" for _, dtype, *_ in CASES)
     limit = ARCHITECTURES[capability][1]
     assert [row for row in usage if row["stack"] or row["local"] or row["shared"] > limit] == []
 
@@ -93,7 +97,7 @@ def resources(compiled: Any) -> dict[str, int]:
 def launches(capability: int) -> Any:
     """Yield every case and its four launches, on tensors without memory."""
     from lte.ops import FFNCopy, FFNWeights, LowBitMatrix, QuantizedFFN
-    from lte.ops.triton import configs, launch, quantized
+    from lte.ops.triton import configs, launch, nested, quantized
 
     gpu = configs.GPU("compiled for", (capability // 10, capability % 10), ARCHITECTURES[capability][0])
     for (d, f, n), dtype_name, gated, activation, n_tokens, scaled in CASES:
@@ -130,9 +134,35 @@ def launches(capability: int) -> Any:
         _, ffn = launch.ffn_launches(x, weights, scales, config, gpu.sms, after_router=True)
         copy = FFNCopy(lowbit(f, d), tensor(f, dtype=torch.float32), lowbit(f, d) if gated else None)
         scores = launch.copy_scores_launch(x, copy, weights, tensor(n_tokens, f, dtype=torch.float32))
-        few_bits = [] if dtype_name == "float32" else small(f, d, x, mask, gated, activation, gpu.sms)
+        few_bits = [] if dtype_name == "float32" else list(small(f, d, x, mask, gated, activation, gpu.sms))
+        for upper, lower in [] if dtype_name == "float32" else PLANES:
+            made = two_planes(tensor, f, d, upper, lower, gated, activation)
+            few_bits += nested.nested_launches(x, made, 0.1, 0.2, gpu.sms)[1]
         for one in (router, scores, *ffn, *few_bits):
             yield f"{dtype_name} {activation} T={n_tokens}", one
+
+
+def two_planes(tensor: Any, f: int, d: int, upper: int, lower: int, gated: bool, activation: str) -> Any:
+    """An FFN in two planes of so many bits."""
+    from lte.ops import FFNCopy, LowBitMatrix
+    from lte.ops.nested import NestedFFN, NestedRows, RowCodes
+
+    def rows(bits: int) -> Any:
+        return RowCodes.of(tensor(f, d // 8 * bits, dtype=torch.uint8), d) if bits else None
+
+    def tiles() -> LowBitMatrix:
+        planes = tensor(f // 16, d // 64, 2, upper, 64, dtype=torch.uint8)
+        return LowBitMatrix(planes, tensor(f // 16, d // 64, 16, dtype=torch.bfloat16), f, d)
+
+    exact, exact_rows = tensor(4, dtype=torch.int32), tensor(4, d, dtype=torch.bfloat16)
+    return NestedFFN(
+        copy=FFNCopy(tiles(), tensor(f, dtype=torch.float32), tiles() if gated else None),
+        down=NestedRows(rows(upper), rows(lower), tensor(f, d // 64, dtype=torch.bfloat16), 64, exact, exact_rows),
+        up_lower=rows(lower),
+        gate_lower=rows(lower) if gated else None,
+        down_bias=None if gated else tensor(d),
+        activation=activation,
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+import math
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,17 +12,21 @@ import torch
 from lte.errors import LTEError
 from lte.ops import ACTIVATIONS, FFNCopy, FFNWeights, copy_scores_reference, sparse_ffn_reference
 from lte.ops.lowbit import quantize
+from lte.ops.nested import NestedFFN, NestedMatrix
 from lte.ops.quantized import QuantizedFFN
 from lte.ops.triton import (
     autotune,
     configs,
     copy_scores,
     launch,
+    nested_ffn,
     quantized_ffn,
     quantized_linear,
     routed_ffn,
     sparse_ffn,
 )
+from lte.ops.triton.nested import nested_launches
+from tests.ops.test_nested import nested
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -197,6 +203,10 @@ def test_scores_of_a_copy(bits, group, gated, biased, n, dtype, n_tokens):
         (8, 64, 130, torch.float16),
         (2, 32, 64, torch.float32),
         (1, 32, 33, torch.bfloat16),
+        (3, 32, 70, torch.float32),
+        (3, 64, 130, torch.bfloat16),
+        (5, 32, 100, torch.float16),
+        (6, 64, 64, torch.bfloat16),
     ],
 )
 def test_weights_of_few_bits(bits, group, d, dtype, n_tokens):
@@ -232,9 +242,96 @@ def test_codes_of_inactive_experts_are_not_read():
     assert torch.equal(quantized_ffn(x, made, mask), wanted)
 
 
-def test_widths_that_are_not_unpacked_are_refused():
-    with pytest.raises(LTEError, match="weights of 3 bits; the Triton kernels take 1, 2, 4, 8"):
-        quantized_linear(inputs(1), quantize(make().up, 3, 32))
+NESTED = [
+    # bits, upper ones, width, neurons, group, gated, dtype
+    (4, 4, 100, 70, 64, True, torch.float32),
+    (4, 3, 130, 40, 128, True, torch.bfloat16),
+    (8, 4, 130, 70, 64, False, torch.float16),
+    (6, 3, 64, 33, 64, True, torch.float32),
+    (3, 1, 200, 33, 64, True, torch.bfloat16),
+    (3, 3, 64, 50, 64, False, torch.float32),
+]
+
+
+@pytest.mark.parametrize("n_tokens", [0, 1, 5, 70])
+@pytest.mark.parametrize(("bits", "upper", "d", "f", "group", "gated", "dtype"), NESTED)
+def test_two_planes_of_bits(bits, upper, d, f, group, gated, dtype, n_tokens):
+    weights = on_device(nested(d, f, bits, upper, group=group, gated=gated, dtype=dtype))
+    x = inputs(n_tokens, dtype, d)
+    cuts = ((0.1, 0.3), (-1.0, -1.0), (-1.0, math.inf), (0.2, -1.0), (-1.0, 0.2), (1e9, 1e9))
+    for cut, fine_cut in cuts if n_tokens == 1 else cuts[:2]:
+        found, launches = nested_launches(x, weights, cut, fine_cut, 4)
+        if not n_tokens:
+            assert nested_ffn(x, weights, cut, fine_cut).shape == (0, d)
+            continue
+        for one in launches:
+            one()
+        state_TF = launches[0].args[launches[0].kernel.arg_names.index("state_ptr")]
+        check_states(state_TF, x, weights, cut, fine_cut)
+        wanted = computed(state_TF, x, weights)
+        tolerance = 4 * TOLERANCE[dtype] * max(1.0, float(wanted.abs().max()))
+        torch.testing.assert_close(found.float(), wanted, atol=tolerance, rtol=0)
+        assert torch.equal(found, nested_ffn(x, weights, cut, fine_cut))
+
+
+def hidden_of(up: torch.Tensor, gate: torch.Tensor | None, weights: NestedFFN) -> torch.Tensor:
+    act = ACTIVATIONS[weights.activation]
+    up = up if weights.up_bias is None else up + weights.up_bias.float()
+    return act(up) if gate is None else act(gate) * up
+
+
+def products(x: torch.Tensor, weights: NestedFFN, *, fine: bool) -> torch.Tensor:
+    """[T, F], hidden values of all neurons by the upper plane or by both."""
+    copy = weights.copy
+    planes = {"up": (copy.up, weights.up_lower), "gate": (copy.gate, weights.gate_lower)}
+    made = {
+        name: x.float() @ (NestedMatrix(upper, lower).dequantize() if fine else upper.dequantize()).T
+        for name, (upper, lower) in planes.items()
+        if upper is not None
+    }
+    return hidden_of(made["up"], made.get("gate"), weights)
+
+
+def check_states(state_TF: torch.Tensor, x: torch.Tensor, weights: NestedFFN, cut: float, fine_cut: float) -> None:
+    """States are what scores say, but for scores that rounding may move past a cut."""
+    scores = products(x, weights, fine=False).abs() * weights.copy.norms
+    slack = 1e-5 if x.dtype == torch.float32 else 0.02 * float(scores.max())
+
+    def above(limit: float, by: float) -> torch.Tensor:
+        return scores > limit + by if limit >= 0 else torch.ones_like(scores, dtype=torch.bool)
+
+    two = weights.down.lower is not None
+    for by, least in ((slack, True), (-slack, False)):
+        on = above(cut, by)
+        states = on + (on & above(fine_cut, by) if two else torch.zeros_like(on)).int()
+        assert (state_TF >= states).all() if least else (state_TF <= states).all()
+
+
+def computed(state_TF: torch.Tensor, x: torch.Tensor, weights: NestedFFN) -> torch.Tensor:
+    """The output where each neuron, for each token, is out, coarse or fine as told."""
+    hidden = torch.where(state_TF > 1, *(products(x, weights, fine=fine) for fine in (True, False))) * (state_TF > 0)
+    y = hidden @ weights.down.coarse() + (hidden * (state_TF > 1)) @ weights.down.correction()
+    return y if weights.down_bias is None else y + weights.down_bias.float()
+
+
+def on_device(made: Any) -> Any:
+    """Tensors of dataclasses of dataclasses."""
+    if isinstance(made, torch.Tensor):
+        return made.to(DEVICE)
+    if not is_dataclass(made):
+        return made
+    return replace(made, **{field.name: on_device(getattr(made, field.name)) for field in fields(made)})
+
+
+def test_rows_of_neurons_that_are_out_are_not_read():
+    weights, x = on_device(nested(64, 48, 8, 4)), inputs(1, d=64)
+    wanted = nested_ffn(x, weights, 0.2, 0.4)
+    scores = products(x, weights, fine=False)[0].abs() * weights.copy.norms
+    assert 0 < (scores <= 0.2).sum() < (scores <= 0.4).sum() < 48
+    for codes, limit in ((weights.down.upper, 0.2), (weights.down.lower, 0.4), (weights.up_lower, 0.4)):
+        codes.data[scores <= limit] ^= 255
+    weights.down.scales[scores <= 0.2] = torch.nan
+    assert torch.equal(nested_ffn(x, weights, 0.2, 0.4), wanted)
 
 
 def test_rows_of_a_fused_matrix_and_strided_inputs():

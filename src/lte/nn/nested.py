@@ -142,5 +142,4 @@ def _add_lower(module: QuantizedWeight, rows: int, columns: int, bits: int, devi
 
 
 def _lower(module: NestedLinear | NestedDown, columns: int) -> RowCodes | None:
-    bits = module.lower.shape[1] // _row_bytes(columns, 1)
-    return RowCodes(module.lower, columns, bits) if bits else None
+    return RowCodes.of(module.lower, columns) if module.lower.shape[1] else None

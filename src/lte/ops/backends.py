@@ -21,9 +21,6 @@ ENVIRONMENT = "LTE_BACKEND"
 SMALL_BATCH = 64
 """Tokens up to which ``auto`` takes a sparse kernel where nothing was measured; above, dense matrix products win."""
 
-GPU_WIDTHS = (1, 2, 4, 8)
-"""Bits of a code that the Triton kernels unpack: those that fill a byte."""
-
 
 def choose(impl: str, x_TD: Tensor, weights: FFNWeights) -> str:
     """``reference``, ``cpu`` or ``triton`` for one call.
@@ -53,14 +50,11 @@ def choose(impl: str, x_TD: Tensor, weights: FFNWeights) -> str:
     return impl
 
 
-def choose_for_codes(x_TD: Tensor, bits: int = 8) -> str:
+def choose_for_codes(x_TD: Tensor) -> str:
     """``cpu``, ``triton`` or ``reference`` for weights of few bits."""
     if requested("auto") == "reference" or torch.compiler.is_compiling() or x_TD.device.type not in ("cpu", "cuda"):
         return "reference"
     fast = "triton" if x_TD.device.type == "cuda" else "cpu"
-    if fast == "triton" and bits not in GPU_WIDTHS:
-        _log_width(bits)
-        return "reference"
     return "reference" if obstacle(fast, x_TD.dtype, x_TD.device) else fast
 
 
@@ -132,12 +126,3 @@ def _log_choice(fast: str, device: str, dtype: str, reason: str) -> None:
     else:
         detail = f" ({cpu.instruction_set()})" if fast == "cpu" else ""
         logger.info("sparse FFN on %s in %s runs the %s kernels%s", device, dtype, fast, detail)
-
-
-@cache
-def _log_width(bits: int) -> None:
-    logger.warning(
-        "weights of %d bits on a GPU are written out at every use, which is slow: the kernels there take %s bits",
-        bits,
-        ", ".join(map(str, GPU_WIDTHS)),
-    )

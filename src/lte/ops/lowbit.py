@@ -303,6 +303,11 @@ def round_inputs(x_TD: Tensor, group: int) -> Tensor:
     return rounded.flatten(1)[:, : x_TD.shape[-1]].view(x_TD.shape)
 
 
+def as_taken(x: Tensor, group: int) -> Tensor:
+    """[..., D] float32, as kernels for few bits take their inputs: rounded on the CPU, on a GPU as they are."""
+    return round_inputs(x, group) if x.device.type == "cpu" else x.float()
+
+
 def _middle(bits: int) -> float:
     return (2**bits - 1) / 2
 

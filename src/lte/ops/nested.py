@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lte.ops.lowbit import FFNCopy, LowBitMatrix, pack, round_inputs
+from lte.ops.lowbit import FFNCopy, LowBitMatrix, as_taken, pack
 from lte.ops.reference import ACTIVATIONS
 
 PIECE = 64
@@ -35,6 +35,11 @@ class RowCodes:
     data: Tensor
     columns: int
     bits: int
+
+    @classmethod
+    def of(cls, data: Tensor, columns: int) -> RowCodes:
+        """What is stored of rows of so many columns."""
+        return cls(data, columns, data.shape[1] // (8 * -(-columns // PIECE)))
 
     @classmethod
     def pack(cls, codes_ND: Tensor, bits: int) -> RowCodes:
@@ -200,7 +205,7 @@ class NestedFFN:
 
 
 def nested_ffn_reference(x_TD: Tensor, weights: NestedFFN, cut: float, fine_cut: float) -> Tensor:
-    """What kernels compute, in plain PyTorch: gate and up see inputs in 8 bits.
+    """What kernels compute, in plain PyTorch: on the CPU gate and up see inputs in 8 bits.
 
     Args:
         x_TD: [T, D] inputs.
@@ -212,7 +217,7 @@ def nested_ffn_reference(x_TD: Tensor, weights: NestedFFN, cut: float, fine_cut:
         [T, D], in the dtype of ``x_TD``.
     """
     copy, act = weights.copy, ACTIVATIONS[weights.activation]
-    rounded = round_inputs(x_TD, copy.up.group)
+    rounded = as_taken(x_TD, copy.up.group)
 
     def product(upper: LowBitMatrix, bias: Tensor | None) -> Tensor:
         return F.linear(rounded, upper.dequantize(), None if bias is None else bias.float())

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lte.errors import ConfigError
-from lte.ops.lowbit import LowBitMatrix, quantize, round_inputs
+from lte.ops.lowbit import LowBitMatrix, as_taken, quantize
 from lte.ops.reference import ACTIVATIONS, scale_experts
 from lte.ops.weights import FFNWeights
 
@@ -92,7 +92,7 @@ class QuantizedFFN:
 
 def quantized_linear_reference(x: Tensor, weight: LowBitMatrix, bias: Tensor | None = None) -> Tensor:
     """[..., D] by [N, D] to [..., N], in the dtype of ``x``; on the CPU inputs are rounded to 8 bits, as kernels do."""
-    y = F.linear(_taken(x, weight.group), weight.dequantize())
+    y = F.linear(as_taken(x, weight.group), weight.dequantize())
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
@@ -108,7 +108,7 @@ def quantized_ffn_reference(x_TD: Tensor, weights: QuantizedFFN, expert_weights_
         [T, D], in the dtype of ``x_TD``.
     """
     plain = replace(weights.dequantize(), down_bias=None)
-    x = _taken(x_TD, weights.up.group)
+    x = as_taken(x_TD, weights.up.group)
     act = ACTIVATIONS[weights.activation]
 
     def product(matrix: Tensor, bias: Tensor | None) -> Tensor:
@@ -120,9 +120,5 @@ def quantized_ffn_reference(x_TD: Tensor, weights: QuantizedFFN, expert_weights_
         hidden_TF = act(product(plain.gate, plain.gate_bias)) * product(plain.up, plain.up_bias)
     if expert_weights_TE is not None:
         hidden_TF = scale_experts(hidden_TF, expert_weights_TE)
-    y_TD = _taken(hidden_TF, weights.down.group) @ plain.down
+    y_TD = as_taken(hidden_TF, weights.down.group) @ plain.down
     return (y_TD if weights.down_bias is None else y_TD + weights.down_bias.float()).to(x_TD.dtype)
-
-
-def _taken(x: Tensor, group: int) -> Tensor:
-    return round_inputs(x, group) if x.device.type == "cpu" else x.float()

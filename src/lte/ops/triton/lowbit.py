@@ -1,8 +1,9 @@
-"""The same kernels for weights of 1, 2, 4 or 8 bits, unpacked in registers: rows (up, gate, any linear layer) and down.
+"""The same kernels for weights of 1 to 8 bits, unpacked in registers: rows (up, gate, any linear layer) and down.
 
-A 32-bit *word* of a :class:`lte.ops.LowBitMatrix` holds four bytes of one row in one plane, which is ``32 / BITS``
-codes: bit field f of byte c is that of column ``4 f + c`` behind the word's first. 16 words, one of every row of a
-block, lie together, and words of neighbouring planes and chunks behind one another. For one token the products are
+A 32-bit *word* of a :class:`lte.ops.LowBitMatrix` holds four bytes of one row in one plane, with ``8 // BITS`` codes
+each: bit field f of byte c is that of column ``4 f + c`` behind the word's first. 16 words, one of every row of a
+block, lie together, and words of neighbouring planes and chunks behind one another. Where that leaves bits of a byte
+over, as three bits do, they are the other codes', put together here as further words. For one token the products are
 summed in float32 registers; a tile of tokens goes through the matrix units, weights rounded to the inputs' dtype.
 """
 
@@ -34,19 +35,39 @@ def fractions(words, turn, mask: tl.constexpr):
 
 
 @triton.jit
-def add_products(
-    acc, words, scales, x_ptr, tokens, n_tokens, first, X_STRIDE: tl.constexpr, BITS: tl.constexpr, ONE: tl.constexpr
-):
-    """``acc += `` the products of words [WORDS, ROWS] with inputs ``x[token, first + column]``, divided by ``2^BITS``.
+def tile_words(codes_ptr, word, row, mask, BITS: tl.constexpr):
+    """Words of tiles of 16 rows and 32 columns: of a row a tile has four where a byte has two codes, and so on."""
+    FIELDS: tl.constexpr = 8 // BITS
+    PARTS: tl.constexpr = 8 // FIELDS
+    if FIELDS * BITS == 8:
+        words = tl.load(codes_ptr + word * 16 + row, mask=mask, other=0, eviction_policy="evict_first")
+    else:
+        at, part = codes_ptr + word // PARTS * (BITS * 16) + row, (word % PARTS).to(tl.int32)
+        words = tl.load(at + part * 16, mask=mask & (part < BITS), other=0)
+        for bit in tl.static_range(BITS):
+            plane = tl.load(at + bit * 16, mask=mask & (part >= BITS), other=0)
+            for field in tl.static_range(FIELDS):
+                words |= ((plane >> (part * FIELDS + field)) & 0x01010101) << (field * BITS + bit)
+    return words
 
-    acc: [WORDS, ROWS] for one token, [T, ROWS] for a tile; first: [WORDS], the column of a word's first code.
+
+@triton.jit
+def add_products(
+    acc, words, scales, x_ptr, tokens, n_tokens, first,
+    X_STRIDE: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr, ONE: tl.constexpr,
+):  # fmt: skip
+    """``acc += `` the products of words [WORDS, ROWS] with inputs ``x[token, column]``, divided by ``2^BITS``.
+
+    acc: [WORDS, ROWS] for one token, [T, ROWS] for a tile; first: [WORDS], the column of a word's first code, of which
+    the next in the same byte is STEP columns away.
     """
-    CODES: tl.constexpr = 32 // BITS
+    CODES: tl.constexpr = 8 // BITS * 4
     TOP: tl.constexpr = 23 - BITS
     MASK: tl.constexpr = ((1 << BITS) - 1) << TOP
     MIDDLE: tl.constexpr = 1.5 - 0.5 / (1 << BITS)
-    column = tl.arange(0, CODES)
-    turn = (TOP - column % 4 * 8 - column // 4 * BITS) & 31
+    code = tl.arange(0, CODES)
+    column = code if STEP == 4 else code % 4 + code // 4 * STEP  # the compiler sees what lies side by side
+    turn = (TOP - code % 4 * 8 - code // 4 * BITS) & 31
     if ONE:
         # The compiler keeps what comes first in the registers of one thread: all codes of a word.
         numbers = fractions(words[None, :, :], turn[:, None, None], MASK)
@@ -74,16 +95,17 @@ def row_products(
 ):  # fmt: skip
     """Of a matrix that lies row by row, the words from ``start`` on."""
     GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP
-    PER_GROUP: tl.constexpr = GROUP // 32 * BITS
+    PARTS: tl.constexpr = 8 // (8 // BITS)
+    PER_GROUP: tl.constexpr = GROUP // 32 * PARTS
     word = start + tl.arange(0, WORDS)
     block = (rows // 16)[None, :]
     mask = (block < (F + 15) // 16) & (word < GROUPS * PER_GROUP)[:, None]
     block = block.to(tl.int64)
-    at = block * (GROUPS * PER_GROUP * 16) + word[:, None] * 16 + (rows % 16)[None, :]
-    words = tl.load(codes_ptr + at, mask=mask, other=0, eviction_policy="evict_first")
-    at = (block * GROUPS + (word // PER_GROUP)[:, None]) * 16 + (rows % 16)[None, :]
+    row = (rows % 16)[None, :]
+    words = tile_words(codes_ptr, block * (GROUPS * PER_GROUP) + word[:, None], row, mask, BITS)
+    at = (block * GROUPS + (word // PER_GROUP)[:, None]) * 16 + row
     scales = tl.load(scales_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    return add_products(acc, words, scales, x_ptr, tokens, n_tokens, word * (32 // BITS), D, BITS, ONE)
+    return add_products(acc, words, scales, x_ptr, tokens, n_tokens, word * (32 // PARTS), D, BITS, 4, ONE)
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
@@ -119,7 +141,7 @@ def lowbit_rows_kernel(
             wanted = wanted & (scale != 0)
         active = tl.max(wanted.to(tl.int32), 0) != 0
         if tl.max(active.to(tl.int32), 0) > 0:
-            LAST: tl.constexpr = (D + GROUP - 1) // GROUP * (GROUP // 32) * BITS
+            LAST: tl.constexpr = (D + GROUP - 1) // GROUP * (GROUP // 32) * (8 // (8 // BITS))
             up = tl.zeros([WORDS, ROWS] if ONE else [BLOCK_T, ROWS], tl.float32)
             gate = tl.zeros([WORDS, ROWS] if ONE else [BLOCK_T, ROWS], tl.float32)
             for start in tl.range(0, LAST, WORDS, num_stages=STAGES):
@@ -168,7 +190,8 @@ def lowbit_down_kernel(
 ):  # fmt: skip
     """``out[T, D] = hidden @ down + bias`` over active chunks of 32 neurons; grid [D / ROWS, SPLITS, blocks]."""
     ONE: tl.constexpr = BLOCK_T == 1
-    WORDS: tl.constexpr = CHUNKS * BITS
+    PARTS: tl.constexpr = 8 // (8 // BITS)
+    WORDS: tl.constexpr = CHUNKS * PARTS
     BLOCKS: tl.constexpr = (D + 15) // 16
     split, block = tl.program_id(1), tl.program_id(2)
     tokens = block * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -183,18 +206,17 @@ def lowbit_down_kernel(
     if split < used:
         acc = tl.zeros([WORDS, ROWS] if ONE else [BLOCK_T, ROWS], tl.float32)
         for start in tl.range(begin, end, CHUNKS, num_stages=STAGES):
-            position = start + tl.arange(0, WORDS) // BITS
+            position = start + tl.arange(0, WORDS) // PARTS
             ok = position < end
             chunk = active_chunks(position, ok, start, experts_ptr, PER_EXPERT, CHUNKS)
             mask = ok[:, None] & (rows // 16 < BLOCKS)[None, :]
-            plane = tl.arange(0, WORDS) % BITS
-            at = (chunk.to(tl.int64)[:, None] * BLOCKS + (rows // 16)[None, :]) * (BITS * 16)
-            at += plane[:, None] * 16 + (rows % 16)[None, :]
-            words = tl.load(codes_ptr + at, mask=mask, other=0, eviction_policy="evict_first")
+            part = tl.arange(0, WORDS) % PARTS
+            tile = chunk.to(tl.int64)[:, None] * BLOCKS + (rows // 16)[None, :]
+            words = tile_words(codes_ptr, tile * PARTS + part[:, None], (rows % 16)[None, :], mask, BITS)
             at = ((chunk // (GROUP // 32))[:, None] * BLOCKS + (rows // 16)[None, :]) * 16 + (rows % 16)[None, :]
             scales = tl.load(scales_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            first = tl.where(ok, chunk * 32, F) + plane * (32 // BITS)
-            acc = add_products(acc, words, scales, hidden_ptr, tokens, n_tokens, first, F, BITS, ONE)
+            first = tl.where(ok, chunk * 32, F) + part * (32 // PARTS)
+            acc = add_products(acc, words, scales, hidden_ptr, tokens, n_tokens, first, F, BITS, 4, ONE)
         if ONE:
             acc = tl.sum(acc, 0)[None, :]
         acc *= 1 << BITS

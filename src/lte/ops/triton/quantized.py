@@ -10,7 +10,6 @@ import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 from torch import Tensor
 
 from lte.errors import LTEError
-from lte.ops.backends import GPU_WIDTHS
 from lte.ops.lowbit import ROWS, LowBitMatrix
 from lte.ops.quantized import QuantizedFFN
 from lte.ops.triton import lowbit
@@ -50,10 +49,17 @@ SOME = Tiles(32, 16, 4, 2, down_rows=64, down_chunks=4, down_warps=4, down_stage
 
 def tiles_for(n_tokens: int, bits: int) -> Tiles:
     """What is launched; a step of the down kernel has at least 16 words, which the matrix units want."""
+    # Of widths that do not fill a byte several planes are in flight for a word, and take the place of a pipeline.
     if n_tokens == 1:
-        return ONE
+        return ONE if 8 % bits == 0 else replace(ONE, stages=1, down_stages=1)
     warps = 4 if n_tokens <= 32 else 8
-    return replace(SOME, down_chunks=max(SOME.down_chunks * 4, 16) // bits, warps=warps, down_warps=warps)
+    tiles = replace(SOME, down_chunks=max(SOME.down_chunks * 4, 16) // parts_of(bits), warps=warps, down_warps=warps)
+    return tiles if 8 % bits == 0 else replace(tiles, warps=8, stages=1, down_warps=8, down_stages=1)
+
+
+def parts_of(bits: int) -> int:
+    """Words that 32 codes of a row come in, each of four bytes with as many codes as have room there."""
+    return 8 // (8 // bits)
 
 
 def quantized_linear(x_TD: Tensor, weight: LowBitMatrix, bias_N: Tensor | None = None) -> Tensor:
@@ -61,7 +67,7 @@ def quantized_linear(x_TD: Tensor, weight: LowBitMatrix, bias_N: Tensor | None =
 
     Args:
         x_TD: [T, D] float32, bfloat16 or float16.
-        weight: [N, D] of 1, 2, 4 or 8 bits, row by row.
+        weight: [N, D] of 1 to 8 bits, row by row.
         bias_N: [N] or None.
 
     Raises:
@@ -69,7 +75,7 @@ def quantized_linear(x_TD: Tensor, weight: LowBitMatrix, bias_N: Tensor | None =
     """
     out_TN = torch.empty(len(x_TD), weight.rows, dtype=x_TD.dtype, device=x_TD.device)
     if len(x_TD):
-        _check(x_TD, weight)
+        check_codes(x_TD, weight)
         run(x_TD.device, [rows_launch(x_TD, weight, None, bias_N, None, None, out_TN, None)])
     return out_TN
 
@@ -84,7 +90,7 @@ def quantized_ffn(
 
     Args:
         x_TD: [T, D] float32, bfloat16 or float16.
-        weights: of 1, 2, 4 or 8 bits.
+        weights: of 1 to 8 bits.
         expert_weights_TE: [T, E] bool or floating; see :func:`lte.ops.triton.sparse_ffn`.
         router: weight, bias and threshold instead.
 
@@ -94,7 +100,7 @@ def quantized_ffn(
     if not len(x_TD):
         return torch.empty_like(x_TD)
     for matrix in filter(None, (weights.up, weights.gate)):
-        _check(x_TD, matrix)
+        check_codes(x_TD, matrix)
     if router is not None:
         expert_weights_TE = workspace((len(x_TD), len(router[0])), torch.uint8, x_TD.device)
         run(x_TD.device, [router_launch(x_TD, *router, expert_weights_TE, pdl=False)])
@@ -141,7 +147,7 @@ def ffn_launches(
         "STAGES": tiles.down_stages,
         "N_DONE": n_done,
     }
-    codes, scales = _codes(weights.down)
+    codes, scales = words_of(weights.down)
     args = (hidden_TF, codes, scales, weights.down_bias, *lists, partial, out_TD, n_tokens)
     down = Launch(lowbit.lowbit_down_kernel, (n_done, splits, blocks), args, constants, tiles.down_warps)
     return out_TD, [rows, down]
@@ -173,11 +179,11 @@ def rows_launch(
         "N_DONE": n_done,
         "DONE_PAD": triton.next_power_of_2(n_done),
         "ROWS": tiles.rows,
-        "WORDS": max(16, min(tiles.words, triton.next_power_of_2(up.columns * up.bits // 32))),
+        "WORDS": max(16, min(tiles.words, triton.next_power_of_2(up.columns * parts_of(up.bits) // 32))),
         "STAGES": tiles.stages,
     }
     args = (
-        *(x_TD.contiguous(), *_codes(up), *((None, None) if gate is None else _codes(gate)), up_bias, gate_bias),
+        *(x_TD.contiguous(), *words_of(up), *((None, None) if gate is None else words_of(gate)), up_bias, gate_bias),
         *(expert_weights_TE, out_TF, *(lists or (None, None, None)), n_tokens),
     )
     grid = (triton.cdiv(up.rows, tiles.rows) + (lists is not None), triton.cdiv(n_tokens, token_bucket(n_tokens)))
@@ -189,13 +195,13 @@ def _common(n_tokens: int, matrix: LowBitMatrix, n_experts: int, d_ff: int, d_mo
     return {**sizes, "GROUP": matrix.group, "BITS": matrix.bits, "BLOCK_T": token_bucket(n_tokens)}
 
 
-def _codes(matrix: LowBitMatrix) -> tuple[Tensor, Tensor]:
+def words_of(matrix: LowBitMatrix) -> tuple[Tensor, Tensor]:
+    """Its codes, four bytes to a number, and its scales."""
     return matrix.planes.view(torch.int32), matrix.scales
 
 
-def _check(x_TD: Tensor, matrix: LowBitMatrix) -> None:
-    if matrix.bits not in GPU_WIDTHS:
-        raise LTEError(f"weights of {matrix.bits} bits; the Triton kernels take {', '.join(map(str, GPU_WIDTHS))}.")
+def check_codes(x_TD: Tensor, matrix: LowBitMatrix) -> None:
+    """LTEError where a matrix does not go with its inputs."""
     if x_TD.ndim != 2 or x_TD.shape[1] != matrix.columns:
         raise LTEError(f"x_TD has shape {list(x_TD.shape)}; give [tokens, {matrix.columns}], the width of the weights.")
     if matrix.planes.device != x_TD.device:
