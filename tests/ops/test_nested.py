@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields, is_dataclass, replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lte.ops import FFNCopy, cpu
+from lte.ops import FFNCopy, cpu, few_bits, nested_ffn
 from lte.ops.lowbit import best_scales, levels_of
 from lte.ops.nested import NestedFFN, NestedMatrix, NestedRows, RowCodes, nested_ffn_reference
 from tests.ops.test_quantized import close, random
@@ -90,3 +92,26 @@ def test_bits_are_counted():
     exact = 16 * 3 / 64  # three rows of 64 are in 16 bits
     assert weights.bits_read(1.0, 1.0) == pytest.approx(4.25 + exact / 3)
     assert weights.bits_read(0.5, 0.2) == pytest.approx((2 * 3.25 + 0.5 * (3.25 + exact) + 0.2 * 3) / 3)
+
+
+@pytest.mark.parametrize(("bits", "coarse", "gated"), [(4, 4, True), (8, 4, False), (4, 3, True)])
+def test_what_a_gpu_is_given_is_the_same_network(bits, coarse, gated, monkeypatch):
+    weights, x = nested(100, 64, bits, coarse, gated=gated), random(3, 100, seed=9)
+    monkeypatch.setenv("LTE_BACKEND", "reference")
+    again = few_bits._on_gpu_nested(x, *few_bits._flat_planes(weights), 0.1, 0.3)
+    assert torch.equal(again, nested_ffn_reference(x, weights, 0.1, 0.3))
+
+
+def test_a_graph_on_a_gpu_takes_it_as_one_operator():
+    def there(made):
+        if isinstance(made, torch.Tensor):
+            return torch.empty(made.shape, dtype=made.dtype, device="cuda")
+        if not is_dataclass(made):
+            return made
+        return replace(made, **{field.name: there(getattr(made, field.name)) for field in fields(made)})
+
+    made = nested(100, 64, 8, 4)
+    with FakeTensorMode():
+        weights = there(made)
+        y = nested_ffn(torch.empty(3, 100, device="cuda", dtype=torch.bfloat16), weights, 0.1, 0.3)
+    assert (y.shape, y.dtype, y.device.type) == ((3, 100), torch.bfloat16, "cuda")

@@ -18,6 +18,7 @@ from lte.bench.machine import copy_gbytes_per_s
 from lte.bench.rows import TOLERANCE, Row
 from lte.bench.shapes import bias_for
 from lte.errors import BackendError
+from lte.methods import SelfPredictionConfig
 from lte.ops import (
     ACTIVATIONS,
     FFNCopy,
@@ -25,6 +26,7 @@ from lte.ops import (
     QuantizedFFN,
     copy_scores,
     copy_scores_reference,
+    nested_ffn,
     quantized_ffn,
     quantized_linear,
     route,
@@ -33,6 +35,7 @@ from lte.ops import (
     sparse_ffn_reference,
 )
 from lte.ops.lowbit import quantize
+from lte.ops.nested import NestedFFN, NestedMatrix, NestedRows, nested_ffn_reference
 from lte.ops.quantized import quantized_ffn_reference, quantized_linear_reference
 from lte.versions import versions
 
@@ -65,6 +68,9 @@ def bench_gpu(
     correctness += [_few_bits_case(bits, tokens, device) for bits in (4, 8) for tokens in (1, 5, 64)]
     correctness += [_linear_case(bits, tokens, device) for bits in (4, 8) for tokens in (1, 5, 100)]
     correctness += [_copy_case(tokens, device) for tokens in (1, 5, 64)]
+    correctness += [
+        _planes_case(*planes, tokens, device) for planes in ((4, 0), (4, 4), (3, 1)) for tokens in (1, 5, 64)
+    ]
     result: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(device),
         "copy_gbytes_per_s": copy_gbytes_per_s(device),
@@ -127,6 +133,10 @@ def _parts(progress: Callable[[str], None]) -> list[tuple[str, Callable[[], list
         ("ffn 4096 x 11008 int4", rows(ffn, weights=4, sparsities=one)),
         ("decode llama-2-7b bf16, int4", rows(decode, weights=(4,), sparsities=(0.5, 0.8, 0.0))),
         ("ffn 4096 x 11008 bf16, copy of 3 bits", rows(ffn, router="copy", expert_size=1, sparsities=(0.5, 0.8))),
+        (
+            "decode llama-2-7b int4, self-prediction",
+            rows(decode, weights=(4,), plain=False, method=SelfPredictionConfig(expert_size=1), sparsities=(0.5, 0.8)),
+        ),
         ("ffn 4096 x 11008 bf16, batches", rows(ffn, sparsities=(0.5, 0.8), tokens=(4, 8, 16, 32))),
         ("ffn 4096 x 11008 int4, batches", rows(ffn, weights=4, sparsities=(0.0, 0.8), tokens=(4, 8, 16, 32))),
         ("ffn 4096 x 11008 fp16", rows(ffn, dtype="fp16", sparsities=(0.5, 0.9))),
@@ -228,3 +238,27 @@ def _copy_case(tokens: int, device: torch.device) -> Row:
     wanted = copy_scores_reference(x_TD, copied, d_ff, weights)
     got = [copy_scores(x_TD, copied, d_ff, weights) for _ in range(2)]
     return _verdict(f"copy of 3 bits T={tokens}", relative_error(got[0], wanted), torch.bfloat16, *got)
+
+
+def _planes_case(upper: int, lower: int, tokens: int, device: torch.device) -> Row:
+    """An FFN of single neurons in two planes of bits."""
+    generator = torch.Generator().manual_seed(tokens)
+    d_model, d_ff, bits, dtype = 520, 1152, upper + lower, torch.bfloat16
+
+    def codes(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        codes_NG = torch.randint(2**bits, (rows, -(-columns // 64) * 64), generator=generator)
+        return codes_NG.to(device), torch.full(
+            (rows, -(-columns // 64)), (12 / columns) ** 0.5 / 2**bits, device=device
+        )
+
+    up, gate = (NestedMatrix.of(*codes(d_ff, d_model), bits, upper, d_model) for _ in range(2))
+    # A third is out, a third coarse, a third fine, but where a hidden value is too small to matter.
+    norms = 1e6 ** (torch.arange(d_ff, device=device) % 3 - 1)
+    copied = FFNCopy(up.upper, norms, gate.upper)
+    down = NestedRows.of(*codes(d_ff, d_model), bits, upper, d_model)
+    weights = NestedFFN(copied, down, up.lower, gate.lower)
+    x_TD = torch.randn(tokens, d_model, generator=generator).to(device, dtype)
+    cuts = 0.003, 3000.0
+    wanted = nested_ffn_reference(x_TD.float(), weights, *cuts)
+    got = [nested_ffn(x_TD, weights, *cuts) for _ in range(2)]
+    return _verdict(f"planes of {upper} and {lower} bits T={tokens}", relative_error(got[0], wanted), dtype, *got)
