@@ -150,7 +150,12 @@ static void hidden_unit(const lte_ffn& ffn, const int64_t* neurons, int64_t coun
     }
     if (block == R && gated && tokens == 1) {
       float out[ROWS];
-      dot_tile<ROWS, 1>(rows, xs, xs_stride, D, out, 1);
+      const W* next[ROWS];
+      for (int64_t i = 0; i < R; ++i) {
+        const int64_t neuron = neurons[std::min(r + R + i, count - 1)];
+        next[i] = gate_rows + neuron * inner.stride, next[R + i] = up_rows + neuron * ffn.up.stride;
+      }
+      dot_tile<ROWS, 1>(rows, xs, xs_stride, D, out, 1, next);
       for (int64_t i = 0; i < R; ++i) gate[r + i] = out[i], up[r + i] = out[R + i];
     } else if (block == R) {
       dot_rows<R>(rows, xs, xs_stride, tokens, D, gate + r * tokens, tokens);
@@ -177,13 +182,20 @@ template <class W>
 static void add_rows(const lte_ffn& ffn, const FfnWork& work, int64_t group, int64_t first, int64_t count, const float* h,
                      int64_t h_stride, int64_t tokens, int64_t from, int64_t to, float* const* y) {
   const W* down = static_cast<const W*>(ffn.down.weight);
-  const W* rows[ROWS];
+  const W *rows[ROWS], *next[ROWS];
   int64_t r = 0;
+  auto row = [&](int64_t i) {
+    return down + work.neuron(group, std::min(first + i, work.group_size - 1)) * ffn.down.stride;
+  };
   auto point = [&](int64_t block) {
-    for (int64_t i = 0; i < block; ++i) rows[i] = down + work.neuron(group, first + r + i) * ffn.down.stride;
+    for (int64_t i = 0; i < block; ++i) rows[i] = row(r + i);
   };
   if (tokens == 1)
-    for (; r + ROWS <= count; r += ROWS) point(ROWS), scale_rows<ROWS>(rows, h + r, from, to, y[0]);
+    for (; r + ROWS <= count; r += ROWS) {
+      point(ROWS);
+      for (int64_t i = 0; i < ROWS; ++i) next[i] = row(r + ROWS + i);
+      scale_rows<ROWS>(rows, next, h + r, from, to, y[0]);
+    }
   constexpr int64_t R = ROWS / 2;
   for (; r + R <= count; r += R) point(R), scale_tile<R>(rows, h + r, h_stride, tokens, from, to, y);
   for (; r < count; ++r) point(1), scale_tile<1>(rows, h + r, h_stride, tokens, from, to, y);

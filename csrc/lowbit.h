@@ -189,7 +189,7 @@ INLINE void add_chunks(vf* total, const uint8_t* planes, int64_t chunk_bytes, in
 #pragma GCC unroll 8
     for (int b = 0; b < BITS; ++b) {
       here[b] = *reinterpret_cast<const vcodes_any*>(planes + c * chunk_bytes + b * TOGETHER * 4);
-      __builtin_prefetch(planes + c * chunk_bytes + b * TOGETHER * 4 + AHEAD, 0, 2);
+      fetch(planes + c * chunk_bytes + b * TOGETHER * 4 + AHEAD);
 #if defined(__AVX512BW__)
       if constexpr (BITS <= 4) asm("" : "+v"(here[b]));  // or it is read again for every field
 #endif
@@ -221,7 +221,7 @@ static void lowbit_block(const lte_lowbit& matrix, int64_t block, const RoundedI
       const int8_t* values[T];
       float scales[T];
       int32_t sums[T];
-      __builtin_prefetch(tiles.scales + g * tiles.group_scales + AHEAD / 16, 0, 2);
+      fetch(tiles.scales + g * tiles.group_scales + AHEAD / 16);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t)
         values[t] = x[t].values + g * matrix.group, scales[t] = x[t].scales[g], sums[t] = x[t].sums[g];

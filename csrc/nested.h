@@ -72,7 +72,7 @@ static float dot_codes(const uint8_t* row, const uint8_t* next, int64_t pieces, 
   int64_t piece = 0;
   for (; piece + 2 <= pieces; piece += 2) {
     add(piece, total[0]), add(piece + 1, total[1]);
-    __builtin_prefetch(next + piece * 8 * BITS);
+    fetch(next + piece * 8 * BITS);
   }
   if (piece < pieces) add(piece, total[0]);
   return _mm512_reduce_add_ps(_mm512_add_ps(total[0], total[1]));
@@ -80,7 +80,7 @@ static float dot_codes(const uint8_t* row, const uint8_t* next, int64_t pieces, 
   float total = 0;
   for (int64_t piece = 0; piece < pieces; ++piece) {
     const vpiece its = load_piece<BITS>(row + piece * 8 * BITS);
-    __builtin_prefetch(next + piece * 8 * BITS);
+    fetch(next + piece * 8 * BITS);
     int32_t dot = 0;
     for (int i = 0; i < PIECE; ++i) dot += int32_t(its.codes[i]) * x[piece * PIECE + i];
     total += float(dot) * by[piece * TOGETHER];
@@ -156,7 +156,7 @@ static void add_codes(const uint8_t* const* rows, const uint8_t* const* next, in
 #pragma GCC unroll 4
         for (int r = 0; r < 4; ++r) {
           codes[r] = load_piece<BITS>(rows[4 * half + r] + piece * 8 * BITS);
-          __builtin_prefetch(next[4 * half + r] + piece * 8 * BITS);
+          fetch(next[4 * half + r] + piece * 8 * BITS);
         }
         const __m512i a = _mm512_unpacklo_epi8(codes[0], codes[1]), b = _mm512_unpackhi_epi8(codes[0], codes[1]);
         const __m512i c = _mm512_unpacklo_epi8(codes[2], codes[3]), d = _mm512_unpackhi_epi8(codes[2], codes[3]);
@@ -181,7 +181,7 @@ static void add_codes(const uint8_t* const* rows, const uint8_t* const* next, in
       std::fill_n(sums, PIECE, factors.start[g]);
       for (int r = 0; r < ADDED; ++r) {
         const vpiece its = load_piece<BITS>(rows[r] + piece * 8 * BITS);
-        __builtin_prefetch(next[r] + piece * 8 * BITS);
+        fetch(next[r] + piece * 8 * BITS);
         const int32_t upper = int8_t(factors.upper[r / 4][g] >> (8 * (r % 4)));
         const int32_t by = upper * FINE + int8_t(factors.lower[r / 4][g] >> (8 * (r % 4)));
         for (int i = 0; i < PIECE; ++i) sums[i] += by * int32_t(its.codes[i]);
@@ -208,15 +208,17 @@ static void add_plane(const lte_nested& nested, const lte_rows& plane, float fac
     const uint8_t *rows[ADDED], *next[ADDED];
     const uint16_t* scales[ADDED];
     float values[ADDED];
-    auto row_of = [&](int64_t i) { return plane.codes + chosen.neurons[std::min(i, chosen.count - 1)] * pieces * 8 * bits(); };
+    const int64_t size = pieces * 8 * bits(), groups = nested.down_groups;
+    auto neuron = [&](int64_t i) -> int64_t { return chosen.neurons[std::min(i, chosen.count - 1)]; };
     for (int64_t n = 0; n < chosen.count; n += ADDED) {
       for (int64_t r = 0; r < ADDED; ++r) {
-        const int64_t i = std::min(n + r, chosen.count - 1), neuron = chosen.neurons[i];
-        rows[r] = row_of(i), next[r] = row_of(i + ADDED);
-        scales[r] = nested.down_scales + neuron * nested.down_groups;
-        values[r] = n + r < chosen.count ? chosen.hidden[i] * factor : 0.0f;
+        const int64_t now = neuron(n + r), soon = neuron(n + r + ADDED);
+        rows[r] = plane.codes + now * size, next[r] = plane.codes + soon * size;
+        scales[r] = nested.down_scales + now * groups;
+        for (int64_t g = 0; g < groups; g += 32) fetch(nested.down_scales + soon * groups + g);
+        values[r] = n + r < chosen.count ? chosen.hidden[n + r] * factor : 0.0f;
       }
-      factors.set(scales, values, nested.down_groups, bits());
+      factors.set(scales, values, groups, bits());
       add_codes<bits()>(rows, next, pieces, nested.down_group / PIECE, factors, y);
     }
   });
