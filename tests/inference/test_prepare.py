@@ -89,6 +89,29 @@ def test_greedy_generation_is_the_same_token_for_token(method, name, batch, fuse
     assert len(fused_steps) == (23 if name in FUSED else 0)
 
 
+@pytest.mark.parametrize("everything", [False, True], ids=["some", "all"])
+@pytest.mark.parametrize("method", ["lte", "self-prediction"])
+def test_a_batch_of_twenty_token_for_token(method, everything, fused_steps):
+    plain, fast = pair("llama", method=method)
+    for ffn in (*sparse_ffns(plain), *sparse_ffns(fast)) if everything else ():
+        ffn.router.threshold = shifted(0.5, -math.inf)
+    inputs = padded(20, 25)
+    assert torch.equal(generate(plain, inputs), generate(fast, inputs))
+    assert len(fused_steps) == 23
+
+
+def test_a_batch_of_twenty_in_bf16(fused_steps):
+    """A token's router may fall on either side of its threshold: nine in ten agree to 3 % of the largest logit."""
+    plain, fast = pair("llama", torch.bfloat16)
+    options = {"output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 2, "min_new_tokens": 2}
+    ours, theirs = (generate(m, padded(20, 25), **options) for m in (fast, plain))
+    same = ours.sequences[:, -2] == theirs.sequences[:, -2]
+    a, b = (found.logits[1].float()[same] for found in (ours, theirs))
+    assert same.sum() > 15
+    assert ((a - b).abs().amax(1) < 0.03 * b.abs().max()).float().mean() > 0.9
+    assert len(fused_steps) == 1
+
+
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "phi3"])
 def test_logits_in_bf16(name, fused_steps):
     """Both round to bf16, at different places: within 3 % of the largest logit at every step."""
