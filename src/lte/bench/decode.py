@@ -432,29 +432,25 @@ def _warm_up(engine: Engine, new_tokens: int) -> None:
 
 
 def _finish(engines: list[Engine], limits: list[float]) -> list[Row]:
-    medians = {id(engine): median(engine.times) for engine in engines if engine.times}
-
-    def of(name: str) -> float | None:
-        return next((medians[id(e)] for e in engines if e.row["engine"] == name and id(e) in medians), None)
-
-    eager, compiled = of("transformers"), of("transformers-compiled")
-    rivals = {e.row["weights"]: medians[id(e)] for e in engines if e.row["engine"] == "llama.cpp" and id(e) in medians}
+    measured = [engine for engine in engines if engine.times]
+    named = {engine.row["engine"]: engine for engine in reversed(measured)}
+    rivals = {engine.row["weights"]: engine for engine in measured if engine.row["engine"] == "llama.cpp"}
     limit = median(limits)
     rows = []
     for engine in engines:
         row = dict(engine.row)
-        seconds = medians.get(id(engine))
         bits = row["weights"].removeprefix("int")
         names = llama_cpp.FORMATS.get(int(bits), ()) if bits.isdigit() else (row["dtype"],)
-        llama = min((rivals[name] for name in names if name in rivals), default=None)
-        if seconds is not None:
+        llama = min((rivals[name] for name in names if name in rivals), key=lambda e: median(e.times), default=None)
+        if engine.times:
+            seconds, eager = median(engine.times), named.get("transformers")
             row |= {
                 "ms_per_token": seconds * 1e3,
-                "dense_ms": None if eager is None else eager * 1e3,
+                "dense_ms": None if eager is None else median(eager.times) * 1e3,
                 "sparse_ms": seconds * 1e3 if row["engine"] == "lte" else None,
-                "speedup": None if eager is None else eager / seconds,
-                "speedup_over_compiled": None if compiled is None else compiled / seconds,
-                "speedup_over_llama_cpp": None if llama is None else llama / seconds,
+                "speedup": _times_as_fast(engine, eager),
+                "speedup_over_compiled": _times_as_fast(engine, named.get("transformers-compiled")),
+                "speedup_over_llama_cpp": _times_as_fast(engine, llama),
                 "bytes_moved": int(engine.n_bytes),
                 "gbytes_per_s": engine.n_bytes / seconds / 1e9,
                 "limit_gbytes_per_s": limit,
@@ -463,6 +459,13 @@ def _finish(engines: list[Engine], limits: list[float]) -> list[Row]:
             }
         rows.append(row)
     return rows
+
+
+def _times_as_fast(engine: Engine, as_other: Engine | None) -> float | None:
+    """Median over the rounds: memory may be slower for minutes, and is so for all that take turns in them."""
+    if as_other is None:
+        return None
+    return median(other / own for own, other in zip(engine.times, as_other.times, strict=True))
 
 
 @torch.no_grad()
