@@ -20,7 +20,7 @@ from lte.config import method_config
 from lte.errors import CheckpointError, ConfigError
 from lte.models import train_tokenizer
 from lte.nn import LearnedPlanes, NestedDown, NestedLinear, sparse_ffns
-from lte.ops import cpu
+from lte.ops import cpu, few_bits
 from lte.ops.nested import nested_ffn_reference
 from lte.planes import weights_config
 from tests import models
@@ -255,3 +255,22 @@ def test_the_gradient_of_a_scale_is_that_of_both_planes():
                 values.append(float(learned(x).square().sum()))
                 factors[row, 0] -= step
         assert float(factors.grad[row, 0]) == pytest.approx((values[1] - values[0]) / 2e-3, rel=0.02)
+
+
+def test_a_compiled_ffn_is_one_operator_where_kernels_take_it(monkeypatch):
+    """As on a GPU, whose operator stands in for the reference here."""
+    ffn = sparse_ffns(lte.quantize(by_neuron(), bits=8, calibration=batches()))[0]
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setenv("LTE_BACKEND", "reference")
+    with torch.no_grad(), torch.library._scoped_library("lte", "IMPL") as library:
+        wanted = ffn(x)
+        library.impl("nested_ffn", few_bits._on_gpu_nested, "CPU")
+        taken = []
+
+        def operate(x_TD, weights, *cuts):
+            taken.append(len(x_TD))
+            return torch.ops.lte.nested_ffn(x_TD, *few_bits._flat_planes(weights), *cuts)
+
+        monkeypatch.setattr("lte.nn.ffn.nested_ffn", operate)
+        torch.testing.assert_close(torch.compile(ffn, backend="eager", fullgraph=True)(x), wanted)
+    assert taken
