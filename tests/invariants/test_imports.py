@@ -13,6 +13,7 @@ FLOORS = [
     "errors",
     "memory",
     "files",
+    "versions",
     "ops",
     "nn",
     "rounding",
