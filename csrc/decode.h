@@ -148,7 +148,6 @@ static void decode_ffn(Team& team, const lte_decoder& model, const lte_layer& la
   const int64_t D = model.d_model;
   float *residual = work.residual.data, *plain = std::is_same_v<W, float> ? work.normed.data : work.plain.data;
   const W* bias = static_cast<const W*>(layer.ffn.down.bias);
-  const bool many = B >= MANY && fits_panels(layer.ffn);
   auto emit = [&](int64_t t, int64_t i, float value) {
     residual[t * D + i] += value + (bias ? widen(bias[i]) : 0.0f);
   };
@@ -169,12 +168,11 @@ static void decode_ffn(Team& team, const lte_decoder& model, const lte_layer& la
     team.end();
   } else if (layer.all_experts) {
     run_all(team, layer.ffn, B, work.ffn);
-  } else if (many && layer.ffn.router.weight) {
-    prompt_router(team, layer.ffn, plain, stride, B, work.ffn);
   } else {
     decide_phase<W>(team, layer.ffn, plain, stride, B, work.ffn);
   }
-  if (many) return prompt_phases<W>(team, layer.ffn, PAIRED<W> ? work.normed.data : plain, stride, B, work.ffn, emit);
+  if (B >= MANY && fits_panels(layer.ffn))
+    return prompt_phases<W>(team, layer.ffn, PAIRED<W> ? work.normed.data : plain, stride, B, work.ffn, emit);
   ffn_phases<W>(team, layer.ffn, work.normed.data, stride, B, work.ffn, emit);
 }
 

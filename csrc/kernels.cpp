@@ -346,7 +346,9 @@ static void run_all(Team& team, const lte_ffn& ffn, int64_t tokens, FfnWork& wor
 template <class W>
 static void decide_phase(Team& team, const lte_ffn& ffn, const float* xs, int64_t xs_stride, int64_t tokens,
                          FfnWork& work) {
-  if (!ffn.copy.up.planes) return router_phase(team, ffn, xs, xs_stride, tokens, work);
+  if (!ffn.copy.up.planes)
+    return tokens >= MANY && fits_panels(ffn) ? prompt_router(team, ffn, xs, xs_stride, tokens, work)
+                                              : router_phase(team, ffn, xs, xs_stride, tokens, work);
   if (ffn.copy.cut < 0) return run_all(team, ffn, tokens, work);
   if (team.rank == 0) work.scale.get(tokens * ffn.n_experts);
   const float cut = ffn.copy.cut * ffn.copy.cut;
@@ -391,10 +393,7 @@ static void sparse_ffn(const lte_ffn& ffn, const void* x, int64_t tokens, const 
       team.end();
     }
     if (ffn.nested.down.codes) return nested_phases<W>(team, ffn, ffn.copy.cut, xs, stride, tokens, shared, emit);
-    if (many && routed && ffn.router.weight)
-      prompt_router(team, ffn, plain, stride, tokens, shared);
-    else if (routed)
-      decide_phase<W>(team, ffn, plain, stride, tokens, shared);
+    if (routed) decide_phase<W>(team, ffn, plain, stride, tokens, shared);
     if (many) return prompt_phases<W>(team, ffn, PAIRED<W> ? xs : plain, stride, tokens, shared, emit);
     ffn_phases<W>(team, ffn, xs, stride, tokens, shared, emit);
   });

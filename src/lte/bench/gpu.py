@@ -246,10 +246,9 @@ def _planes_case(upper: int, lower: int, tokens: int, device: torch.device) -> R
     d_model, d_ff, bits, dtype = 520, 1152, upper + lower, torch.bfloat16
 
     def codes(rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        codes_NG = torch.randint(2**bits, (rows, -(-columns // 64) * 64), generator=generator)
-        return codes_NG.to(device), torch.full(
-            (rows, -(-columns // 64)), (12 / columns) ** 0.5 / 2**bits, device=device
-        )
+        groups = -(-columns // 64)
+        scales_NG = torch.full((rows, groups), (12 / columns) ** 0.5 / 2**bits, device=device)
+        return torch.randint(2**bits, (rows, 64 * groups), generator=generator).to(device), scales_NG
 
     up, gate = (NestedMatrix.of(*codes(d_ff, d_model), bits, upper, d_model) for _ in range(2))
     # A third is out, a third coarse, a third fine, but where a hidden value is too small to matter.
